@@ -1,0 +1,29 @@
+train = dict(
+    output_dir="output",
+    init_checkpoint="",
+    # A checkpoint that does not fill the whole model is an error unless this is true.
+    allow_partial_checkpoint=False,
+    # Train with the plan active.
+    expedite=False,
+    max_iter=90000,
+    # The forward pass in bfloat16, by autocast.
+    amp=dict(enabled=False),
+    # Largest L2 norm of the gradient; null: no limit.
+    clip_gradient=None,
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False),
+    checkpointer=dict(period=5000, max_to_keep=3),
+    eval_period=5000,
+    log_period=20,
+    seed=0,
+    # "cuda", "cpu", or "auto": CUDA where there is one.
+    device="auto",
+)
+
+evaluation = dict(
+    # Only the first so many images of the data set; null: all.
+    max_images=None,
+    # Untimed runs of each model before the first timed one.
+    warmup=3,
+    # "float32" or "bfloat16": the precision of both models, by autocast.
+    dtype="float32",
+)

@@ -1,0 +1,1 @@
+from hourglass import compat  # noqa: F401  (before anything of Detectron2)

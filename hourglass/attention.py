@@ -1,0 +1,86 @@
+"""
+Attention with decomposed relative positions (MViTv2, arXiv 2112.01526, equation 4, as ViTDet uses it), on maps whose
+tokens may stand for several and may lie apart by more than one original token.
+
+Letters: B batch (or batch x windows), N heads, h x w tokens, C channels a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize_table(table: Tensor, extent: int) -> Tensor:
+    """
+    Resize a table of relative positions linearly to the distances of ``extent`` tokens, as Detectron2 does.
+
+    Args:
+        table: (rows, C), a row for each distance.
+        extent: number of tokens along the axis.
+
+    Returns:
+        (2 * extent - 1, C)
+    """
+    rows = 2 * extent - 1
+    if table.shape[0] == rows:
+        return table
+    return F.interpolate(table.T[None], size=rows, mode="linear", align_corners=False)[0].T
+
+
+def read_table(table: Tensor, extent: int, length: int, step: float) -> Tensor:
+    """
+    Read a table of relative positions for ``length`` tokens that lie ``step`` original tokens apart.
+
+    Args:
+        table: (rows, C), resized to ``2 * extent - 1`` rows where it has another number.
+        extent: number of original tokens along the axis; distances are clamped to less.
+        length: number of tokens along the axis.
+        step: distance of two neighbours in original tokens. Between two rows the reading is linear.
+
+    Returns:
+        (length, length, C): entry (q, k) is the embedding of the distance from key k to query q.
+    """
+    table = resize_table(table, extent)
+    index = torch.arange(length, device=table.device)
+    distance = index[:, None] - index[None, :]
+    if step == 1:
+        return table[(distance + extent - 1).clamp(0, 2 * extent - 2)]
+    row = (distance * step + (extent - 1)).clamp(0, 2 * extent - 2)
+    below = row.floor().long()
+    above = (below + 1).clamp(max=2 * extent - 2)
+    fraction = (row - below).to(table.dtype)[..., None]
+    return torch.lerp(table[below], table[above], fraction)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
+    log_sizes: Tensor | None = None,
+) -> Tensor:
+    """
+    Softmax attention. The relative positions see the query as it is, the content its ``C ** -0.5``.
+
+    Args:
+        q, k, v: (B, N, h, w, C).
+        rel_h: (h, h, C) embeddings along the rows, from :func:`read_table`.
+        rel_w: (w, w, C) embeddings along the columns.
+        log_sizes: (B, h, w), added to the score of each key: proportional attention (ToMe, arXiv 2210.09461, eq. 1).
+
+    Returns:
+        (B, N, h, w, C)
+    """
+    batch, heads, h, w, channels = q.shape
+    queries, keys, values = (x.reshape(batch * heads, h * w, channels) for x in (q, k, v))
+    scores = (queries * channels**-0.5) @ keys.transpose(-2, -1)
+    if rel_h is not None:
+        grid = queries.view(batch * heads, h, w, channels)
+        rows = torch.einsum("bhwc,hkc->bhwk", grid, rel_h.to(q.dtype))
+        columns = torch.einsum("bhwc,wkc->bhwk", grid, rel_w.to(q.dtype))
+        scores = scores.view(batch * heads, h, w, h, w) + rows[..., :, None] + columns[..., None, :]
+    if log_sizes is not None:
+        scores = scores.view(batch, heads, h * w, h * w) + log_sizes.reshape(batch, 1, 1, h * w).to(scores.dtype)
+    scores = scores.view(batch * heads, h * w, h * w)
+    return (scores.softmax(dim=-1) @ values).view(batch, heads, h, w, channels)

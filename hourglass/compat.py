@@ -1,0 +1,90 @@
+"""
+Everything that one Detectron2 release has and another has not.
+
+Importing this module mends what Detectron2 0.6 needs on current releases of Pillow and numpy, and lets it be
+imported without its compiled extension. Where nothing is missing, nothing is changed.
+"""
+
+import os
+import sys
+from types import ModuleType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+
+def _mend_pillow() -> None:
+    # Pillow 10 removed the old name; Detectron2 0.6 reads it when detectron2.data is imported.
+    if not hasattr(Image, "LINEAR"):
+        Image.LINEAR = Image.Resampling.BILINEAR
+
+
+def _mend_numpy() -> None:
+    # numpy 1.24 removed these aliases of the builtins (np.bool came back in 2.0).
+    for name, builtin in (("bool", bool), ("int", int), ("float", float)):
+        if name not in np.__dict__:
+            setattr(np, name, builtin)
+
+
+class _MissingExtension(ModuleType):
+    def __getattr__(self, name: str):
+        if name.startswith("__"):  # what the import system asks of any module
+            raise AttributeError(name)
+        raise ImportError(
+            f"detectron2._C.{name} was asked for, but this Detectron2 was installed without its compiled extension "
+            "(deformable convolution, rotated boxes and the fast COCO evaluation need it)"
+        )
+
+
+def _mend_extension() -> None:
+    import detectron2
+
+    try:
+        import detectron2._C  # noqa: F401
+    except ImportError:
+        extension = _MissingExtension("detectron2._C")
+        sys.modules["detectron2._C"] = detectron2._C = extension
+
+
+def has_extension() -> bool:
+    """Whether Detectron2's compiled extension is there."""
+    import detectron2._C
+
+    return not isinstance(detectron2._C, _MissingExtension)
+
+
+def has_own_vit() -> bool:
+    """Whether this Detectron2 has ViTDet's ``ViT`` (its main branch has, the 0.6 release has not)."""
+    import detectron2.modeling
+
+    return hasattr(detectron2.modeling, "ViT")
+
+
+def init_process_group(device: str) -> None:
+    """
+    Join the processes that ``torchrun`` started, as Detectron2's ``launch`` does for those that it starts itself:
+    NCCL for CUDA, gloo for the CPU.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+    from detectron2.utils import comm
+
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+    # The 0.6 release has no function for this: launch() sets the module's variable, and so does this.
+    for machine in range(dist.get_world_size() // local_size):
+        ranks = list(range(machine * local_size, (machine + 1) * local_size))
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+    comm.synchronize()
+
+
+_mend_pillow()
+_mend_numpy()
+_mend_extension()

@@ -1,0 +1,92 @@
+"""The hourglass around ViTDet's plain vision transformer."""
+
+from detectron2.modeling import Backbone
+from torch import Tensor
+
+from hourglass.encoders.plan import Plan
+from hourglass.encoders.vit import embed, run_block
+from hourglass.encoders.windows import reduce_windows
+from hourglass.errors import InputError
+from hourglass.reduction import SkipBlocks
+from hourglass.reduction.reducer import map_size
+
+
+class HourglassViT(Backbone):
+    """
+    A ViT whose middle blocks run on fewer tokens.
+
+    It holds the encoder's own modules and parameters, under their own names: checkpoints of the encoder load, and
+    changing a parameter of one changes it for both.
+
+    Args:
+        encoder: a :class:`~hourglass.encoders.ViT` or Detectron2's ``ViT``.
+        plan: which blocks run on fewer tokens.
+
+    Raises:
+        InputError: for a plan that the encoder cannot follow.
+    """
+
+    def __init__(self, encoder: Backbone, plan: Plan):
+        super().__init__()
+        self.plan = plan
+        self._planned = plan.blocks(len(encoder.blocks))
+        self.patch_embed = encoder.patch_embed
+        self.pos_embed = encoder.pos_embed
+        self.blocks = encoder.blocks
+        self.pretrain_use_cls_token = encoder.pretrain_use_cls_token
+        self._out_features = encoder._out_features
+        self._out_feature_channels = encoder._out_feature_channels
+        self._out_feature_strides = encoder._out_feature_strides
+        self._size_divisibility = encoder.size_divisibility
+        self.training = encoder.training
+        self._window = 0
+        if self._planned:
+            self.reducer = plan.reducer
+        if self._planned and plan.scope == "window":
+            if isinstance(plan.reducer, SkipBlocks):
+                raise InputError('SkipBlocks leaves out whole blocks and takes scope "map", got "window"')
+            windows = {encoder.blocks[i].window_size for i in self._planned} - {0}
+            if len(windows) != 1:
+                raise InputError(
+                    'scope "window" needs blocks with windows of one size among those of the plan, '
+                    f"got {sorted(windows) or 'none'} in blocks {self._planned.start} to {self._planned.stop - 1}"
+                )
+            self._window = windows.pop()
+            self.reducer = plan.reducer.relative_to((self._window, self._window))
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._size_divisibility
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            image: (B, 3, height, width).
+
+        Returns:
+            {out_feature: (B, C, H, W)}
+        """
+        tokens = embed(self, image)
+        planned = self._planned
+        for block in self.blocks[: planned.start]:
+            tokens = block(tokens)
+        if planned:
+            tokens = self._run_planned(tokens)
+        for block in self.blocks[planned.stop :]:
+            tokens = block(tokens)
+        return {self._out_features[0]: tokens.permute(0, 3, 1, 2)}
+
+    def _run_planned(self, tokens: Tensor) -> Tensor:
+        full = map_size(tokens)
+        reduction = reduce_windows(self.reducer, tokens, self._window) if self._window else self.reducer(tokens)
+        if reduction.positions is not None:
+            raise NotImplementedError(
+                f"{type(self.reducer).__name__} puts tokens off the regular grid, where {type(self).__name__} "
+                "does not read relative positions"
+            )
+        refined = reduction.tokens
+        if refined.numel() > 0:
+            sizes = reduction.sizes if self.plan.proportional else None
+            for block in self.blocks[self._planned.start : self._planned.stop]:
+                refined = run_block(block, refined, full, sizes)
+        return reduction.restore(refined)

@@ -1,0 +1,84 @@
+from numbers import Integral
+from typing import Any
+
+from torch import nn
+
+from hourglass.errors import InputError
+from hourglass.reduction import Reducer, SkipBlocks
+from hourglass.reduction.reducer import check_choice, check_count
+
+SCOPES = ("map", "window")
+
+
+class Plan:
+    """
+    Which blocks of an encoder run on fewer tokens, and what reduces them. ``Plan()`` is the unmodified encoder.
+
+    Args:
+        reducer: makes the smaller map; None: no block is changed.
+        start: the first block, counted from 0, that runs on the smaller map.
+        stop: the block before which the full map is restored; None: after the last.
+        scope: what the reducer is applied to, the whole "map" or each attention "window".
+        proportional: attention adds the logarithm of the number of tokens that a key stands for to its score
+            (ToMe, arXiv 2210.09461), where the reducer tells it.
+
+    Raises:
+        InputError: for an argument out of range.
+    """
+
+    def __init__(
+        self,
+        reducer: Reducer | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        scope: str = "map",
+        proportional: bool = True,
+    ):
+        if reducer is not None and not isinstance(reducer, Reducer):
+            raise InputError(f"reducer takes a hourglass.Reducer or None, got {reducer!r}")
+        check_count("start", start, 0)
+        if stop is not None and (isinstance(stop, bool) or not isinstance(stop, Integral) or stop <= start):
+            raise InputError(f"stop takes a whole number over start ({start}) or None, got {stop!r}")
+        check_choice("scope", scope, SCOPES)
+        if not isinstance(proportional, bool):
+            raise InputError(f"proportional takes True or False, got {proportional!r}")
+        self.reducer = reducer
+        self.start = start
+        self.stop = stop
+        self.scope = scope
+        self.proportional = proportional
+
+    def blocks(self, depth: int) -> range:
+        """
+        The blocks that run on the smaller map, in an encoder of ``depth`` blocks.
+
+        Raises:
+            InputError: where the encoder has not all of them.
+        """
+        if self.reducer is None:
+            return range(0)
+        stop = depth if self.stop is None else self.stop
+        if not self.start < stop <= depth:
+            raise InputError(
+                f"a plan needs 0 <= start < stop <= {depth} (the encoder's number of blocks), "
+                f"got start {self.start} and stop {self.stop}"
+            )
+        return range(self.start, stop)
+
+    def control(self) -> "Plan":
+        """The same plan with its blocks left out: what the model owes to its other blocks."""
+        return Plan(SkipBlocks(), self.start, self.stop)
+
+    def describe(self) -> dict[str, Any]:
+        """The arguments, as plain values."""
+        reducer = None if self.reducer is None else self.reducer.describe()
+        return {
+            "reducer": reducer,
+            "start": self.start,
+            "stop": self.stop,
+            "scope": self.scope,
+            "proportional": self.proportional,
+        }
+
+    def __repr__(self) -> str:
+        return f"Plan({self.reducer!r}, {self.start}, {self.stop}, scope={self.scope!r}, proportional={self.proportional})"

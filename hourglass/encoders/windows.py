@@ -1,0 +1,116 @@
+"""Windows of a token map. Letters: B batch, H x W tokens, C channels, n windows an image, wh x ww tokens a window."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hourglass.reduction import Reducer, Reduction
+from hourglass.reduction.reducer import map_size
+
+
+def partition(tokens: Tensor, window: tuple[int, int], value: float = 0.0) -> Tensor:
+    """
+    Cut a map into windows that do not overlap, padded at the bottom and the right where it is no multiple of them.
+
+    Args:
+        tokens: (B, H, W, C).
+        window: (wh, ww), rows and columns of a window.
+        value: what the padding holds.
+
+    Returns:
+        (B * n, wh, ww, C)
+    """
+    batch, channels = tokens.shape[0], tokens.shape[3]
+    height, width = map_size(tokens)
+    wh, ww = window
+    bottom, right = -height % wh, -width % ww
+    if bottom or right:
+        tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom), value=value)
+    rows, columns = (height + bottom) // wh, (width + right) // ww
+    tokens = tokens.reshape(batch, rows, wh, columns, ww, channels)
+    return tokens.transpose(2, 3).reshape(-1, wh, ww, channels)
+
+
+def unpartition(windows: Tensor, size: tuple[int, int]) -> Tensor:
+    """
+    Put the windows of :func:`partition` back together and drop the padding.
+
+    Args:
+        windows: (B * n, wh, ww, C).
+        size: (H, W) of the map.
+
+    Returns:
+        (B, H, W, C)
+    """
+    _, wh, ww, channels = windows.shape
+    height, width = size
+    rows, columns = -(-height // wh), -(-width // ww)
+    tokens = windows.reshape(-1, rows, columns, wh, ww, channels).transpose(2, 3)
+    return tokens.reshape(-1, rows * wh, columns * ww, channels)[:, :height, :width]
+
+
+def reduce_windows(reducer: Reducer, tokens: Tensor, window: int) -> Reduction:
+    """
+    Reduce each window of a map on its own and put the results together to a smaller map. Windows that the map's edge
+    cuts off are reduced as they are: no padding joins the tokens.
+
+    Args:
+        reducer: with its budget relative to a window's size, see :meth:`hourglass.reduction.Reducer.relative_to`.
+        tokens: (B, H, W, C).
+        window: tokens a side.
+    """
+    rows, columns = (_strips(length, window) for length in map_size(tokens))
+    reductions = [reducer(windows) for windows in _split(tokens, rows, columns)]
+    smaller_rows = [
+        _Strip(row.windows, reduction.tokens.shape[1]) for row, reduction in zip(rows, reductions[:: len(columns)])
+    ]
+    smaller_columns = [
+        _Strip(column.windows, reduction.tokens.shape[2]) for column, reduction in zip(columns, reductions)
+    ]
+
+    def restore(refined: Tensor) -> Tensor:
+        windows = _split(refined, smaller_rows, smaller_columns)
+        return _join([reduction.restore(part) for reduction, part in zip(reductions, windows)], rows, columns)
+
+    sizes = None
+    if reductions[0].sizes is not None:
+        sizes = [reduction.sizes[..., None] for reduction in reductions]
+        sizes = _join(sizes, smaller_rows, smaller_columns)[..., 0]
+    reduced = _join([reduction.tokens for reduction in reductions], smaller_rows, smaller_columns)
+    return Reduction(reduced, positions=None, sizes=sizes, restore=restore)
+
+
+class _Strip(NamedTuple):
+    """Neighbouring windows of the same length along an axis."""
+
+    windows: int
+    side: int  # tokens of a window
+
+    @property
+    def length(self) -> int:
+        return self.windows * self.side
+
+
+def _strips(length: int, window: int) -> list[_Strip]:
+    strips = [_Strip(length // window, window), _Strip(1, length % window)]
+    return [strip for strip in strips if strip.length > 0]
+
+
+def _split(tokens: Tensor, rows: list[_Strip], columns: list[_Strip]) -> list[Tensor]:
+    """(B, H, W, C) to the windows of each strip of rows and columns: (B * n, side, side, C)."""
+    return [
+        partition(part, (row.side, column.side))
+        for row, across in zip(rows, tokens.split([row.length for row in rows], dim=1))
+        for column, part in zip(columns, across.split([column.length for column in columns], dim=2))
+    ]
+
+
+def _join(windows: list[Tensor], rows: list[_Strip], columns: list[_Strip]) -> Tensor:
+    """The way back of :func:`_split`."""
+    parts = iter(windows)
+    return torch.cat(
+        [torch.cat([unpartition(next(parts), (row.length, column.length)) for column in columns], dim=2) for row in rows],
+        dim=1,
+    )

@@ -1,0 +1,251 @@
+"""Token clustering and reconstruction (Expedit, arXiv 2210.01035, sections 3.2 and 3.3)."""
+
+from collections.abc import Callable, Sequence
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hourglass.errors import InputError
+from hourglass.reduction.neighborhoods import Neighborhoods, neighborhoods
+from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction, check_choice, check_count, map_size
+
+WEIGHTS = ("sum", "l2")
+CANDIDATES = ("neighborhood", "all")
+
+# "auto" is this over the mean squared distance of tokens and their home centres.
+AUTO_TEMPERATURE = 4.0
+
+
+def cluster(
+    tokens: Tensor, grid: tuple[int, int], iterations: int, neighborhood: int, temperature: float | Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """
+    Soft clustering around a grid of centres: from adaptive average pooling, each iteration makes every centre the mean
+    of the tokens that reach it, weighted by their affinity to it. Gradients flow through the last mean; the
+    affinities are constants to them, as in the authors' code.
+
+    Args:
+        tokens: (B, H, W, C), float32.
+        grid: (h, w).
+        iterations: how often the centres are refined.
+        neighborhood: odd; a token reaches the cells of a square of this side around its home cell.
+        temperature: multiplies the squared distance of token and centre; a number, or one for each map (B, 1, 1, 1).
+
+    Returns:
+        centres (B, h, w, C), and how many tokens each stands for (B, h, w), None after no iteration.
+    """
+    centers, sizes = pool(tokens, grid), None
+    if iterations > 0:
+        near = neighborhoods(map_size(tokens), grid, neighborhood // 2, tokens.device)
+        tiles = near.tile_tokens(tokens)
+    for _ in range(iterations):
+        with torch.no_grad():
+            affinity = _scores(tiles, centers, near, temperature).softmax(-1) * near.real
+            sizes = near.sum_patches(affinity.sum(-2)[..., None])
+        centers = near.sum_patches(affinity.transpose(-2, -1) @ tiles) / sizes.clamp(min=1e-16)
+    return centers, None if sizes is None else sizes[..., 0]
+
+
+def pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling, (B, H, W, C) -> (B, h, w, C)."""
+    return F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+
+
+def mixture(
+    tokens: Tensor,
+    centers: Tensor,
+    temperature: float | Tensor,
+    k: int,
+    neighborhood: int | None,
+    weights: str,
+) -> Callable[[Tensor], Tensor]:
+    """
+    What restoring does with the centres' new features: each token mixes those of its ``k`` most similar centres, with
+    weights exp(-temperature x squared distance) of the features before (Expedit, equation 4). Centres as similar as
+    the k-th are kept too. The weights are constants to gradients.
+
+    Args:
+        tokens: (B, H, W, C), float32.
+        centers: (B, h, w, C), float32.
+        temperature: as in :func:`cluster`.
+        k: number of centres.
+        neighborhood: odd; only centres that many cells around home are candidates. None: all are.
+        weights: "sum": they sum to 1. "l2": their squares do, as in the authors' code, and where all are below 1e-12
+            they fade out.
+
+    Returns:
+        a function (B, h, w, D) -> (B, H, W, D), for any D.
+    """
+    radius = None if neighborhood is None else neighborhood // 2
+    near = neighborhoods(map_size(tokens), map_size(centers), radius, tokens.device)
+    with torch.no_grad():
+        tiles = near.tile_tokens(tokens)
+        scores = _scores(tiles, centers, near, temperature)
+        if k < scores.shape[-1]:
+            smallest = scores.topk(k, dim=-1).values[..., -1:]
+            scores = scores.masked_fill(scores < smallest, -torch.inf)
+        if weights == "sum":
+            shares = scores.softmax(-1)
+        else:
+            scores = scores - tiles.square().sum(-1, keepdim=True) * temperature
+            shares = F.normalize(scores.clamp(max=0).exp(), p=2, dim=-1, eps=1e-12)
+
+    def mix(refined: Tensor) -> Tensor:
+        return near.untile_tokens(shares.to(refined.dtype) @ near.patches(refined))
+
+    return mix
+
+
+def _scores(tiles: Tensor, centers: Tensor, near: Neighborhoods, temperature: float | Tensor) -> Tensor:
+    """
+    Minus temperature times the squared distance, up to a constant for each token; -inf where a token does not reach.
+
+    Args:
+        tiles: (B, T, n, C).
+        centers: (B, h, w, C).
+
+    Returns:
+        (B, T, n, m)
+    """
+    patches = near.patches(centers)
+    norms = patches.square().sum(-1)[:, :, None]
+    batch, count, n, channels = tiles.shape
+    products = torch.baddbmm(
+        -norms.flatten(0, 1), tiles.reshape(batch * count, n, channels), patches.flatten(0, 1).transpose(1, 2), alpha=2
+    ).view(batch, count, n, -1)
+    return (products * temperature).masked_fill(~near.reach, -torch.inf)
+
+
+def auto_temperature(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """
+    A temperature that fits the map: a constant over the mean squared distance of its tokens and their home centres.
+
+    Args:
+        tokens: (B, H, W, C), float32.
+        grid: (h, w).
+
+    Returns:
+        (B, 1, 1, 1)
+    """
+    near = neighborhoods(map_size(tokens), grid, None, tokens.device)
+    distances = (tokens - near.at_home(pool(tokens, grid))).square().sum(-1, keepdim=True)
+    return AUTO_TEMPERATURE / distances.mean((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+class TokenClustering(GridReducer):
+    """
+    Token clustering and reconstruction, the reducer of Expedit (arXiv 2210.01035). Restricted to neighbourhoods, it
+    costs time and memory linear in the number of tokens.
+
+    The defaults are what keeps most accuracy; :meth:`published` has the authors' settings.
+
+    Args:
+        grid: see :class:`~hourglass.reduction.GridReducer`.
+        iterations: how often the centres are refined; 0 leaves them as pooled.
+        neighborhood: odd; a token is compared with the centres of so many cells a side around its home cell.
+        temperature: multiplies squared distances before the softmax over centres. "auto" is relative to the
+            map's own mean squared distance between tokens and their home centres, so that one value fits every model.
+        restore_temperature: the same for restoring; None: as ``temperature``.
+        k: restoring mixes so many of a token's most similar centres.
+        weights: "sum": the mixture's weights sum to 1. "l2": their squares do, as in the authors' code: a constant
+            map comes back scaled.
+        candidates: the centres that restoring chooses from: "neighborhood", the token's own, or "all", which costs
+            tokens x centres.
+        restore: "update": a token keeps its features and gets the mixture of the centres' changes; "features": the
+            mixture of the centres' features, as published.
+
+    Raises:
+        InputError: for an argument out of range.
+    """
+
+    def __init__(
+        self,
+        grid: Sequence[int | float] | float,
+        iterations: int = 2,
+        neighborhood: int = 5,
+        temperature: float | str = "auto",
+        restore_temperature: float | str | None = None,
+        k: int = 10,
+        weights: str = "sum",
+        candidates: str = "neighborhood",
+        restore: str = "update",
+    ):
+        super().__init__(grid)
+        check_count("iterations", iterations, 0)
+        check_count("neighborhood", neighborhood, 1)
+        if neighborhood % 2 == 0:
+            raise InputError(f"neighborhood takes an odd number of cells a side, got {neighborhood}")
+        _check_temperature("temperature", temperature)
+        if restore_temperature is not None:
+            _check_temperature("restore_temperature", restore_temperature)
+        check_count("k", k, 1)
+        check_choice("weights", weights, WEIGHTS)
+        check_choice("candidates", candidates, CANDIDATES)
+        check_choice("restore", restore, RESTORE)
+        self.iterations = iterations
+        self.neighborhood = neighborhood
+        self.temperature = temperature
+        self.restore_temperature = restore_temperature
+        self.k = k
+        self.weights = weights
+        self.candidates = candidates
+        self.restore = restore
+
+    @classmethod
+    def published(
+        cls,
+        grid: Sequence[int | float] | float,
+        iterations: int = 5,
+        neighborhood: int = 7,
+        temperature: float = 0.05,
+        restore_temperature: float | None = None,
+        k: int = 10,
+    ) -> "TokenClustering":
+        """
+        The operators as the authors' code has them; the default figures are those of their Mask2Former on COCO. Use it
+        in a plan with ``proportional=False``.
+        """
+        return cls(
+            grid,
+            iterations,
+            neighborhood,
+            temperature,
+            restore_temperature,
+            k,
+            weights="l2",
+            candidates="all",
+            restore="features",
+        )
+
+    def forward(self, tokens: Tensor) -> Reduction:
+        grid = self.cells(map_size(tokens))
+        # Squared distances between wide features overflow float16 and drown in bfloat16's rounding. Without the mean
+        # they are the same, and rounded less.
+        with torch.autocast(tokens.device.type, enabled=False):
+            features = tokens.float()
+            mean = features.mean((1, 2), keepdim=True)
+            features = features - mean
+            auto = None
+            if "auto" in (self.temperature, self.restore_temperature):
+                auto = auto_temperature(features.detach(), grid)
+            temperature = auto if self.temperature == "auto" else self.temperature
+            centers, sizes = cluster(features, grid, self.iterations, self.neighborhood, temperature)
+
+            if self.restore_temperature is not None:
+                temperature = auto if self.restore_temperature == "auto" else self.restore_temperature
+            reach = self.neighborhood if self.candidates == "neighborhood" else None
+            mix = mixture(features.detach(), centers.detach(), temperature, self.k, reach, self.weights)
+            reduced = (centers + mean).to(tokens.dtype)
+
+        def restore(refined: Tensor) -> Tensor:
+            with torch.autocast(refined.device.type, enabled=False):
+                return tokens + mix(refined - reduced) if self.restore == "update" else mix(refined)
+
+        return Reduction(reduced, positions=None, sizes=sizes, restore=restore)
+
+
+def _check_temperature(name: str, value: float | str) -> None:
+    if value != "auto" and (isinstance(value, bool | str) or not isinstance(value, Real) or not value > 0):
+        raise InputError(f'{name} takes a number over 0 or "auto", got {value!r}')

@@ -1,0 +1,39 @@
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction, check_choice, map_size
+
+
+class AveragePooling(GridReducer):
+    """
+    The plain baseline: adaptive average pooling, restored by bilinear interpolation.
+
+    Args:
+        grid: see :class:`~hourglass.reduction.GridReducer`.
+        restore: "update": each token keeps its features and gets the interpolated change; "features": the
+            interpolated features themselves.
+
+    Raises:
+        InputError: for an argument out of range.
+    """
+
+    def __init__(self, grid: Sequence[int | float] | float, restore: str = "update"):
+        super().__init__(grid)
+        check_choice("restore", restore, RESTORE)
+        self.restore = restore
+
+    def forward(self, tokens: Tensor) -> Reduction:
+        size = map_size(tokens)
+        channels_first = tokens.permute(0, 3, 1, 2)
+        pooled = F.adaptive_avg_pool2d(channels_first, self.cells(size)).permute(0, 2, 3, 1)
+
+        def enlarge(reduced: Tensor) -> Tensor:
+            reduced = reduced.permute(0, 3, 1, 2)
+            return F.interpolate(reduced, size=size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+
+        def restore(refined: Tensor) -> Tensor:
+            return tokens + enlarge(refined - pooled) if self.restore == "update" else enlarge(refined)
+
+        return Reduction(pooled, positions=None, sizes=None, restore=restore)

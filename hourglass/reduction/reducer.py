@@ -1,0 +1,134 @@
+"""
+The contract of a reducer: a token map goes in, a smaller one comes out with the way back.
+
+Letters, here and in the reducers: B batch, H x W tokens of the full map, h x w of the smaller one, C channels.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from hourglass.errors import InputError
+
+# What the smaller map's result is to a token: its change, or its features.
+RESTORE = ("update", "features")
+
+
+class Reduction(NamedTuple):
+    """
+    A smaller map, where its tokens lie, and the way back.
+
+    Attributes:
+        tokens: (B, h, w, C). With h and w 0 there is nothing for the plan's blocks to run on, and they are left out.
+        positions: (B, h, w, 2), centres (y, x) in units of original tokens; None: the regular grid.
+        sizes: (B, h, w), how many tokens each stands for, fractional where membership is soft; None: equally many.
+        restore: (B, h, w, C) -> (B, H, W, C).
+    """
+
+    tokens: Tensor
+    positions: Tensor | None
+    sizes: Tensor | None
+    restore: Callable[[Tensor], Tensor]
+
+
+class Reducer(nn.Module):
+    """
+    An operator (B, H, W, C) -> :class:`Reduction`. It keeps nothing between calls: what restoring needs lives in
+    ``Reduction.restore``. A module, so that a learned one's weights belong to the model.
+    """
+
+    def forward(self, tokens: Tensor) -> Reduction:
+        raise NotImplementedError
+
+    def relative_to(self, size: tuple[int, int]) -> "Reducer":
+        """
+        The same reducer with its budget for a map of ``size`` tokens as a share, for the smaller windows at the
+        map's edge.
+        """
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Name and arguments, as plain values."""
+        description = {"name": type(self).__name__}
+        for parameter in inspect.signature(type(self)).parameters.values():
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                value = getattr(self, parameter.name)
+                description[parameter.name] = list(value) if isinstance(value, tuple) else value
+        return description
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.describe().items() if name != "name")
+
+
+class GridReducer(Reducer):
+    """
+    A reducer to a grid of tokens.
+
+    Args:
+        grid: (rows, columns) of the smaller map; or the share of rows and of columns that is kept, which suits maps
+            of any size: a float for both, or two.
+    """
+
+    def __init__(self, grid: Sequence[int | float] | float):
+        super().__init__()
+        pair = (grid, grid) if isinstance(grid, Real) and not isinstance(grid, Integral) else grid
+        if not _is_grid(pair):
+            raise InputError(
+                f"grid takes (rows, columns), each at least 1, or a share of them in (0, 1], got {grid!r}"
+            )
+        self.grid = tuple(int(side) if isinstance(side, Integral) else float(side) for side in pair)
+
+    def cells(self, size: tuple[int, int]) -> tuple[int, int]:
+        """
+        Rows and columns of the smaller map for a map of ``size`` (H, W).
+
+        Raises:
+            InputError: for a grid larger than the map.
+        """
+        cells = tuple(
+            side if isinstance(side, int) else max(1, round(side * length)) for side, length in zip(self.grid, size)
+        )
+        if cells[0] > size[0] or cells[1] > size[1]:
+            raise InputError(
+                f"grid {self.grid} is larger than the token map, which has {size[0]} x {size[1]} tokens: "
+                "take a smaller grid, or a share such as 0.6"
+            )
+        return cells
+
+    def relative_to(self, size: tuple[int, int]) -> "GridReducer":
+        self.cells(size)
+        relative = copy.copy(self)
+        relative.grid = tuple(
+            side / length if isinstance(side, int) else side for side, length in zip(self.grid, size)
+        )
+        return relative
+
+
+def _is_grid(pair: Any) -> bool:
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+        return False
+    return all(
+        not isinstance(side, bool) and (side >= 1 if isinstance(side, Integral) else isinstance(side, Real) and 0 < side <= 1)
+        for side in pair
+    )
+
+
+def map_size(tokens: Tensor) -> tuple[int, int]:
+    """(H, W) of a map (B, H, W, C), as plain numbers under tracing too."""
+    return int(tokens.shape[1]), int(tokens.shape[2])
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise InputError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise InputError(f"{name} takes {' or '.join(repr(choice) for choice in choices)}, got {value!r}")
+
+
+def check_count(name: str, value: Any, smallest: int) -> None:
+    """Raise InputError unless ``value`` is a whole number of at least ``smallest``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
+        raise InputError(f"{name} takes a whole number of at least {smallest}, got {value!r}")

@@ -1,0 +1,96 @@
+"""Training a model from a LazyConfig with Detectron2's trainer and hooks."""
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import instantiate
+from detectron2.engine import SimpleTrainer, hooks
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, JSONWriter
+from omegaconf import DictConfig
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Trainer(SimpleTrainer):
+    """
+    Detectron2's ``SimpleTrainer`` with bfloat16 autocast on any device (its ``AMPTrainer`` is for CUDA) and a limit
+    on the gradient's norm.
+
+    Args:
+        model, data_loader, optimizer: as for ``SimpleTrainer``.
+        device: "cuda" or "cpu".
+        amp: run the forward pass in bfloat16 where autocast allows it; needs no loss scaling.
+        clip_gradient: largest L2 norm of the gradient of all parameters; None: no limit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader,
+        optimizer: torch.optim.Optimizer,
+        device: str,
+        amp: bool,
+        clip_gradient: float | None,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self._autocast = torch.autocast(device, torch.bfloat16, enabled=amp)
+        self._clip_gradient = clip_gradient
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with self._autocast:
+            losses = self.model(data)
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        if self._clip_gradient is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_gradient)
+        self._write_metrics(losses, data_time)
+        self.optimizer.step()
+
+
+def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resume: bool = False) -> None:
+    """
+    Train ``model`` as ``cfg.train`` says and write checkpoints, ``metrics.json`` and the log to its ``output_dir``.
+
+    Args:
+        cfg: with ``dataloader.train``, ``optimizer``, ``lr_multiplier`` and ``train``.
+        model: on its device, its initial weights loaded.
+        evaluate: called every ``train.eval_period`` iterations and at the end; returns figures to log, flat.
+        resume: continue from the last checkpoint in ``output_dir``.
+    """
+    options = cfg.train
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    replica = model
+    if comm.get_world_size() > 1:
+        device_ids = [comm.get_local_rank()] if options.device == "cuda" else None
+        replica = DistributedDataParallel(model, device_ids=device_ids, **options.ddp)
+    trainer = Trainer(
+        replica, instantiate(cfg.dataloader.train), optimizer, options.device, options.amp.enabled, options.clip_gradient
+    )
+    checkpointer = DetectionCheckpointer(model, options.output_dir, trainer=trainer)
+    writers = [
+        CommonMetricPrinter(options.max_iter),
+        JSONWriter(os.path.join(options.output_dir, "metrics.json")),
+    ]
+    main = comm.is_main_process()
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer) if main else None,
+            hooks.EvalHook(options.eval_period, evaluate),
+            hooks.PeriodicWriter(writers, period=options.log_period) if main else None,
+        ]
+    )
+    start = 0
+    if resume and checkpointer.has_checkpoint():
+        checkpointer.resume_or_load("", resume=True)
+        start = trainer.iter + 1
+    trainer.train(start, options.max_iter)

@@ -1,0 +1,122 @@
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hourglass.reduction import TokenClustering
+from hourglass.reduction.clustering import AUTO_TEMPERATURE, mixture
+from tests.golden_cases import load, names, under
+
+CLUSTER_KEY = re.compile(r"it(\d+)_w(\d+)_t([\d.]+)$")
+RESTORE_KEY = re.compile(r"k(\d+)_t([\d.]+)$")
+
+
+def published(case: dict, key: str) -> TokenClustering:
+    iterations, neighborhood, temperature = CLUSTER_KEY.match(key).groups()
+    grid = case["kwargs"]["NUM_SPIXELS"]
+    return TokenClustering.published(grid, int(iterations), int(neighborhood), float(temperature))
+
+
+@pytest.mark.parametrize("name", names("expedit_cluster"))
+def test_clustering_equals_the_authors(name):
+    case, tensors = load(name)
+    tokens = tensors["in/x"].permute(0, 2, 3, 1)
+    keys = {key.split("/")[0] for key in tensors if CLUSTER_KEY.match(key.split("/")[0])}
+    assert len(keys) >= 2
+    for key in keys:
+        centers = published(case, key)(tokens).tokens.flatten(1, 2)
+        torch.testing.assert_close(centers, tensors[f"{key}/spixel_features"], atol=1e-4, rtol=0)
+        labels = torch.cdist(tokens.flatten(1, 2).double(), centers.double()).argmin(-1)
+        clear = tensors[f"{key}/label_margin"] >= 1e-4
+        assert torch.equal(labels[clear], tensors[f"{key}/hard_labels"].long()[clear])
+
+
+@pytest.mark.parametrize("name", names("expedit_cluster"))
+def test_reconstruction_equals_the_authors(name):
+    case, tensors = load(name)
+    tokens = tensors["in/x"].permute(0, 2, 3, 1)
+    compared = 0
+    for key in {key.removesuffix("/out") for key in tensors if key.startswith("rec/") and key.endswith("/out")}:
+        _, clustering, restoring = key.split("/")
+        k, temperature = RESTORE_KEY.match(restoring).groups()
+        # From the authors' centres, as theirs: five iterations' rounding would be amplified by the weights.
+        shape = (len(tokens), *case["kwargs"]["NUM_SPIXELS"], -1)
+        centers = tensors[f"{clustering}/spixel_features"].view(shape)
+        mix = mixture(tokens, centers, float(temperature), int(k), neighborhood=None, weights="l2")
+        restored = mix(tensors["rec/refined"].view(shape)).flatten(1, 2)
+        clear = tensors[f"{key}/gap"] >= 1e-3
+        torch.testing.assert_close(restored[clear], tensors[f"{key}/out"][clear], atol=1e-4, rtol=0)
+        compared += int(clear.sum())
+    assert compared > 100
+
+
+@pytest.mark.parametrize("name", names("expedit_reconstruct"))
+def test_reconstruction_of_ties_and_far_tokens_equals_the_authors(name):
+    _, tensors = load(name)
+    tokens, centers, refined = (tensors[part].unsqueeze(1) for part in ("feat", "sfeat", "refined"))
+    for key in {key.removesuffix("/out") for key in tensors if key.endswith("/out")}:
+        k, temperature = RESTORE_KEY.match(key).groups()
+        mix = mixture(tokens, centers, float(temperature), int(k), neighborhood=None, weights="l2")
+        torch.testing.assert_close(mix(refined)[:, 0], tensors[f"{key}/out"], atol=1e-5, rtol=0)
+
+
+def reference(tokens, grid, iterations, neighborhood, temperature, k):
+    """The default operators, as loops: centres, sizes and what restoring adds up for each token."""
+    height, width, channels = tokens.shape
+    h, w = grid
+    radius = neighborhood // 2
+    centers = F.adaptive_avg_pool2d(tokens.permute(2, 0, 1)[None], grid)[0].permute(1, 2, 0)
+    home = {(y, x): (y * h // height, x * w // width) for y in range(height) for x in range(width)}
+    if temperature == "auto":
+        spread = torch.stack([(tokens[p] - centers[home[p]]).square().sum() for p in home]).mean()
+        temperature = AUTO_TEMPERATURE / spread
+
+    def near(p):
+        y, x = home[p]
+        return [(i, j) for i in range(h) for j in range(w) if abs(i - y) <= radius and abs(j - x) <= radius]
+
+    sizes = None
+    for _ in range(iterations):
+        sums, sizes = torch.zeros_like(centers), torch.zeros(h, w, dtype=tokens.dtype)
+        for p in home:
+            distances = torch.stack([(tokens[p] - centers[c]).square().sum() for c in near(p)])
+            for c, share in zip(near(p), (-temperature * distances).softmax(0)):
+                sums[c] += share * tokens[p]
+                sizes[c] += share
+        centers = sums / sizes[..., None]
+
+    def mix(refined):
+        out = torch.zeros(height, width, refined.shape[-1], dtype=refined.dtype)
+        for p in home:
+            ranked = sorted(near(p), key=lambda c: float((tokens[p] - centers[c]).square().sum()))[:k]
+            distances = torch.stack([(tokens[p] - centers[c]).square().sum() for c in ranked])
+            for c, share in zip(ranked, (-temperature * distances).softmax(0)):
+                out[p] += share * refined[c]
+        return out
+
+    return centers, sizes, mix
+
+
+@pytest.mark.parametrize(
+    "size, grid, neighborhood, temperature",
+    [
+        ((13, 9), (6, 5), 3, "auto"),
+        ((24, 20), (17, 11), 5, 0.3),
+        ((20, 31), (20, 13), 3, "auto"),
+        ((7, 1), (3, 1), 5, "auto"),
+        ((26, 26), (25, 25), 7, 1.0),
+    ],
+)
+def test_neighborhoods_equal_plain_loops(size, grid, neighborhood, temperature):
+    tokens = torch.randn(2, *size, 4, generator=torch.Generator().manual_seed(0))
+    refined = torch.randn(2, *grid, 4, generator=torch.Generator().manual_seed(1))
+    reducer = TokenClustering(grid, iterations=2, neighborhood=neighborhood, temperature=temperature, k=4)
+    reduction = reducer(tokens)
+    restored = reduction.restore(refined)
+    for b in range(2):
+        centers, sizes, mix = reference(tokens[b].double(), grid, 2, neighborhood, temperature, k=4)
+        torch.testing.assert_close(reduction.tokens[b].double(), centers, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(reduction.sizes[b].double(), sizes, atol=1e-5, rtol=1e-5)
+        expected = tokens[b].double() + mix(refined[b].double() - centers)
+        torch.testing.assert_close(restored[b].double(), expected, atol=1e-4, rtol=1e-4)
