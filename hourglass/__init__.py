@@ -1,1 +1,24 @@
-from hourglass import compat  # noqa: F401  (before anything of Detectron2)
+"""Large vision transformers for detection and segmentation, their middle blocks on fewer tokens."""
+
+from hourglass import compat  # noqa: F401  (first: it mends Detectron2 0.6 before anything imports it)
+from hourglass import config
+from hourglass.config import add_hourglass_config
+from hourglass.encoders import HourglassViT, Plan, expedite
+from hourglass.errors import InputError
+from hourglass.reduction import AveragePooling, Reducer, Reduction, SkipBlocks, TokenClustering
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AveragePooling",
+    "HourglassViT",
+    "InputError",
+    "Plan",
+    "Reducer",
+    "Reduction",
+    "SkipBlocks",
+    "TokenClustering",
+    "add_hourglass_config",
+    "config",
+    "expedite",
+]

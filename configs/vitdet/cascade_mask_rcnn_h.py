@@ -1,0 +1,8 @@
+"""Cascade Mask R-CNN with ViTDet-H on COCO."""
+
+from ..common.cascade import roi_heads as _roi_heads
+from .mask_rcnn_h import dataloader, evaluation, lr_multiplier, model, optimizer, plan, train
+
+model.roi_heads = _roi_heads
+
+train.init_checkpoint = "detectron2://ViTDet/COCO/cascade_mask_rcnn_vitdet_h/f328730692/model_final_f05665.pkl"

@@ -1,0 +1,36 @@
+"""Mask R-CNN with ViTDet-B on COCO."""
+
+from detectron2.config import LazyCall as L
+from detectron2.solver import WarmupParamScheduler
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+
+from hourglass import Plan, TokenClustering
+from hourglass.solver import layer_decay_params
+
+from ..common.coco import dataloader
+from ..common.mask_rcnn_vitdet import model
+from ..common.optimizer import AdamW as optimizer
+from ..common.train import evaluation, train
+
+# Images are padded to squares of 64 x 64 tokens.
+plan = L(Plan)(reducer=L(TokenClustering)(grid=[46, 46]), start=3, stop=12)
+
+train.init_checkpoint = "detectron2://ViTDet/COCO/mask_rcnn_vitdet_b/f325346929/model_final_61ccd1.pkl"
+train.amp.enabled = True
+# 100 epochs in batches of 64.
+train.max_iter = 184375
+
+optimizer.params.update(
+    _target_=layer_decay_params,
+    decay=0.7,
+    overrides=dict(pos_embed=dict(weight_decay=0.0)),
+)
+lr_multiplier = L(WarmupParamScheduler)(
+    scheduler=L(MultiStepParamScheduler)(
+        values=[1.0, 0.1, 0.01],
+        milestones=[163889, 177546],
+        num_updates=train.max_iter,
+    ),
+    warmup_length=250 / train.max_iter,
+    warmup_factor=0.001,
+)

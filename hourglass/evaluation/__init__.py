@@ -1,0 +1,4 @@
+from hourglass.evaluation.compare import Comparison, Subject, compare
+from hourglass.evaluation.report import describe, to_json, to_table, write_report
+
+__all__ = ["Comparison", "Subject", "compare", "describe", "to_json", "to_table", "write_report"]

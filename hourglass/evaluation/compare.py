@@ -1,0 +1,162 @@
+"""Comparing models of the same weights on one data set: accuracy, latency and cost, image by image in turn."""
+
+import contextlib
+import inspect
+import io
+import logging
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from torch import nn
+from tqdm import tqdm
+
+from hourglass.evaluation.cost import PeakMemory, count_gflops
+from hourglass.evaluation.timing import Clock, Interval, Run, Stopwatch, ratio_of_medians
+
+
+class Subject(NamedTuple):
+    """
+    A model to be compared.
+
+    Attributes:
+        model: takes and returns Detectron2's dictionaries.
+        encoder: the part of it that is timed and counted.
+        evaluator: of its outputs.
+    """
+
+    model: nn.Module
+    encoder: nn.Module
+    evaluator: DatasetEvaluator
+
+
+class Measurement(NamedTuple):
+    """
+    What was measured of one model.
+
+    Attributes:
+        accuracy: task -> metric -> figure, from the evaluator; nan where there is none.
+        runs: part of a :class:`Run` -> (images,).
+        encoder_gflops: of the first image.
+        peak_memory_mb: over all images.
+    """
+
+    accuracy: dict[str, dict[str, float]]
+    runs: dict[str, np.ndarray]
+    encoder_gflops: float
+    peak_memory_mb: float
+
+
+class Comparison(NamedTuple):
+    """Measurements of models on the same images. The first model is what the others are compared with."""
+
+    models: dict[str, Measurement]
+
+    def speedup(self, name: str, part: str) -> Interval:
+        """How many times faster than the first model ``name`` runs ``part``, "encoder" or "total"."""
+        first = next(iter(self.models.values()))
+        return ratio_of_medians(first.runs[part], self.models[name].runs[part])
+
+    def retention(self, name: str) -> dict[str, float]:
+        """Share of the first model's AP that ``name`` keeps: "bbox.AP" -> share, nan where there is no AP."""
+        first = next(iter(self.models.values())).accuracy
+        kept = self.models[name].accuracy
+        return {
+            f"{task}.AP": kept.get(task, {}).get("AP", np.nan) / metrics["AP"] if metrics["AP"] > 0 else np.nan
+            for task, metrics in first.items()
+            if "AP" in metrics
+        }
+
+    def efficiency(self, name: str) -> float:
+        """Share of the encoder's time that is not reducing and restoring: 1 is the limit for its number of tokens."""
+        runs = self.models[name].runs
+        return float(np.median(runs["encoder"] - runs["reduction"]) / np.median(runs["encoder"]))
+
+
+def compare(
+    subjects: dict[str, Subject],
+    images: Iterable[list[dict]],
+    image_ids: list | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    warmup: int = 3,
+) -> Comparison | None:
+    """
+    Run every model on every image, in turn and in alternating order, evaluate the outputs and time the runs.
+
+    Every process of a distributed job calls this with its share of the images.
+
+    Args:
+        subjects: name -> model, the one to be compared with first.
+        images: Detectron2's input dictionaries, one image at a time; has a length.
+        image_ids: evaluate only these images of the data set; None: all.
+        device: "cuda" or "cpu".
+        dtype: float32, or another type for autocast.
+        warmup: untimed runs of each model on the first image.
+
+    Returns:
+        the comparison; None in all but the main process.
+    """
+    clock, memory = Clock(device), PeakMemory(device)
+    watches = {name: Stopwatch(subject.model, subject.encoder, clock) for name, subject in subjects.items()}
+    training = {name: subject.model.training for name, subject in subjects.items()}
+    runs: dict[str, list[Run]] = {name: [] for name in subjects}
+    peaks = dict.fromkeys(subjects, 0.0)
+    encoder_inputs: dict[str, tuple] = {}
+    names = list(subjects)
+    try:
+        for subject in subjects.values():
+            subject.model.eval()
+            subject.evaluator.reset()
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            progress = tqdm(images, desc=f"comparing {' and '.join(names)}", unit="image", disable=not comm.is_main_process())
+            for i, inputs in enumerate(progress):
+                if i == 0:
+                    for name in names * warmup:
+                        watches[name].run(inputs)
+                for name in names if i % 2 == 0 else reversed(names):
+                    memory.reset()
+                    outputs, run = watches[name].run(inputs)
+                    peaks[name] = max(peaks[name], memory.read())
+                    runs[name].append(run)
+                    encoder_inputs.setdefault(name, watches[name].encoder_input)
+                    subjects[name].evaluator.process(inputs, outputs)
+    finally:
+        for watch in watches.values():
+            watch.close()
+    gflops = {name: count_gflops(subjects[name].encoder, inputs) for name, inputs in encoder_inputs.items()}
+    for name, subject in subjects.items():
+        subject.model.train(training[name])
+
+    accuracy = {name: _evaluate(subject.evaluator, image_ids) for name, subject in subjects.items()}
+    shares = comm.gather((runs, peaks, gflops))
+    if not comm.is_main_process():
+        return None
+    measurements = {}
+    for name in names:
+        every = [run for runs, _, _ in shares for run in runs[name]]
+        measurements[name] = Measurement(
+            accuracy=accuracy[name],
+            runs={part: np.array([getattr(run, part) for run in every]) for part in Run._fields},
+            encoder_gflops=next(gflops[name] for _, _, gflops in shares if name in gflops),
+            peak_memory_mb=max(peaks[name] for _, peaks, _ in shares),
+        )
+    return Comparison(measurements)
+
+
+def _evaluate(evaluator: DatasetEvaluator, image_ids: list | None) -> dict[str, dict[str, Any]]:
+    arguments = {}
+    if image_ids is not None and "img_ids" in inspect.signature(evaluator.evaluate).parameters:
+        arguments["img_ids"] = image_ids
+    # COCO's evaluation prints tables of its own, and Detectron2's logs them.
+    logger = logging.getLogger("detectron2.evaluation")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return evaluator.evaluate(**arguments) or {}
+    finally:
+        logger.setLevel(level)

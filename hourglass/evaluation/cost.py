@@ -1,0 +1,64 @@
+"""What a model costs in operations and memory."""
+
+import logging
+import re
+import resource
+from math import prod
+from pathlib import Path
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def _count_baddbmm(inputs: list, outputs: list) -> int:
+    batch, rows, inner = inputs[1].type().sizes()
+    return prod((batch, rows, inner, inputs[2].type().sizes()[-1]))
+
+
+def count_gflops(encoder: nn.Module, inputs: tuple) -> float:
+    """
+    Multiply-adds of one run, in 1e9, as fvcore counts them.
+
+    Args:
+        encoder: what is run.
+        inputs: its arguments.
+    """
+    analysis = FlopCountAnalysis(encoder, inputs).set_op_handle("aten::baddbmm", _count_baddbmm)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    # The tracer's own warnings say that sizes become constants, which for one image they are.
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    with torch.no_grad():
+        return analysis.total() / 1e9
+
+
+class PeakMemory:
+    """
+    The most memory held since :meth:`reset`, in MB: by the allocator on CUDA, else by the process (since its start
+    where the system cannot reset its peak).
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+
+    def __init__(self, device: str):
+        self._cuda = device == "cuda"
+
+    def reset(self) -> None:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        try:
+            _CLEAR_REFS.write_text("5")
+        except OSError:
+            pass
+
+    def read(self) -> float:
+        if self._cuda:
+            return torch.cuda.max_memory_allocated() / 1e6
+        try:
+            return int(re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())[1]) * 1024 / 1e6
+        except OSError:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

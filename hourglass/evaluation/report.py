@@ -1,0 +1,175 @@
+"""A comparison as a table and as JSON."""
+
+import json
+import math
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import numpy as np
+import torch
+import torchvision
+from tabulate import tabulate
+
+import hourglass
+from hourglass.evaluation.compare import Comparison, Measurement
+
+SCHEMA = 1
+TASKS = {"bbox": "box", "segm": "mask"}
+
+
+def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
+    """
+    Args:
+        comparison: its models named "unmodified", "expedited" and "control", or some of them.
+        about: "dataset", "device", "dtype" and "plan".
+
+    Returns:
+        the content of ``comparison.json``: latencies in ms, retention and efficiency as shares, None where a figure
+        does not exist.
+    """
+    models = comparison.models
+    first = next(iter(models.values()))
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "dataset": about["dataset"],
+        "images": len(first.runs["total"]),
+        "device": about["device"],
+        "dtype": about["dtype"],
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "hourglass": hourglass.__version__,
+            "detectron2": detectron2.__version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "plan": about["plan"],
+        "models": {name: _model(measurement) for name, measurement in models.items()},
+    }
+    if "unmodified" in models and "expedited" in models:
+        document["speedup"] = {part: comparison.speedup("expedited", part)._asdict() for part in ("encoder", "total")}
+        document["retention"] = comparison.retention("expedited")
+    if "expedited" in models:
+        document["efficiency"] = comparison.efficiency("expedited")
+    if "unmodified" in models and "control" in models:
+        document["control_retention"] = comparison.retention("control")
+    return _without_nan(document)
+
+
+def _model(measurement: Measurement) -> dict[str, Any]:
+    runs = measurement.runs
+    full = runs["full"] if runs["full"].any() else runs["size"]
+    middle = runs["middle"] if runs["full"].any() else full
+    return {
+        "accuracy": {
+            task: {metric: value for metric, value in metrics.items() if metric.startswith("AP") and "-" not in metric}
+            for task, metrics in measurement.accuracy.items()
+        },
+        "latency_ms": {part: _spread(runs[part]) for part in ("encoder", "total")},
+        "encoder_gflops": measurement.encoder_gflops,
+        "tokens": {"full": float(np.median(full)), "middle": float(np.median(middle))},
+        "peak_memory_mb": measurement.peak_memory_mb,
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    p10, median, p90 = np.percentile(values, [10, 50, 90])
+    return {"median": float(median), "p10": float(p10), "p90": float(p90)}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
+    """
+    Args:
+        document: from :func:`to_json`.
+        tablefmt: of ``tabulate``.
+
+    Returns:
+        a row for each figure, a column for each model and, where there are two, one for expedited / unmodified.
+    """
+    models = document["models"]
+    both = "speedup" in document
+    control = document.get("control_retention")
+    rows = []
+
+    def row(label: str, cells: list[str], ratio: str = "", control_ratio: str = "") -> None:
+        rows.append([label, *cells] + [ratio] * both + [control_ratio] * (control is not None))
+
+    for task in next(iter(models.values()))["accuracy"]:
+        label = TASKS.get(task, task)
+        for metric in next(iter(models.values()))["accuracy"][task]:
+            cells = [_number(model["accuracy"].get(task, {}).get(metric), 1) for model in models.values()]
+            name = f"{task}.{metric}"
+            kept = _percent(document["retention"].get(name)) if both and name in document["retention"] else ""
+            kept_by_control = _percent(control[name]) if control and name in control else ""
+            row(f"{label} {metric}", cells, kept, kept_by_control)
+    for part in ("encoder", "total"):
+        cells = [_latency(model["latency_ms"][part]) for model in models.values()]
+        speedup = "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**document["speedup"][part]) if both else ""
+        row(f"{part} latency, ms (p10-p90)", cells, speedup)
+    gflops = [model["encoder_gflops"] for model in models.values()]
+    ratio = f"{models['expedited']['encoder_gflops'] / models['unmodified']['encoder_gflops']:.2f}x" if both else ""
+    row("encoder GFLOPs", [_number(value, 2) for value in gflops], ratio)
+    tokens = [f"{model['tokens']['middle']:.0f} of {model['tokens']['full']:.0f}" for model in models.values()]
+    row("tokens in the middle", tokens)
+    row("peak memory, MB", [_number(model["peak_memory_mb"], 0) for model in models.values()])
+    if "efficiency" in document:
+        row("efficiency", [_percent(document["efficiency"]) if name == "expedited" else "" for name in models])
+    headers = ["", *models] + ["expedited / unmodified"] * both + ["control / unmodified"] * (control is not None)
+    return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))
+
+
+def describe(document: dict[str, Any]) -> str:
+    """What was measured, in a line."""
+    plan = document["plan"]
+    reducer = plan["reducer"]
+    if reducer is None:
+        planned = "no plan"
+    else:
+        arguments = ", ".join(f"{name}={value}" for name, value in reducer.items() if name != "name")
+        planned = (
+            f"{reducer['name']}({arguments}) before block {plan['start']} to "
+            f"{'the end' if plan['stop'] is None else 'block ' + str(plan['stop'])}, scope {plan['scope']}"
+            f"{', proportional attention' if plan['proportional'] else ''}"
+        )
+    return (
+        f"{document['dataset']}, {document['images']} images, {document['device']} ({document['threads']} threads), "
+        f"{document['dtype']}; plan: {planned}"
+    )
+
+
+def write_report(document: dict[str, Any], folder: str | os.PathLike) -> None:
+    """Write ``comparison.json`` and ``comparison.md`` into ``folder``, each whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "comparison.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
+    _write(folder / "comparison.md", f"{describe(document)}\n\n{to_table(document, 'github')}\n")
+
+
+def _write(path: Path, text: str) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _latency(spread: dict[str, float]) -> str:
+    return "{median:.1f} ({p10:.1f}-{p90:.1f})".format(**spread)

@@ -1,0 +1,159 @@
+"""Times of a model's parts, taken from outside it, and what they say together."""
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from hourglass.reduction import Reducer, Reduction
+
+
+class Clock:
+    """
+    Marks moments and tells the milliseconds between them. On CUDA a mark is an event in the stream, so that marking
+    does not wait for the device.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
+
+    def __init__(self, device: str):
+        self._cuda = device == "cuda"
+
+    def mark(self) -> torch.cuda.Event | float:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start, stop) -> float:
+        """Milliseconds; the device must have reached both marks."""
+        return start.elapsed_time(stop) if self._cuda else (stop - start) * 1000
+
+    def synchronize(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+class Run(NamedTuple):
+    """
+    One run of a model on one image.
+
+    Attributes:
+        total: milliseconds from the input dictionaries to the output.
+        encoder: milliseconds in the encoder.
+        reduction: of those, milliseconds in reducers and in restoring.
+        full: tokens that entered the reducers; 0 without a reducer.
+        middle: tokens that left them.
+        size: tokens of the encoder's finest output.
+    """
+
+    total: float
+    encoder: float
+    reduction: float
+    full: int
+    middle: int
+    size: int
+
+
+class Stopwatch:
+    """
+    Times the runs of a model, its encoder and the encoder's reducers by hooks, which :meth:`close` removes.
+
+    Args:
+        model: what is run.
+        encoder: the part of it that is timed.
+        clock: of the model's device.
+    """
+
+    def __init__(self, model: nn.Module, encoder: nn.Module, clock: Clock):
+        self._model = model
+        self._clock = clock
+        self._spans: dict[str, list] = {"encoder": [], "reduction": []}
+        self._tokens = [0, 0]
+        self._size = 0
+        #: The encoder's input in the last run.
+        self.encoder_input: tuple = ()
+        self._handles = [
+            encoder.register_forward_pre_hook(self._encoder_starts),
+            encoder.register_forward_hook(self._encoder_stops),
+        ]
+        for module in encoder.modules():
+            if isinstance(module, Reducer):
+                self._handles.append(module.register_forward_pre_hook(self._reducer_starts))
+                self._handles.append(module.register_forward_hook(self._reducer_stops))
+
+    def run(self, inputs: list[dict]) -> tuple[list[dict], Run]:
+        """Run the model on Detectron2's ``inputs`` and return its outputs and times."""
+        for spans in self._spans.values():
+            spans.clear()
+        self._tokens = [0, 0]
+        self._clock.synchronize()
+        start = time.perf_counter()
+        outputs = self._model(inputs)
+        self._clock.synchronize()
+        total = (time.perf_counter() - start) * 1000
+        encoder, reduction = (
+            sum(self._clock.between(*span) for span in self._spans[part]) for part in ("encoder", "reduction")
+        )
+        return outputs, Run(total, encoder, reduction, *self._tokens, self._size)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _start(self, part: str) -> None:
+        self._spans[part].append([self._clock.mark()])
+
+    def _stop(self, part: str) -> None:
+        self._spans[part][-1].append(self._clock.mark())
+
+    def _encoder_starts(self, module: nn.Module, inputs: tuple) -> None:
+        self.encoder_input = inputs
+        self._start("encoder")
+
+    def _encoder_stops(self, module: nn.Module, inputs: tuple, features: dict[str, torch.Tensor]) -> None:
+        self._stop("encoder")
+        self._size = max(feature.shape[0] * feature.shape[-2] * feature.shape[-1] for feature in features.values())
+
+    def _reducer_starts(self, module: nn.Module, inputs: tuple) -> None:
+        self._start("reduction")
+
+    def _reducer_stops(self, module: nn.Module, inputs: tuple, reduction: Reduction) -> Reduction:
+        self._stop("reduction")
+        self._tokens[0] += inputs[0].shape[:-1].numel()
+        self._tokens[1] += reduction.tokens.shape[:-1].numel()
+
+        def restore(refined: torch.Tensor) -> torch.Tensor:
+            self._start("reduction")
+            tokens = reduction.restore(refined)
+            self._stop("reduction")
+            return tokens
+
+        return reduction._replace(restore=restore)
+
+
+class Interval(NamedTuple):
+    """A figure and the 95 % interval around it."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def ratio_of_medians(slow: np.ndarray, fast: np.ndarray, resamples: int = 2000, seed: int = 0) -> Interval:
+    """
+    How many times faster ``fast`` is, with a bootstrap interval over images.
+
+    Args:
+        slow, fast: (images,) milliseconds, in the same order of images.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+    """
+    draws = np.random.default_rng(seed).integers(len(slow), size=(resamples, len(slow)))
+    ratios = np.median(slow[draws], axis=1) / np.median(fast[draws], axis=1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Interval(float(np.median(slow) / np.median(fast)), float(low), float(high))

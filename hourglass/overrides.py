@@ -1,0 +1,83 @@
+"""Command line overrides of a LazyConfig, refused where they name what is not there."""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import LazyConfig
+from detectron2.utils.registry import locate
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from hourglass.errors import InputError
+
+
+def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """
+    Override contents of a config in place, as Detectron2's ``LazyConfig.apply_overrides``, which adds whatever key it
+    does not know. A key is known where the config has it, or where its parent is a call that takes it.
+
+    Args:
+        cfg: the config.
+        overrides: "key=value", with Hydra's grammar for values.
+
+    Raises:
+        InputError: for an override that cannot be parsed, or an unknown key; it names the nearest known one.
+    """
+    keys = [_parse(override) for override in overrides]
+    # What a call takes is known once its target is.
+    ordered = sorted(zip(keys, overrides), key=lambda pair: not pair[0].endswith("_target_"))
+    for key, override in ordered:
+        _check_key(cfg, key)
+        try:
+            LazyConfig.apply_overrides(cfg, [override])
+        except Exception as error:  # OmegaConf has many
+            raise InputError(f"override {override!r} cannot be applied: {str(error).splitlines()[0]}") from error
+
+
+def _parse(override: str) -> str:
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise InputError(f"override {override!r} cannot be parsed: key=value is taken, such as plan.start=4") from error
+    if parsed.is_delete() or parsed.is_add() or parsed.is_sweep_override():
+        raise InputError(f"override {override!r} is not taken: key=value is, such as plan.start=4")
+    return parsed.key_or_group
+
+
+def _check_key(cfg: DictConfig, key: str) -> None:
+    node: Any = cfg
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        known = _known(node)
+        if known is None or part in known:
+            try:
+                node = OmegaConf.select(cfg, ".".join(parts[: depth + 1]), throw_on_missing=False)
+            except Exception:  # an interpolation that does not resolve yet: its key is there
+                node = None
+            continue
+        parent = ".".join(parts[:depth])
+        near = difflib.get_close_matches(part, known, n=1, cutoff=0.3)
+        nearest = f"did you mean {'.'.join([*parts[:depth], near[0], *parts[depth + 1 :]])!r}?" if near else ""
+        raise InputError(
+            f"unknown key {key!r}: {parent or 'the config'} has no {part!r}; "
+            + (nearest or f"it takes {', '.join(sorted(known))}")
+        )
+
+
+def _known(node: Any) -> list[str] | None:
+    """The keys that a node takes; None where any may be given."""
+    if isinstance(node, ListConfig):
+        return [str(i) for i in range(len(node))]
+    if not isinstance(node, DictConfig):
+        return [] if node is not None else None
+    keys = [str(key) for key in node]
+    if "_target_" in node:
+        target = locate(node._target_) if isinstance(node._target_, str) else node._target_
+        parameters = inspect.signature(target).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return None
+        keys += [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+    return keys

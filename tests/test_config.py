@@ -1,0 +1,291 @@
+import copy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, get_cfg, instantiate
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import GeneralizedRCNN, build_backbone
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+import hourglass
+from hourglass import AveragePooling, HourglassViT, InputError, Plan, SkipBlocks, TokenClustering
+from hourglass.compat import has_own_vit
+from hourglass.config import add_hourglass_config, build_plan, expedite
+from hourglass.encoders import ViT
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+VIT = dict(img_size=64, patch_size=8, embed_dim=16, depth=3, num_heads=2, use_rel_pos=True, pretrain_img_size=64)
+
+
+def plan(stop: int | None = None) -> Plan:
+    return Plan(TokenClustering(grid=(5, 5)), start=1, stop=stop)
+
+
+def plan_node() -> DictConfig:
+    return L(Plan)(reducer=L(TokenClustering)(grid=[5, 5]), start=1)
+
+
+def bare(target=ViT, **options) -> DictConfig:
+    return OmegaConf.create({"model": {"backbone": L(target)(**VIT, **options)}}, flags={"allow_objects": True})
+
+
+def demo() -> DictConfig:
+    cfg = LazyConfig.load(str(CONFIGS / "demo" / "vitdet.py"))
+    # Smaller, for speed.
+    cfg.model.backbone.net.embed_dim = 24
+    cfg.model.backbone.square_pad = 128
+    return cfg
+
+
+def same_weights(cfg: DictConfig, model: nn.Module) -> nn.Module:
+    other = instantiate(cfg.model).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def assert_same(cfg: DictConfig, expedited: DictConfig, plan: Plan, size: int = 64) -> None:
+    """Both ways to expedite give one model."""
+    torch.manual_seed(0)
+    plain = instantiate(cfg.model).eval()
+    by_model = hourglass.expedite(plain, plan).eval()
+    by_config = same_weights(expedited, plain)
+    assert list(by_config.state_dict()) == list(plain.state_dict())
+    image = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        expected, outputs = by_model.backbone(image), by_config.backbone(image)
+        assert expected.keys() == outputs.keys()
+        for name in expected:
+            assert torch.equal(outputs[name], expected[name])
+
+
+class Model(nn.Module):
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+
+def with_model(cfg: DictConfig) -> DictConfig:
+    cfg.model = L(Model)(backbone=cfg.model.backbone)
+    return cfg
+
+
+def test_demo_config():
+    cfg = demo()
+    before = copy.deepcopy(cfg)
+    expedited = expedite(cfg, plan())
+    assert cfg == before
+    assert_same(cfg, expedited, plan(), size=128)
+
+    model = instantiate(expedited.model).eval()
+    assert isinstance(model, GeneralizedRCNN) and isinstance(model.backbone.net, HourglassViT)
+    with torch.no_grad():
+        assert "instances" in model([{"image": torch.zeros(3, 96, 128)}])[0]
+
+
+@pytest.mark.parametrize("given", [plan, plan_node])
+@pytest.mark.parametrize("target", [ViT, "hourglass.encoders.ViT", "hourglass.encoders.vit.ViT"], ids=str)
+def test_bare_encoder(target, given):
+    cfg = with_model(bare(target))
+    assert_same(cfg, expedite(cfg, given()), plan())
+
+
+def test_node_keeps_its_place_and_arguments():
+    cfg = expedite(demo(), plan_node())
+    assert cfg.model.backbone.in_feature == "last_feat"
+    cfg = LazyConfig.apply_overrides(
+        cfg, ["model.backbone.net.depth=2", "model.backbone.net.out_feature=tokens", "model.backbone.net.plan.start=0"]
+    )
+    backbone = instantiate(cfg.model.backbone)
+    assert len(backbone.net.blocks) == 2 and backbone.net.plan.start == 0
+    assert backbone.in_feature == "tokens"
+
+
+def test_a_plan_that_does_not_fit_is_refused_when_the_model_is_built():
+    cfg = expedite(bare(), plan(stop=4))
+    with pytest.raises(InputError, match="number of blocks"):
+        instantiate(cfg.model.backbone)
+    cfg.model.backbone.depth = 4
+    instantiate(cfg.model.backbone)
+
+
+def test_expedited_config_gets_the_new_plan():
+    cfg = with_model(bare())
+    again = expedite(expedite(cfg, Plan(SkipBlocks(), 0, 2)), plan())
+    assert_same(cfg, again, plan())
+
+
+def test_a_hourglass_node_gets_the_new_plan():
+    cfg = with_model(bare())
+    wrapped = copy.deepcopy(cfg)
+    wrapped.model.backbone = L(HourglassViT)(encoder=cfg.model.backbone, plan=L(Plan)())
+    assert_same(cfg, expedite(wrapped, plan_node()), plan())
+
+
+def test_plan_of_the_config_itself():
+    cfg = with_model(bare())
+    cfg.grid = [5, 5]
+    cfg.plan = L(Plan)(reducer=L(TokenClustering)(grid="${...grid}"), start=1)
+    assert_same(cfg, expedite(cfg, cfg.plan), plan())
+
+
+def test_round_trips(tmp_path):
+    cfg = with_model(bare(norm_layer=partial(nn.LayerNorm, eps=1e-6)))
+    expedited = expedite(cfg, plan_node())
+    merged = OmegaConf.create(OmegaConf.to_container(expedited), flags={"allow_objects": True})
+    assert_same(cfg, merged, plan())
+    LazyConfig.save(expedited, str(tmp_path / "config.yaml"))
+    loaded = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert loaded.model.backbone._target_ == "hourglass.config.build_hourglass"
+    assert loaded.model.backbone.encoder == "hourglass.encoders.ViT"
+    assert_same(cfg, loaded, plan())
+
+
+def test_subclass_that_has_no_dotted_name():
+    class Ours(ViT):
+        pass
+
+    cfg = with_model(bare(Ours))
+    assert_same(cfg, expedite(cfg, plan()), plan())
+
+
+def test_read_only_config():
+    cfg = with_model(bare())
+    cfg.start, cfg.plan = 1, plan_node()
+    cfg.plan.start = "${..start}"
+    OmegaConf.set_readonly(cfg, True)
+    OmegaConf.set_struct(cfg, True)
+    assert_same(cfg, expedite(cfg, cfg.plan), plan())
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (OmegaConf.create({"train": {}}), "model.backbone, got one with train"),
+        ({"model": {}}, "takes a LazyConfig with a model.backbone, got {"),
+        (OmegaConf.create({"model": {"backbone": {"_target_": "torch.nn.Identity"}}}), "none: .* torch.nn.Identity"),
+        (OmegaConf.create({"model": {"backbone": {"_target_": "no.such.thing"}}}), "none: .* no.such.thing"),
+        (
+            OmegaConf.create({"model": {"backbone": {"parts": [L(ViT)(), L(ViT)()]}}}, flags={"allow_objects": True}),
+            r"parts\[0\] and model.backbone.parts\[1\]",
+        ),
+    ],
+    ids=["no model", "no LazyConfig", "no encoder", "no such target", "several"],
+)
+def test_config_without_one_encoder(cfg, message):
+    with pytest.raises(InputError, match=message):
+        expedite(cfg, plan())
+
+
+@pytest.mark.parametrize("wrong", [None, "plan", TokenClustering(0.5)], ids=repr)
+def test_plan_that_is_none(wrong):
+    with pytest.raises(InputError, match="plan takes"):
+        expedite(bare(), wrong)
+
+
+def test_node_that_is_no_plan():
+    with pytest.raises(InputError, match="plan takes"):
+        instantiate(expedite(bare(), L(TokenClustering)(grid=0.5)).model.backbone)
+
+
+@pytest.mark.skipif(not has_own_vit(), reason="this Detectron2 has no ViT of its own")
+def test_detectron2s_own_vit():
+    import detectron2.modeling
+
+    for target in (detectron2.modeling.ViT, "detectron2.modeling.ViT"):
+        cfg = with_model(bare(target, window_size=4, window_block_indexes=[0, 2]))
+        assert_same(cfg, expedite(cfg, plan_node()), plan())
+
+
+def small_yacs(name: str = "build_hourglass_vitdet_backbone"):
+    cfg = get_cfg()
+    add_hourglass_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = name
+    options = ["IMG_SIZE", 64, "PATCH_SIZE", 8, "EMBED_DIM", 16, "DEPTH", 3, "NUM_HEADS", 2, "PRETRAIN_IMG_SIZE", 64]
+    options += ["WINDOW_SIZE", 4, "WINDOW_BLOCK_INDEXES", [0, 2], "PYRAMID.SQUARE_PAD", 64, "PYRAMID.OUT_CHANNELS", 8]
+    cfg.merge_from_list([f"MODEL.VIT.{o}" if isinstance(o, str) else o for o in options])
+    cfg.merge_from_list(["MODEL.HOURGLASS.GRID", [5, 5], "MODEL.HOURGLASS.START", 1])
+    return cfg
+
+
+def test_yacs_backbones():
+    torch.manual_seed(0)
+    plain = build_backbone(small_yacs("build_vitdet_backbone")).eval()
+    expedited = build_backbone(small_yacs()).eval()
+    assert isinstance(expedited.net, HourglassViT) and not isinstance(plain.net, HourglassViT)
+    assert list(expedited.state_dict()) == list(plain.state_dict())
+    assert plain.size_divisibility == 64
+    expedited.load_state_dict(plain.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        unmodified, outputs = plain(image), expedited(image)
+        expected = hourglass.expedite(plain, plan())(image)
+    assert list(outputs) == list(plain.output_shape()) == ["p1", "p2", "p3", "p4", "p5"]
+    for name in outputs:
+        assert torch.equal(outputs[name], expected[name])
+        assert not torch.equal(outputs[name], unmodified[name])
+
+
+def test_yacs_without_a_reducer_is_unmodified():
+    cfg = small_yacs()
+    cfg.merge_from_list(["MODEL.HOURGLASS.REDUCER", ""])
+    assert build_plan(cfg).describe() == Plan().describe()
+    torch.manual_seed(0)
+    expedited = build_backbone(cfg).eval()
+    torch.manual_seed(0)
+    plain = build_backbone(small_yacs("build_vitdet_backbone")).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(expedited(image).values(), plain(image).values()))
+
+
+def test_yacs_defaults_are_the_constructors():
+    cfg = get_cfg()
+    add_hourglass_config(cfg)
+    assert build_plan(cfg).describe() == Plan(TokenClustering((46, 46)), start=3).describe()
+    with torch.device("meta"):
+        yacs = hourglass.config.build_vitdet_backbone(cfg, ShapeSpec(channels=3))
+        lazy = instantiate(LazyConfig.load(str(CONFIGS / "common" / "mask_rcnn_vitdet.py")).model.backbone)
+    assert {k: v.shape for k, v in yacs.state_dict().items()} == {k: v.shape for k, v in lazy.state_dict().items()}
+    assert [b.window_size for b in yacs.net.blocks] == [b.window_size for b in lazy.net.blocks]
+    assert repr(yacs.net) == repr(lazy.net)  # epsilons and stochastic depth too
+    assert yacs.output_shape() == lazy.output_shape() and yacs.size_divisibility == lazy.size_divisibility
+
+
+def test_yacs_plans():
+    cfg = small_yacs()
+    nodes = ["TEMPERATURE", 0.05, "RESTORE_TEMPERATURE", "auto", "K", 3, "STOP", 2, "PROPORTIONAL", False]
+    cfg.merge_from_list([f"MODEL.HOURGLASS.{o}" if isinstance(o, str) and o.isupper() else o for o in nodes])
+    reducer = TokenClustering((5, 5), temperature=0.05, restore_temperature="auto", k=3)
+    assert build_plan(cfg).describe() == Plan(reducer, 1, 2, proportional=False).describe()
+    # Back to the default in a later file or on the command line.
+    cfg.merge_from_list(["MODEL.HOURGLASS.TEMPERATURE", None, "MODEL.HOURGLASS.GRID", [0.5, 0.75]])
+    assert build_plan(cfg).reducer.temperature == "auto"
+    cfg.MODEL.HOURGLASS.REDUCER = "AveragePooling"
+    assert build_plan(cfg).reducer.describe() == AveragePooling((0.5, 0.75)).describe()
+    cfg.MODEL.HOURGLASS.REDUCER = "SkipBlocks"
+    assert isinstance(build_plan(cfg).reducer, SkipBlocks)
+
+
+@pytest.mark.parametrize("reducer", ["GridReducer", "Reduction", "pooling"])
+def test_yacs_reducer_that_is_none(reducer):
+    cfg = small_yacs()
+    cfg.MODEL.HOURGLASS.REDUCER = reducer
+    with pytest.raises(InputError, match="MODEL.HOURGLASS.REDUCER takes '' or .*'TokenClustering'"):
+        build_backbone(cfg)
+
+
+def test_nodes_are_added_once():
+    cfg = small_yacs()
+    before = cfg.clone()
+    add_hourglass_config(cfg)
+    assert cfg == before
+    other = get_cfg()
+    add_hourglass_config(other)
+    other.MODEL.VIT.WINDOW_BLOCK_INDEXES.append(2)
+    fresh = get_cfg()
+    add_hourglass_config(fresh)
+    assert 2 not in fresh.MODEL.VIT.WINDOW_BLOCK_INDEXES
