@@ -13,15 +13,16 @@ import os
 import sys
 from pathlib import Path
 
-import torch
+import hourglass  # first: it mends Detectron2 0.6
 
-import hourglass
+# isort: split
+import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
+from torch.multiprocessing import ProcessExitedException
 
 from hourglass import InputError, Plan
 from hourglass.checkpoint import load_checkpoint
@@ -47,7 +48,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help='of the config: plan.start=4 plan.reducer.grid="[20,20]" train.init_checkpoint=... evaluation.max_images=50',
+        help="of the config, such as plan.start=4 'plan.reducer.grid=[20,20]' evaluation.max_images=50",
     )
     return parser.parse_intermixed_args(arguments)
 
@@ -55,7 +56,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def load_config(path: str, overrides: list[str]) -> DictConfig:
     if not os.path.isfile(path):
         raise InputError(f"config file {path} is missing")
-    cfg = LazyConfig.load(path)
+    try:
+        cfg = LazyConfig.load(path)
+    except InputError:
+        raise
+    except Exception as error:  # a config is a program
+        raise InputError(f"config file {path} cannot be loaded ({type(error).__name__}: {error})") from error
     apply_overrides(cfg, overrides)
     for key in ("model", "dataloader", "train", "plan", "evaluation"):
         if key not in cfg:
@@ -66,6 +72,9 @@ def load_config(path: str, overrides: list[str]) -> DictConfig:
         raise InputError(f'train.device takes "cuda", "cpu" or "auto", got {cfg.train.device!r}')
     if cfg.train.device == "cuda" and not torch.cuda.is_available():
         raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
+    limit = cfg.evaluation.max_images
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise InputError(f"evaluation.max_images takes a whole number of at least 1, or null, got {limit!r}")
     if cfg.evaluation.dtype not in ("float32", "bfloat16"):
         raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {cfg.evaluation.dtype!r}')
     return cfg
@@ -139,16 +148,26 @@ def run(args: argparse.Namespace) -> None:
         main(args)
     except InputError as error:
         # A data loader's worker puts its traceback before the message.
-        line = str(error).strip().splitlines()[-1].removeprefix("hourglass.errors.InputError: ")
-        sys.stderr.write(f"error: {line}\n")
-        sys.stderr.flush()
-        sys.exit(2)
+        refuse(str(error).strip().splitlines()[-1].removeprefix("hourglass.errors.InputError: "))
+
+
+def refuse(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":
     args = parse()
     logging.captureWarnings(True)
-    if args.num_gpus > 1:
-        launch(run, args.num_gpus, dist_url="auto", args=(args,))
-    else:
+    if args.num_gpus > max(1, torch.cuda.device_count()):
+        refuse(
+            f"--num-gpus takes at most the number of CUDA devices, {torch.cuda.device_count()}, got {args.num_gpus}: "
+            f"on CPUs, torchrun --nproc-per-node {args.num_gpus} train_net.py ... starts processes"
+        )
+    if args.num_gpus == 1:
         run(args)
+    else:
+        try:
+            launch(run, args.num_gpus, dist_url="auto", args=(args,))
+        except ProcessExitedException as error:
+            sys.exit(error.exit_code)

@@ -1,13 +1,14 @@
 """Large vision transformers for detection and segmentation, their middle blocks on fewer tokens."""
 
-from hourglass import compat  # noqa: F401  (first: it mends Detectron2 0.6 before anything imports it)
-from hourglass import config
+from hourglass import (
+    compat,  # noqa: F401  (first: it mends Detectron2 0.6 before anything imports it)
+    config,
+)
 from hourglass.config import add_hourglass_config
 from hourglass.encoders import HourglassViT, Plan, expedite
 from hourglass.errors import InputError
 from hourglass.reduction import AveragePooling, Reducer, Reduction, SkipBlocks, TokenClustering
-
-__version__ = "0.1.0"
+from hourglass.version import __version__
 
 __all__ = [
     "AveragePooling",
@@ -18,6 +19,7 @@ __all__ = [
     "Reduction",
     "SkipBlocks",
     "TokenClustering",
+    "__version__",
     "add_hourglass_config",
     "config",
     "expedite",

@@ -75,7 +75,14 @@ def _known(node: Any) -> list[str] | None:
         return [] if node is not None else None
     keys = [str(key) for key in node]
     if "_target_" in node:
-        target = locate(node._target_) if isinstance(node._target_, str) else node._target_
+        target = node._target_
+        if isinstance(target, str):
+            try:
+                target = locate(target)
+            except Exception as error:  # whatever importing it may raise
+                raise InputError(
+                    f"_target_ {node._target_!r} cannot be imported: a dotted name of a callable is taken"
+                ) from error
         parameters = inspect.signature(target).parameters.values()
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return None

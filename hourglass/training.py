@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import instantiate
+from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import SimpleTrainer, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter
+from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from hourglass.data.loading import build_loader
 
 
 class Trainer(SimpleTrainer):
@@ -63,17 +66,22 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
         model: on its device, its initial weights loaded.
         evaluate: called every ``train.eval_period`` iterations and at the end; returns figures to log, flat.
         resume: continue from the last checkpoint in ``output_dir``.
+
+    Raises:
+        InputError: for training data that is missing or cannot be read.
     """
     options = cfg.train
+    loader, _ = build_loader(cfg.dataloader.train)
+    os.makedirs(options.output_dir, exist_ok=True)
+    setup_logger(options.output_dir, distributed_rank=comm.get_rank())
+    LazyConfig.save(cfg, os.path.join(options.output_dir, "config.yaml"))
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     replica = model
     if comm.get_world_size() > 1:
         device_ids = [comm.get_local_rank()] if options.device == "cuda" else None
         replica = DistributedDataParallel(model, device_ids=device_ids, **options.ddp)
-    trainer = Trainer(
-        replica, instantiate(cfg.dataloader.train), optimizer, options.device, options.amp.enabled, options.clip_gradient
-    )
+    trainer = Trainer(replica, loader, optimizer, options.device, options.amp.enabled, options.clip_gradient)
     checkpointer = DetectionCheckpointer(model, options.output_dir, trainer=trainer)
     writers = [
         CommonMetricPrinter(options.max_iter),

@@ -39,7 +39,5 @@ dataloader = dict(
         num_workers=4,
     ),
     # The fast implementation needs Detectron2's compiled extension and is unofficial.
-    evaluator=L(COCOEvaluator)(
-        dataset_name="${..test.dataset.names}", tasks=("bbox", "segm"), use_fast_impl=False
-    ),
+    evaluator=L(COCOEvaluator)(dataset_name="${..test.dataset.names}", tasks=("bbox", "segm"), use_fast_impl=False),
 )

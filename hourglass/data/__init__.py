@@ -1,6 +1,6 @@
 """The embedded demo data set, and its registration with Detectron2."""
+
 import os
-from typing import Optional
 
 from .demo import write_demo
 from .scenes import STUFF, THINGS, Scene, draw_scene

@@ -6,14 +6,16 @@ The demo data set on disk: scenes drawn from a seed, in the layout of COCO.
     root/annotations/panoptic_{split}.json                  the panoptic segments
     root/annotations/panoptic_{split}/000000000001.png      their ids: R + 256 G + 65536 B
 """
+
 import json
 import os
 import tempfile
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -24,7 +26,7 @@ from .scenes import RECIPE, SIZE, STUFF, THINGS, draw_scene
 
 
 def write_demo(
-    root: "str | os.PathLike[str]", images: Dict[str, int], seed: int = 0, workers: Optional[int] = None
+    root: "str | os.PathLike[str]", images: dict[str, int], seed: int = 0, workers: int | None = None
 ) -> None:
     """
     Draw splits of the demo data set, unless they are there already. The same arguments give the same bytes, and image
@@ -81,11 +83,11 @@ def _paths(root: str, split: str) -> _Paths:
     )
 
 
-def _info(split: str, count: int, seed: int) -> Dict[str, Any]:
+def _info(split: str, count: int, seed: int) -> dict[str, Any]:
     return {"description": "hourglass demo", "recipe": RECIPE, "seed": seed, "split": split, "images": count}
 
 
-def _is_complete(root: str, split: str, info: Dict[str, Any]) -> bool:
+def _is_complete(root: str, split: str, info: dict[str, Any]) -> bool:
     paths = _paths(root, split)
     if not all(os.path.exists(path) for path in paths):
         return False
@@ -117,7 +119,7 @@ def _locked(root: str) -> Iterator[None]:
             os.close(folder)
 
 
-def _publish(fresh: str, root: str, split: str, info: Dict[str, Any]) -> None:
+def _publish(fresh: str, root: str, split: str, info: dict[str, Any]) -> None:
     """Move a split from the folder `fresh`, with the old one, if any, taking its place there."""
     old, new, target = os.path.join(fresh, "old"), _paths(fresh, split), _paths(root, split)
     os.makedirs(os.path.join(root, "annotations"), exist_ok=True)
@@ -134,7 +136,7 @@ def _publish(fresh: str, root: str, split: str, info: Dict[str, Any]) -> None:
             raise
 
 
-def _write_split(root: str, split: str, info: Dict[str, Any], workers: Optional[int]) -> None:
+def _write_split(root: str, split: str, info: dict[str, Any], workers: int | None) -> None:
     paths = _paths(root, split)
     os.makedirs(paths.images)
     os.makedirs(paths.panoptic_masks)
@@ -148,22 +150,28 @@ def _write_split(root: str, split: str, info: Dict[str, Any], workers: Optional[
     things = [{"id": i + 1, "name": name, "supercategory": "thing"} for i, name in enumerate(THINGS)]
     stuff = [{"id": _stuff_category(i), "name": name, "supercategory": "stuff"} for i, name in enumerate(STUFF)]
     common = {"info": info, "licenses": [], "images": [record.image for record in records]}
-    _write_json(paths.panoptic, {
-        **common,
-        "annotations": [record.panoptic for record in records],
-        "categories": [{**thing, "isthing": 1} for thing in things] + [{**kind, "isthing": 0} for kind in stuff],
-    })
-    _write_json(paths.instances, {
-        **common,
-        "annotations": [{"id": i, **instance} for i, instance in enumerate(instances, start=1)],
-        "categories": things,
-    })
+    _write_json(
+        paths.panoptic,
+        {
+            **common,
+            "annotations": [record.panoptic for record in records],
+            "categories": [{**thing, "isthing": 1} for thing in things] + [{**kind, "isthing": 0} for kind in stuff],
+        },
+    )
+    _write_json(
+        paths.instances,
+        {
+            **common,
+            "annotations": [{"id": i, **instance} for i, instance in enumerate(instances, start=1)],
+            "categories": things,
+        },
+    )
 
 
 class _Record(NamedTuple):
-    image: Dict[str, Any]
-    instances: List[Dict[str, Any]]  # without their ids, which count through the split
-    panoptic: Dict[str, Any]
+    image: dict[str, Any]
+    instances: list[dict[str, Any]]  # without their ids, which count through the split
+    panoptic: dict[str, Any]
 
 
 def _write_image(paths: _Paths, split: str, seed: int, index: int) -> _Record:
@@ -213,7 +221,7 @@ def _write_image(paths: _Paths, split: str, seed: int, index: int) -> _Record:
     )
 
 
-def _segment(segment: int, category: int, area: int, box: "list | tuple") -> Dict[str, Any]:
+def _segment(segment: int, category: int, area: int, box: "list | tuple") -> dict[str, Any]:
     return {"id": segment, "category_id": category, "area": area, "bbox": [int(x) for x in box], "iscrowd": 0}
 
 
@@ -221,7 +229,7 @@ def _stuff_category(kind: int) -> int:
     return len(THINGS) + 1 + kind
 
 
-def _write_image_file(path: str, image: np.ndarray, options: List[int]) -> None:
+def _write_image_file(path: str, image: np.ndarray, options: list[int]) -> None:
     """Write (h, w, 3) uint8 RGB, in the format that the name's ending tells."""
     # Not cv2.imwrite: it answers a full disk with False and no more.
     done, data = cv2.imencode(os.path.splitext(path)[1], image[..., ::-1], options)
@@ -230,6 +238,6 @@ def _write_image_file(path: str, image: np.ndarray, options: List[int]) -> None:
         file.write(data.tobytes())
 
 
-def _write_json(path: str, content: Dict[str, Any]) -> None:
+def _write_json(path: str, content: dict[str, Any]) -> None:
     with open(path, "w") as file:
         json.dump(content, file, separators=(",", ":"))

@@ -29,7 +29,9 @@ class ReadableMapper:
             return self.mapper(record)
         except (OSError, SyntaxError, UnidentifiedImageError) as error:  # Pillow raises each of them for bad files
             reason = str(error).split("\n")[0]
-            raise InputError(f"image {record.get('file_name')} cannot be read ({type(error).__name__}: {reason})") from error
+            raise InputError(
+                f"image {record.get('file_name')} cannot be read ({type(error).__name__}: {reason})"
+            ) from error
 
 
 def check_datasets(names: str | list[str] | tuple[str, ...]) -> None:
@@ -52,7 +54,11 @@ def check_datasets(names: str | list[str] | tuple[str, ...]) -> None:
             path = getattr(metadata, part, None)
             if path and "://" not in path and not os.path.exists(path):
                 root = os.environ.get("DETECTRON2_DATASETS")
-                where = f"DETECTRON2_DATASETS is {root!r}" if root else "DETECTRON2_DATASETS is not set, so 'datasets' is read"
+                where = (
+                    f"DETECTRON2_DATASETS is {root!r}"
+                    if root
+                    else "DETECTRON2_DATASETS is not set, so 'datasets' is read"
+                )
                 raise InputError(f"data set {name!r} is not there: {path} is expected and missing ({where})")
 
 

@@ -6,9 +6,11 @@ which they often do not wear), so that recognising a large object takes a look a
 Letters: n objects in a scene; (h, w) the box around one object; all lengths in pixels. Pixel (x, y) covers the square
 [x, x + 1) x [y, y + 1).
 """
+
 import colorsys
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -33,11 +35,11 @@ _NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 256) for i in range(256)], 
 class Scene(NamedTuple):
     image: np.ndarray  # (512, 512, 3) uint8, RGB
     masks: np.ndarray  # (n, 512, 512) bool: the visible pixels of each object, disjoint
-    labels: List[int]  # n indices into THINGS
+    labels: list[int]  # n indices into THINGS
     stuff: np.ndarray  # (512, 512) uint8, indices into STUFF: the ground, also where objects hide it
 
 
-def draw_scene(seed: Union[int, Sequence[int]]) -> Scene:
+def draw_scene(seed: int | Sequence[int]) -> Scene:
     """
     Draw one scene of 3 to 12 objects.
 
@@ -60,7 +62,7 @@ def draw_scene(seed: Union[int, Sequence[int]]) -> Scene:
 # --- outlines -------------------------------------------------------------------------------------------------------
 
 
-def _arc(centre: Tuple[float, float], radius: float, start: float, stop: float, points: int = 64) -> np.ndarray:
+def _arc(centre: tuple[float, float], radius: float, start: float, stop: float, points: int = 64) -> np.ndarray:
     angles = np.linspace(start, stop, points)
     return np.stack([centre[0] + radius * np.cos(angles), centre[1] + radius * np.sin(angles)], axis=1)
 
@@ -73,8 +75,9 @@ def _star() -> np.ndarray:
 
 def _cross() -> np.ndarray:
     a = 0.3
-    return np.array([(a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a), (-a, -1), (a, -1), (a, -a), (1, -a),
-                     (1, a)])
+    return np.array(
+        [(a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a), (-a, -1), (a, -1), (a, -a), (1, -a), (1, a)]
+    )
 
 
 def _crescent() -> np.ndarray:
@@ -82,16 +85,18 @@ def _crescent() -> np.ndarray:
     x = (1 - radius**2 + offset**2) / (2 * offset)
     y = np.sqrt(1 - x**2)
     outer, inner = np.arctan2(y, x), np.arctan2(y, x - offset)
-    return np.concatenate([
-        _arc((0, 0), 1, outer, 2 * np.pi - outer),
-        _arc((offset, 0), radius, 2 * np.pi - inner, inner),
-    ])
+    return np.concatenate(
+        [
+            _arc((0, 0), 1, outer, 2 * np.pi - outer),
+            _arc((offset, 0), radius, 2 * np.pi - inner, inner),
+        ]
+    )
 
 
 def _heart() -> np.ndarray:
     t = np.linspace(0, 2 * np.pi, 96, endpoint=False)
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([16 * np.sin(t)**3, -y - 2.5], axis=1) / 16
+    return np.stack([16 * np.sin(t) ** 3, -y - 2.5], axis=1) / 16
 
 
 def _leaf() -> np.ndarray:
@@ -102,13 +107,13 @@ def _leaf() -> np.ndarray:
     return np.concatenate([blade, [(-1.2, -0.06), (-1.2, 0.06)]])
 
 
-def _unit_area(*contours: np.ndarray) -> List[np.ndarray]:
+def _unit_area(*contours: np.ndarray) -> list[np.ndarray]:
     """Scale an outline, the first contour less the others, to an area of one."""
     first, *holes = [abs(cv2.contourArea(contour.astype(np.float32))) for contour in contours]
     return [contour / np.sqrt(first - sum(holes)) for contour in contours]
 
 
-_OUTLINES: Dict[str, List[np.ndarray]] = {
+_OUTLINES: dict[str, list[np.ndarray]] = {
     "disc": _unit_area(_arc((0, 0), 1, 0, 2 * np.pi)),
     "ring": _unit_area(_arc((0, 0), 1, 0, 2 * np.pi), _arc((0, 0), 0.56, 0, 2 * np.pi)),
     "triangle": _unit_area(_arc((0, 0), 1, 0, 2 * np.pi, points=4)[:3]),
@@ -129,9 +134,9 @@ class _Object(NamedTuple):
     label: int
     pose: np.ndarray  # (2, 2), takes an outline of unit area into the image
     coverage: np.ndarray  # (h, w) float32 in [0, 1]
-    rim: Optional[np.ndarray]  # (h, w) float32 in [0, 1]: the dark outline, None for none
-    origin: Tuple[float, float]  # (x, y) of the outline's origin in the box
-    corner: Tuple[int, int]  # (x, y) of the box in the image; the box may stick out
+    rim: np.ndarray | None  # (h, w) float32 in [0, 1]: the dark outline, None for none
+    origin: tuple[float, float]  # (x, y) of the outline's origin in the box
+    corner: tuple[int, int]  # (x, y) of the box in the image; the box may stick out
 
 
 def _new_object(rng: np.random.RandomState, side: float) -> _Object:
@@ -171,7 +176,7 @@ def _downsample(image: np.ndarray) -> np.ndarray:
     return cv2.resize(image.astype(np.float32) / 255, size, interpolation=cv2.INTER_AREA)
 
 
-def _lay_out(rng: np.random.RandomState, count: int) -> Tuple[List[_Object], np.ndarray]:
+def _lay_out(rng: np.random.RandomState, count: int) -> tuple[list[_Object], np.ndarray]:
     """
     Choose objects and places such that every object stays well visible under those painted after it.
 
@@ -183,8 +188,8 @@ def _lay_out(rng: np.random.RandomState, count: int) -> Tuple[List[_Object], np.
     sides = [np.exp(rng.uniform(np.log(shortest[kind]), np.log(longest[kind]))) for kind in kinds]
     # Mostly the large ones first, as a later large one would find no place among small ones.
     sides.sort(key=lambda side: -side * np.exp(0.5 * rng.uniform(-1, 1)))
-    objects: List[_Object] = []
-    areas: List[int] = []  # whole
+    objects: list[_Object] = []
+    areas: list[int] = []  # whole
     owner = np.full((SIZE, SIZE), -1, np.int8)
     visible = np.zeros(0, np.int64)
     for side in sides:
@@ -206,7 +211,7 @@ def _lay_out(rng: np.random.RandomState, count: int) -> Tuple[List[_Object], np.
     return objects, owner
 
 
-def _overlap(item: _Object) -> Tuple[Tuple[slice, slice], Tuple[slice, slice]]:
+def _overlap(item: _Object) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """Where the object's box and the image meet: in the image, and in the box."""
     (x, y), (height, width) = item.corner, item.coverage.shape
     x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + width, SIZE), min(y + height, SIZE)
@@ -249,7 +254,7 @@ def _cast_shadow(rng: np.random.RandomState, canvas: np.ndarray, item: _Object, 
     canvas[box] *= (1 - np.float32(rng.uniform(0.25, 0.5)) * shadow[part])[..., None]
 
 
-def _object_coordinates(item: _Object, part: Tuple[slice, slice]) -> Tuple[np.ndarray, np.ndarray]:
+def _object_coordinates(item: _Object, part: tuple[slice, slice]) -> tuple[np.ndarray, np.ndarray]:
     """Where each pixel lies in the frame of the outline, in which the object has an area of one: two of (h, w)."""
     rows, columns = part
     x = np.arange(columns.start, columns.stop, dtype=np.float32)[None] + np.float32(0.5 - item.origin[0])
@@ -322,7 +327,7 @@ def _speckle(rng, u, v, side):
     return cv2.resize((noise > 0.7).astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-_TEXTURES: Tuple[Callable, ...] = (_plain, _shaded, _stripes, _checks, _dots, _speckle)
+_TEXTURES: tuple[Callable, ...] = (_plain, _shaded, _stripes, _checks, _dots, _speckle)
 
 
 def _period(rng: np.random.RandomState, side: float) -> float:
@@ -338,7 +343,7 @@ def _wave(x: np.ndarray, period: float, side: float) -> np.ndarray:
 # --- the ground -----------------------------------------------------------------------------------------------------
 
 
-def _ground(rng: np.random.RandomState) -> Tuple[np.ndarray, np.ndarray]:
+def _ground(rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
     """
     One kind of ground, or a calm one above another one, divided by a wavy horizon.
 
@@ -426,10 +431,10 @@ def _gravel(rng):
     return tone.astype(np.float32) / 255
 
 
-_GROUNDS: Dict[str, Callable] = dict(zip(STUFF, (_cloud, _gradient, _planks, _tiles, _grass, _gravel)))
+_GROUNDS: dict[str, Callable] = dict(zip(STUFF, (_cloud, _gradient, _planks, _tiles, _grass, _gravel)))
 
 
-def _turned_grid(rng: np.random.RandomState) -> Tuple[np.ndarray, np.ndarray]:
+def _turned_grid(rng: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
     """The pixels' coordinates around the image's centre in a turned frame: two of (512, 512) float32."""
     axis = np.arange(SIZE, dtype=np.float32) + np.float32(0.5 - SIZE / 2)
     angle = rng.uniform(0, 2 * np.pi)
@@ -437,7 +442,7 @@ def _turned_grid(rng: np.random.RandomState) -> Tuple[np.ndarray, np.ndarray]:
     return c * axis[None] + s * axis[:, None], c * axis[:, None] - s * axis[None]
 
 
-def _uniform(rng: np.random.RandomState, shape: Tuple[int, ...]) -> np.ndarray:
+def _uniform(rng: np.random.RandomState, shape: tuple[int, ...]) -> np.ndarray:
     """Float32 in [0, 1] in steps of 1/255, from bytes: the cheapest the random state has."""
     return np.frombuffer(rng.bytes(int(np.prod(shape))), np.uint8).reshape(shape) / np.float32(255)
 

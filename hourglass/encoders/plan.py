@@ -1,8 +1,6 @@
 from numbers import Integral
 from typing import Any
 
-from torch import nn
-
 from hourglass.errors import InputError
 from hourglass.reduction import Reducer, SkipBlocks
 from hourglass.reduction.reducer import check_choice, check_count
@@ -81,4 +79,6 @@ class Plan:
         }
 
     def __repr__(self) -> str:
-        return f"Plan({self.reducer!r}, {self.start}, {self.stop}, scope={self.scope!r}, proportional={self.proportional})"
+        return (
+            f"Plan({self.reducer!r}, {self.start}, {self.stop}, scope={self.scope!r}, proportional={self.proportional})"
+        )

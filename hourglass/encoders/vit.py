@@ -43,7 +43,7 @@ class ChannelLayerNorm(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Image (B, in_chans, height, width) to tokens (B, H, W, C), one for each ``patch_size`` x ``patch_size`` pixels."""
+    """Image (B, in_chans, height, width) to tokens (B, H, W, C), one for each square of ``patch_size`` pixels."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
         super().__init__()
@@ -128,7 +128,7 @@ def run_attention(
     Run a block's attention, Detectron2's or ours, on a map whose tokens may lie apart.
 
     Args:
-        attn: module with ``qkv``, ``proj``, ``num_heads`` and, with relative positions, ``rel_pos_h`` and ``rel_pos_w``.
+        attn: module with ``qkv``, ``proj``, ``num_heads``, ``use_rel_pos`` and, if so, ``rel_pos_h`` and ``rel_pos_w``.
         tokens: (B, h, w, C).
         extent: rows and columns, in original tokens, of the map or window that is attended in.
         step: distance of neighbouring tokens in original tokens, along rows and columns.

@@ -111,6 +111,9 @@ def _join(windows: list[Tensor], rows: list[_Strip], columns: list[_Strip]) -> T
     """The way back of :func:`_split`."""
     parts = iter(windows)
     return torch.cat(
-        [torch.cat([unpartition(next(parts), (row.length, column.length)) for column in columns], dim=2) for row in rows],
+        [
+            torch.cat([unpartition(next(parts), (row.length, column.length)) for column in columns], dim=2)
+            for row in rows
+        ],
         dim=1,
     )

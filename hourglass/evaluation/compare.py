@@ -112,7 +112,9 @@ def compare(
             subject.model.eval()
             subject.evaluator.reset()
         with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            progress = tqdm(images, desc=f"comparing {' and '.join(names)}", unit="image", disable=not comm.is_main_process())
+            progress = tqdm(
+                images, desc=f"comparing {' and '.join(names)}", unit="image", disable=not comm.is_main_process()
+            )
             for i, inputs in enumerate(progress):
                 if i == 0:
                     for name in names * warmup:

@@ -126,7 +126,9 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
     if "efficiency" in document:
         row("efficiency", [_percent(document["efficiency"]) if name == "expedited" else "" for name in models])
     headers = ["", *models] + ["expedited / unmodified"] * both + ["control / unmodified"] * (control is not None)
-    return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))
+    return tabulate(
+        rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
+    )
 
 
 def describe(document: dict[str, Any]) -> str:

@@ -77,9 +77,7 @@ class GridReducer(Reducer):
         super().__init__()
         pair = (grid, grid) if isinstance(grid, Real) and not isinstance(grid, Integral) else grid
         if not _is_grid(pair):
-            raise InputError(
-                f"grid takes (rows, columns), each at least 1, or a share of them in (0, 1], got {grid!r}"
-            )
+            raise InputError(f"grid takes (rows, columns), each at least 1, or a share of them in (0, 1], got {grid!r}")
         self.grid = tuple(int(side) if isinstance(side, Integral) else float(side) for side in pair)
 
     def cells(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -102,9 +100,7 @@ class GridReducer(Reducer):
     def relative_to(self, size: tuple[int, int]) -> "GridReducer":
         self.cells(size)
         relative = copy.copy(self)
-        relative.grid = tuple(
-            side / length if isinstance(side, int) else side for side, length in zip(self.grid, size)
-        )
+        relative.grid = tuple(side / length if isinstance(side, int) else side for side, length in zip(self.grid, size))
         return relative
 
 
@@ -112,7 +108,8 @@ def _is_grid(pair: Any) -> bool:
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
         return False
     return all(
-        not isinstance(side, bool) and (side >= 1 if isinstance(side, Integral) else isinstance(side, Real) and 0 < side <= 1)
+        not isinstance(side, bool)
+        and (side >= 1 if isinstance(side, Integral) else isinstance(side, Real) and 0 < side <= 1)
         for side in pair
     )
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hourglass.reduction import TokenClustering
 from hourglass.reduction.clustering import AUTO_TEMPERATURE, mixture
-from tests.golden_cases import load, names, under
+from tests.golden_cases import load, names
 
 CLUSTER_KEY = re.compile(r"it(\d+)_w(\d+)_t([\d.]+)$")
 RESTORE_KEY = re.compile(r"k(\d+)_t([\d.]+)$")

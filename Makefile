@@ -1,0 +1,39 @@
+# make eval and make test set everything up in .venv first, once.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Detectron2 0.6's Python part; its archive lacks the C++ files, so the extension is left out. pip 26 refuses it.
+DETECTRON2 := --use-pep517 --no-build-isolation --no-deps \
+	--config-settings=--global-option=build_py --config-settings=--build-option=--skip-build pb1-detectron2==0.6
+
+.PHONY: eval test lint clean
+
+eval: $(READY) ## Compare the demo model with itself on fewer tokens.
+	$(BIN)/python train_net.py --eval-only
+
+test: $(READY) ## Run the tests.
+	$(BIN)/python -m pytest -q
+
+lint: $(READY) ## Check the code's style.
+	$(BIN)/ruff check .
+
+clean: ## Remove the environment and what was made.
+	rm -rf $(VENV) build output *.egg-info
+
+# A Detectron2 that $(PYTHON) already has is seen through --system-site-packages and kept, with its torch.
+$(READY): setup.cfg pyproject.toml Makefile
+	test -x $(BIN)/python || { \
+		if $(PYTHON) -c "import detectron2" 2>/dev/null; then site=--system-site-packages; fi; \
+		$(PYTHON) -m venv $$site $(VENV) || { \
+			rm -rf $(VENV); \
+			echo "error: $(PYTHON) cannot make a virtual environment: install its venv module (on Debian: apt install python3-venv)" >&2; \
+			exit 2; }; }
+	$(BIN)/python -m pip install --quiet "pip<26"
+	$(BIN)/python -c "import detectron2" 2>/dev/null || { \
+		$(BIN)/python -m pip install "setuptools<81" wheel torch torchvision && \
+		$(BIN)/python -m pip install $(DETECTRON2); }
+	$(BIN)/python -m pip install --editable ".[detectron2,tests]"
+	touch $(READY)

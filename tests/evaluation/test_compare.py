@@ -1,0 +1,133 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.evaluation import DatasetEvaluator
+
+from hourglass import Plan, SkipBlocks, TokenClustering, expedite
+from hourglass.evaluation import Subject, compare, describe, to_json, to_table, write_report
+from hourglass.evaluation.compare import Comparison, Measurement
+from hourglass.evaluation.timing import Run
+from tests.evaluation.test_timing import Detector, tiny_vit
+
+
+class Recorder(DatasetEvaluator):
+    """Remembers what it is given; its AP is how many images it saw."""
+
+    def reset(self):
+        self.seen = []
+
+    def process(self, inputs, outputs):
+        self.seen += [each["image_id"] for each in inputs]
+
+    def evaluate(self, img_ids=None):
+        print("a table of its own")
+        return {"bbox": {"AP": float(len(self.seen if img_ids is None else img_ids))}}
+
+
+def subjects() -> dict[str, Subject]:
+    torch.manual_seed(0)
+    encoder = tiny_vit()
+    plans = {"unmodified": Plan(), "expedited": Plan(TokenClustering((5, 4)), 1), "control": Plan(SkipBlocks(), 1)}
+    models = {name: Detector(expedite(encoder, plan)).eval() for name, plan in plans.items()}
+    return {name: Subject(model, model.encoder, Recorder()) for name, model in models.items()}
+
+
+def images(count: int) -> list[list[dict]]:
+    return [[{"image": torch.randn(3, 64, 64), "image_id": i}] for i in range(count)]
+
+
+def test_every_model_sees_every_image_once_and_in_turn(capsys):
+    order, compared = [], subjects()
+    for name, subject in compared.items():
+        subject.model.register_forward_hook(lambda *_, name=name: order.append(name[0]))
+    comparison = compare(compared, images(3), warmup=2)
+    assert "".join(order) == "uecuec" + "uec" + "ceu" + "uec"
+    for name, subject in compared.items():
+        assert subject.evaluator.seen == [0, 1, 2], name
+        assert comparison.models[name].accuracy == {"bbox": {"AP": 3.0}}
+        assert {len(times) for times in comparison.models[name].runs.values()} == {3}
+    assert "a table of its own" not in capsys.readouterr().out
+
+
+def test_only_the_images_that_were_run_are_evaluated():
+    comparison = compare(subjects(), images(2), image_ids=[0, 1])
+    assert comparison.models["control"].accuracy["bbox"]["AP"] == 2.0
+
+
+def test_models_are_left_in_the_mode_that_they_were_in():
+    compared = subjects()
+    compared["expedited"].model.train()
+    compare(compared, images(1))
+    assert compared["expedited"].model.training and compared["expedited"].encoder.training
+    assert not compared["unmodified"].model.training
+
+
+def measurement(ap: float, encoder: list[float], reduction: float = 0.0, tokens=(0, 0)) -> Measurement:
+    runs = [Run(2 * time, time, reduction, *tokens, 64) for time in encoder]
+    return Measurement(
+        accuracy={"bbox": {"AP": ap, "AP50": 60.0, "AP-disc": 3.0}, "segm": {"AP": float("nan")}},
+        runs={part: np.array([getattr(run, part) for run in runs]) for part in Run._fields},
+        encoder_gflops=2.0,
+        peak_memory_mb=100.0,
+    )
+
+
+def document(**models) -> dict:
+    about = dict(dataset="scenes", device="cpu", dtype="float32", plan=Plan(TokenClustering((5, 4)), 1).describe())
+    return to_json(Comparison(models), **about)
+
+
+def test_the_documents_figures_by_hand():
+    content = document(
+        unmodified=measurement(50.0, [10.0, 20.0, 30.0]),
+        expedited=measurement(49.0, [5.0, 10.0, 15.0], reduction=1.0, tokens=(64, 20)),
+        control=measurement(25.0, [1.0, 2.0, 3.0], tokens=(64, 0)),
+    )
+    assert content["schema"] == 1 and content["images"] == 3 and content["plan"]["reducer"]["grid"] == [5, 4]
+    assert content["speedup"]["encoder"]["ratio"] == content["speedup"]["total"]["ratio"] == 2.0
+    assert content["retention"] == {"bbox.AP": 0.98, "segm.AP": None}
+    assert content["control_retention"] == {"bbox.AP": 0.5, "segm.AP": None}
+    assert content["efficiency"] == pytest.approx(0.9)
+    unmodified, expedited = content["models"]["unmodified"], content["models"]["expedited"]
+    assert unmodified["accuracy"]["bbox"] == {"AP": 50.0, "AP50": 60.0}
+    assert unmodified["latency_ms"]["encoder"] == {"median": 20.0, "p10": 12.0, "p90": 28.0}
+    assert unmodified["tokens"] == {"full": 64.0, "middle": 64.0}
+    assert expedited["tokens"] == {"full": 64.0, "middle": 20.0}
+    assert content["models"]["control"]["tokens"]["middle"] == 0.0
+
+    table = to_table(content)
+    for cell in ("98.0 %", "50.0 %", "2.00x (2.00-2.00)", "20 of 64", "20.0 (12.0-28.0)", "90.0 %", " - "):
+        assert cell in table
+    assert "TokenClustering(grid=[5, 4]" in describe(content)
+
+
+def test_one_model_alone_is_compared_with_nothing():
+    content = document(expedited=measurement(49.0, [5.0], 1.0, (64, 20)))
+    assert "speedup" not in content and "retention" not in content and content["efficiency"] == 0.8
+    assert "unmodified" not in to_table(content)
+    assert "efficiency" not in document(unmodified=measurement(50.0, [5.0]))
+
+
+def test_no_accuracy_gives_no_retention():
+    content = document(unmodified=measurement(0.0, [5.0]), expedited=measurement(0.0, [5.0], 1.0, (64, 20)))
+    assert content["retention"]["bbox.AP"] is None
+
+
+def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    content = document(unmodified=measurement(50.0, [5.0]))
+    write_report(content, tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    assert json.loads((folder / "comparison.json").read_text()) == content
+    assert "| box AP" in (folder / "comparison.md").read_text()
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.json", "comparison.md"]
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    before = (folder / "comparison.json").read_text()
+    monkeypatch.setattr("os.replace", full_disk)
+    with pytest.raises(OSError):
+        write_report({**content, "images": 7}, folder)
+    assert (folder / "comparison.json").read_text() == before

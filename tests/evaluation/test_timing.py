@@ -1,0 +1,115 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hourglass import Plan, TokenClustering, expedite
+from hourglass.encoders import ViT
+from hourglass.evaluation.cost import PeakMemory, count_gflops
+from hourglass.evaluation.timing import Clock, Stopwatch, ratio_of_medians
+
+
+def tiny_vit(**kwargs) -> ViT:
+    options = dict(img_size=64, patch_size=8, embed_dim=16, depth=2, num_heads=2, window_size=4, use_rel_pos=True)
+    return ViT(**{**options, "window_block_indexes": (0, 1), **kwargs}).eval()
+
+
+class Detector(nn.Module):
+    """Takes and gives Detectron2's dictionaries; idles around its encoder."""
+
+    def __init__(self, encoder: nn.Module, idle: float = 0.0):
+        super().__init__()
+        self.encoder = encoder
+        self.idle = idle
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        time.sleep(self.idle)
+        with torch.no_grad():
+            return [{"features": self.encoder(torch.stack([each["image"] for each in inputs]))}]
+
+
+INPUTS = [{"image": torch.zeros(3, 64, 64)}]
+
+
+class Slow(TokenClustering):
+    """Takes 30 ms to reduce and 20 ms to restore."""
+
+    def forward(self, tokens):
+        time.sleep(0.03)
+        reduction = super().forward(tokens)
+
+        def restore(refined):
+            time.sleep(0.02)
+            return reduction.restore(refined)
+
+        return reduction._replace(restore=restore)
+
+
+def test_the_parts_of_a_run_are_told_apart():
+    model = Detector(expedite(tiny_vit(), Plan(Slow((5, 4)), 1)), idle=0.05)
+    watch = Stopwatch(model, model.encoder, Clock("cpu"))
+    outputs, run = watch.run(INPUTS)
+    watch.run(INPUTS)  # what one run took is not added to the next
+    outputs, again = watch.run(INPUTS)
+    for each in (run, again):
+        assert each.total >= each.encoder + 50 and each.encoder >= each.reduction >= 50
+        assert each.reduction < 50 + 1000  # two sleeps, not those of every run so far
+    assert (run.full, run.middle, run.size) == (64, 20, 64) == again[3:]
+    assert outputs[0]["features"]["last_feat"].shape == (1, 16, 8, 8)
+    watch.close()
+    assert not model.encoder._forward_hooks and not model.encoder.reducer._forward_hooks
+
+
+def test_timing_leaves_the_output_as_it_is():
+    model = Detector(expedite(tiny_vit(), Plan(TokenClustering((5, 4)), 1)))
+    plain = model(INPUTS)[0]["features"]["last_feat"]
+    watch = Stopwatch(model, model.encoder, Clock("cpu"))
+    assert torch.equal(watch.run(INPUTS)[0][0]["features"]["last_feat"], plain)
+
+
+def test_a_model_without_a_reducer_reduces_nothing():
+    model = Detector(tiny_vit())
+    _, run = Stopwatch(model, model.encoder, Clock("cpu")).run(INPUTS)
+    assert run.reduction == run.full == run.middle == 0 and run.size == 64
+
+
+def test_ratio_of_medians_and_its_interval():
+    slow, fast = np.array([30.0, 40.0, 50.0]), np.array([10.0, 20.0, 30.0])
+    interval = ratio_of_medians(slow, fast)
+    assert interval.ratio == 2.0 and interval.low <= 2.0 <= interval.high
+    assert interval == ratio_of_medians(slow, fast)
+    # Where every image is exactly twice as fast there is nothing to be unsure of.
+    assert ratio_of_medians(2 * fast, fast) == (2.0, 2.0, 2.0)
+
+
+def test_gflops_by_hand():
+    """
+    One global block on 4 x 4 tokens of 8 channels, one head, no relative positions, patches of 4 x 4 x 3:
+    embedding 16 * 48 * 8; qkv 16 * 8 * 24; scores and mixing 2 * 16 * 16 * 8; projection 16 * 8 * 8; perceptron
+    2 * 16 * 8 * 32; fvcore counts 5 operations an entry of a LayerNorm, of which there are 2 * 16 * 8.
+    """
+    vit = ViT(img_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=1, use_abs_pos=False).eval()
+    by_hand = 16 * 48 * 8 + 16 * 8 * 24 + 2 * 16 * 16 * 8 + 16 * 8 * 8 + 2 * 16 * 8 * 32 + 5 * 2 * 16 * 8
+    assert count_gflops(vit, (torch.zeros(1, 3, 16, 16),)) * 1e9 == pytest.approx(by_hand)
+
+
+def test_reducing_and_restoring_are_counted():
+    vit = tiny_vit(depth=3, window_block_indexes=())
+    x = (torch.zeros(1, 3, 64, 64),)
+    unmodified = count_gflops(vit, x)
+    assert count_gflops(expedite(vit, Plan()), x) == unmodified
+    once, often = (count_gflops(expedite(vit, Plan(TokenClustering((4, 4), iterations=n), 1)), x) for n in (1, 3))
+    assert once < often < unmodified
+    # An iteration is two products of 64 tokens with 16 centres, of 16 channels each.
+    assert (often - once) * 1e9 == pytest.approx(2 * 2 * 64 * 16 * 16)
+
+
+def test_peak_memory_sees_what_was_held():
+    memory = PeakMemory("cpu")
+    memory.reset()
+    before = memory.read()
+    held = torch.ones(50_000_000)
+    assert memory.read() - before > 150
+    del held

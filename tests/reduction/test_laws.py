@@ -1,0 +1,135 @@
+"""What every reducer obeys."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hourglass import AveragePooling, InputError, SkipBlocks, TokenClustering
+
+sides = st.integers(1, 19)
+
+
+@st.composite
+def maps(draw):
+    """A batch of token maps and a grid that fits them."""
+    height, width = draw(sides), draw(sides)
+    grid = (draw(st.integers(1, height)), draw(st.integers(1, width)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([1e-3, 1.0, 30.0]))
+    tokens = scale * torch.randn(draw(st.integers(1, 3)), height, width, draw(st.integers(1, 9)), generator=generator)
+    return tokens, grid
+
+
+@st.composite
+def clusterings(draw, grid):
+    return TokenClustering(
+        grid,
+        iterations=draw(st.integers(0, 3)),
+        neighborhood=draw(st.sampled_from([1, 3, 5, 7])),
+        temperature=draw(st.sampled_from(["auto", 0.01, 1.0])),
+        k=draw(st.integers(1, 12)),
+        candidates=draw(st.sampled_from(["neighborhood", "all"])),
+        restore=draw(st.sampled_from(["update", "features"])),
+    )
+
+
+def reducers(draw, grid):
+    return [
+        draw(clusterings(grid)),
+        AveragePooling(grid, restore="update"),
+        AveragePooling(grid, restore="features"),
+        SkipBlocks(),
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), maps())
+def test_laws(data, drawn):
+    tokens, grid = drawn
+    for reducer in reducers(data.draw, grid):
+        reduction = reducer(tokens)
+        restored = reduction.restore(reduction.tokens)
+        assert restored.shape == tokens.shape and restored.isfinite().all()
+
+        # Middle blocks that change nothing give the input back, where the update is restored.
+        if getattr(reducer, "restore", "update") == "update":
+            assert torch.equal(restored, tokens)
+
+        # A constant map is reduced to the constant and comes back.
+        constant = torch.full_like(tokens, 3.0)
+        of_constant = reducer(constant)
+        torch.testing.assert_close(of_constant.tokens, torch.full_like(of_constant.tokens, 3.0))
+        torch.testing.assert_close(of_constant.restore(of_constant.tokens), constant)
+        # A constant change reaches every token whole.
+        if isinstance(reducer, TokenClustering | AveragePooling):
+            moved = reduction.restore(torch.full_like(reduction.tokens, 2.0))
+            if reducer.restore == "features":
+                torch.testing.assert_close(moved, torch.full_like(tokens, 2.0))
+            added = reduction.restore(reduction.tokens + 2.0) - restored
+            torch.testing.assert_close(added, torch.full_like(tokens, 2.0), atol=1e-3, rtol=1e-3)
+
+        # Sizes share out the tokens.
+        if reduction.sizes is not None:
+            total = torch.full((len(tokens),), float(tokens.shape[1] * tokens.shape[2]))
+            torch.testing.assert_close(reduction.sizes.sum((1, 2)), total, atol=1e-3, rtol=1e-4)
+
+        # Images of a batch do not meet: permuting them permutes the result.
+        order = torch.randperm(len(tokens))
+        permuted = reducer(tokens[order])
+        torch.testing.assert_close(permuted.tokens, reduction.tokens[order], atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(maps())
+def test_l2_weights_scale_a_constant(drawn):
+    """k equal weights of unit L2 norm add up to sqrt(k): what the authors' code does to a constant map."""
+    tokens, grid = drawn
+    reduction = TokenClustering.published(grid, neighborhood=3, k=4)(torch.full_like(tokens, 3.0))
+    cells = grid[0] * grid[1]  # all equally near, and ties at the k-th are kept
+    torch.testing.assert_close(reduction.restore(reduction.tokens), torch.full_like(tokens, 3.0 * cells**0.5))
+
+
+@pytest.mark.parametrize("reducer", [TokenClustering, AveragePooling])
+def test_a_share_suits_maps_of_any_size(reducer):
+    for size, grid in (((10, 20), (6, 12)), ((1, 3), (1, 2)), ((33, 7), (20, 4))):
+        assert reducer(0.6)(torch.randn(1, *size, 2)).tokens.shape[1:3] == grid
+
+
+def test_a_reducer_keeps_nothing_between_calls():
+    reducer = TokenClustering((3, 3))
+    first, second = torch.randn(2, 1, 6, 6, 4)
+    before = reducer(first)
+    expected = before.restore(before.tokens + 1)
+    reducer(second)
+    assert torch.equal(before.restore(before.tokens + 1), expected)
+    assert not list(reducer.parameters()) and not list(reducer.buffers())
+
+
+def test_descriptions_name_the_arguments():
+    assert AveragePooling((3, 4)).describe() == {"name": "AveragePooling", "grid": [3, 4], "restore": "update"}
+    assert SkipBlocks().describe() == {"name": "SkipBlocks"}
+    assert "k=10" in repr(TokenClustering(0.5))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: AveragePooling((0, 4)), r"grid takes \(rows, columns\), each at least 1, or a share of them"),
+        (lambda: AveragePooling(1.5), "got 1.5"),
+        (lambda: AveragePooling(4), "got 4"),
+        (lambda: AveragePooling("20"), "got '20'"),
+        (lambda: AveragePooling((4, 4), restore="copy"), "restore takes 'update' or 'features', got 'copy'"),
+        (lambda: TokenClustering((4, 4), iterations=-1), "iterations takes a whole number of at least 0, got -1"),
+        (lambda: TokenClustering((4, 4), neighborhood=4), "neighborhood takes an odd number of cells a side, got 4"),
+        (lambda: TokenClustering((4, 4), temperature=0), 'temperature takes a number over 0 or "auto", got 0'),
+        (lambda: TokenClustering((4, 4), restore_temperature="warm"), "restore_temperature takes .* got 'warm'"),
+        (lambda: TokenClustering((4, 4), k=0), "k takes a whole number of at least 1, got 0"),
+        (lambda: TokenClustering((4, 4), weights="max"), "weights takes 'sum' or 'l2', got 'max'"),
+        (lambda: TokenClustering((4, 4), candidates="some"), "candidates takes 'neighborhood' or 'all', got 'some'"),
+        (lambda: TokenClustering((4, 4))(torch.zeros(1, 3, 9, 2)), "which has 3 x 9 tokens"),
+    ],
+)
+def test_refusals(make, message):
+    with pytest.raises(InputError, match=message):
+        make()

@@ -1,0 +1,54 @@
+import pytest
+from detectron2.config import LazyCall as L
+from omegaconf import OmegaConf
+
+from hourglass import InputError, Plan, TokenClustering
+from hourglass.overrides import apply_overrides
+
+
+def config():
+    cfg = OmegaConf.create(
+        {"train": {"output_dir": "output", "seed": 0}, "list": [{"a": 1}], "alias": "${train.seed}"},
+        flags={"allow_objects": True},
+    )
+    cfg.plan = L(Plan)(reducer=L(TokenClustering)(grid=[4, 4]), start=2)
+    return cfg
+
+
+def test_known_keys_and_arguments_of_calls_are_taken():
+    cfg = config()
+    apply_overrides(cfg, ["plan.start=4", "plan.reducer.grid=[20,20]", "plan.reducer.k=3", "plan.scope=window"])
+    apply_overrides(cfg, ["train.output_dir=a/b", "list.0.a=2", "alias=5", "plan.stop=null"])
+    assert cfg.plan.start == 4 and list(cfg.plan.reducer.grid) == [20, 20] and cfg.plan.reducer.k == 3
+    assert cfg.plan.scope == "window" and cfg.train.output_dir == "a/b" and cfg.list[0].a == 2 and cfg.alias == 5
+
+
+def test_arguments_are_those_of_the_target_that_is_given_with_them():
+    cfg = config()
+    apply_overrides(cfg, ["plan.reducer.restore=features", "plan.reducer._target_=hourglass.AveragePooling"])
+    assert cfg.plan.reducer.restore == "features"
+    with pytest.raises(InputError, match="plan.reducer has no 'k'"):
+        apply_overrides(config(), ["plan.reducer.k=3", "plan.reducer._target_=hourglass.AveragePooling"])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("plan.strat=4", "unknown key 'plan.strat': plan has no 'strat'; did you mean 'plan.start'?"),
+        ("plan.reducer.gird=[4,4]", "did you mean 'plan.reducer.grid'?"),
+        ("trian.seed=1", "the config has no 'trian'; did you mean 'train.seed'?"),
+        ("train.xyzzy=1", "it takes output_dir, seed"),
+        ("plan.start.deep=1", "unknown key"),
+        ("list.7.a=1", "unknown key 'list.7.a'"),
+        ("plan.start", "cannot be parsed"),
+        ("plan.reducer.grid=[20", "cannot be parsed"),
+        ("~plan.start", "is not taken"),
+        ("+plan.new=1", "is not taken"),
+    ],
+)
+def test_refusals(override, message):
+    cfg = config()
+    with pytest.raises(InputError) as refusal:
+        apply_overrides(cfg, [override])
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+    assert cfg == config()

@@ -1,0 +1,260 @@
+"""The command, from end to end."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+
+import hourglass.data
+import train_net
+
+ROOT = Path(__file__).parent.parent
+# Small enough for a test: 256 tokens, of which the plan keeps 100.
+SMALL = [
+    "model.backbone.net.patch_size=32",
+    "model.backbone.net.window_size=8",
+    "model.proposal_generator.anchor_generator.strides=[32,64]",
+    "model.roi_heads.box_pooler.scales=[0.03125,0.015625]",
+    "model.proposal_generator.in_features=[p5,p6]",
+    "model.roi_heads.box_in_features=[p5,p6]",
+    "plan.reducer.grid=[10,10]",
+    "dataloader.test.num_workers=0",
+    "evaluation.warmup=1",
+]
+UNTRAINED = [*SMALL, "train.init_checkpoint="]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def datasets(tmp_path_factory):
+    """A data set root with few images."""
+    root = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(root))
+        patch.setitem(hourglass.data.DEMO_IMAGES, "train", 6)
+        patch.setitem(hourglass.data.DEMO_IMAGES, "val", 5)
+        yield root
+
+
+def run(*arguments: str) -> None:
+    train_net.run(train_net.parse(list(arguments)))
+
+
+def refusal(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in error, error
+    return lines[0]
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "comparison.json").read_text())
+
+
+def test_the_demo(tmp_path, capsys):
+    """The shipped weights, on a few images: the table, the document, and a control that falls behind."""
+    run("--eval-only", "--control", f"train.output_dir={tmp_path}", "evaluation.max_images=4", "evaluation.warmup=0")
+    content = read(tmp_path)
+    assert content["schema"] == 1 and content["dataset"] == "hourglass_demo_val" and content["images"] == 4
+    assert set(content["models"]) == {"unmodified", "expedited", "control"}
+    unmodified, expedited, control = (content["models"][name] for name in ("unmodified", "expedited", "control"))
+    for task in ("bbox", "segm"):
+        assert set(unmodified["accuracy"][task]) == {"AP", "AP50", "AP75", "APs", "APm", "APl"}
+        assert unmodified["accuracy"][task]["AP"] > 20 > control["accuracy"][task]["AP"]
+    assert expedited["tokens"]["middle"] < expedited["tokens"]["full"] == unmodified["tokens"]["middle"]
+    assert 0 < control["encoder_gflops"] < expedited["encoder_gflops"] < unmodified["encoder_gflops"]
+    assert 0 < content["efficiency"] <= 1
+    assert set(content["retention"]) == set(content["control_retention"]) == {"bbox.AP", "segm.AP"}
+    for part in ("encoder", "total"):
+        speedup = content["speedup"][part]
+        assert 0 < speedup["low"] <= speedup["ratio"] <= speedup["high"]
+    printed = capsys.readouterr().out
+    assert "mask AP75" in printed and "expedited / unmodified" in printed
+    assert "box AP" in (tmp_path / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize("side", ["unmodified", "expedited"])
+def test_one_side_alone(tmp_path, side):
+    run("--eval-only", "--only", side, f"train.output_dir={tmp_path}", "evaluation.max_images=2", *UNTRAINED)
+    content = read(tmp_path)
+    assert list(content["models"]) == [side] and "speedup" not in content
+    assert content["models"][side]["tokens"] == {"full": 256, "middle": 256 if side == "unmodified" else 100}
+
+
+def test_another_reducer_and_another_data_set_by_overrides(tmp_path, datasets):
+    run(
+        "--eval-only",
+        "plan.reducer._target_=hourglass.AveragePooling",
+        "plan.scope=window",
+        "plan.start=3",
+        "dataloader.test.dataset.names=hourglass_demo_train",
+        "evaluation.dtype=bfloat16",
+        f"train.output_dir={tmp_path}",
+        *UNTRAINED,
+        "plan.reducer.grid=[4,4]",
+    )
+    content = read(tmp_path)
+    assert content["plan"] == {
+        "reducer": {"name": "AveragePooling", "grid": [4, 4], "restore": "update"},
+        "start": 3,
+        "stop": 8,
+        "scope": "window",
+        "proportional": True,
+    }
+    assert content["dataset"] == "hourglass_demo_train" and content["images"] == 6 and content["dtype"] == "bfloat16"
+    assert content["models"]["expedited"]["tokens"]["middle"] == 64
+
+
+@pytest.mark.parametrize("expedite", ["true", "false"])
+def test_training(tmp_path, expedite, capsys):
+    arguments = [
+        f"train.output_dir={tmp_path}",
+        f"train.expedite={expedite}",
+        "train.max_iter=2",
+        "train.eval_period=1",
+        "train.checkpointer.period=1",
+        "train.log_period=1",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+        "evaluation.max_images=2",
+        *UNTRAINED,
+    ]
+    run(*arguments)
+    assert capsys.readouterr().out.count("encoder latency") == 2
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert all(torch.isfinite(torch.tensor(line["total_loss"])) for line in metrics)
+    assert any("unmodified/bbox/AP" in line for line in metrics)
+    weights = torch.load(tmp_path / "model_final.pth")["model"]
+
+    # What it wrote is a checkpoint of the unmodified model, and training goes on from it.
+    run("--resume", *[argument.replace("max_iter=2", "max_iter=3") for argument in arguments])
+    again = torch.load(tmp_path / "model_final.pth")
+    assert again["iteration"] == 2 and set(again["model"]) == set(weights)
+    moved = [name for name in weights if not torch.equal(weights[name], again["model"][name])]
+    assert any(name.startswith("backbone.net.blocks.5.") for name in moved)
+    run("--eval-only", *UNTRAINED, f"train.init_checkpoint={tmp_path}/model_final.pth", f"train.output_dir={tmp_path}")
+
+
+def test_two_processes_give_the_accuracy_of_one(tmp_path):
+    arguments = ["--eval-only", "evaluation.max_images=5", "evaluation.warmup=0"]
+    run(*arguments, f"train.output_dir={tmp_path}/one")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, "train_net.py", *arguments, f"train.output_dir={tmp_path}/two"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert two["images"] == 5
+    for name in ("unmodified", "expedited"):
+        assert two["models"][name]["accuracy"] == one["models"][name]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["plan.strat=4"], "did you mean 'plan.start'?"),
+        (["plan.start=3", "plan.stop=3"], "stop takes a whole number over start (3) or None, got 3"),
+        (["plan.stop=9"], "a plan needs 0 <= start < stop <= 8"),
+        (["plan.reducer.grid=[65,64]"], "grid (65, 64) is larger than the token map, which has 16 x 16 tokens"),
+        (["plan.reducer.grid=0"], "grid takes (rows, columns)"),
+        (["plan.reducer.k=0"], "k takes a whole number of at least 1, got 0"),
+        (["train.init_checkpoint=missing.pth"], "checkpoint missing.pth cannot be read"),
+        (
+            ["dataloader.test.dataset.names=coco_2017_val"],
+            "coco/annotations/instances_val2017.json is expected and missing",
+        ),
+        (["dataloader.test.dataset.names=hourglass_demo_vl"], "did you mean 'hourglass_demo_val'?"),
+        (["train.device=tpu"], 'train.device takes "cuda", "cpu" or "auto"'),
+        (["evaluation.dtype=float8"], 'evaluation.dtype takes "float32" or "bfloat16"'),
+        (["evaluation.max_images=0"], "evaluation.max_images takes a whole number of at least 1"),
+    ],
+)
+def test_refusals(tmp_path, capsys, overrides, message):
+    output = tmp_path / "output"
+    line = refusal(capsys, "--eval-only", f"train.output_dir={output}", *UNTRAINED, *overrides)
+    assert message in line
+    assert not output.exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
+    output = tmp_path / "output"
+    line = refusal(capsys, "--eval-only", f"train.output_dir={output}", *SMALL)
+    assert (
+        "does not fit the model" in line and "patch_embed.proj.weight is (128, 3, 8, 8), not (128, 3, 32, 32)" in line
+    )
+    assert not output.exists()
+
+
+def test_where_the_data_is_looked_for_is_said(capsys, monkeypatch, datasets):
+    arguments = ["--eval-only", *UNTRAINED, "dataloader.test.dataset.names=coco_2017_val"]
+    assert f"DETECTRON2_DATASETS is '{datasets}'" in refusal(capsys, *arguments)
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    assert "DETECTRON2_DATASETS is not set, so 'datasets' is read" in refusal(capsys, *arguments)
+
+
+@pytest.fixture
+def broken_copy(tmp_path, datasets):
+    """The demo's images as a data set of the user's own, one of them cut short."""
+    run("--eval-only", "--only", "unmodified", f"train.output_dir={tmp_path}/before", *UNTRAINED)
+    shutil.copytree(datasets / "hourglass_demo" / "val", tmp_path / "images")
+    image = tmp_path / "images" / "000000000002.jpg"
+    image.write_bytes(image.read_bytes()[:1000])
+    annotations = datasets / "hourglass_demo" / "annotations" / "instances_val.json"
+    register_coco_instances("broken_copy", {}, str(annotations), str(tmp_path / "images"))
+    yield image
+    DatasetCatalog.remove("broken_copy")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(broken_copy, tmp_path, capsys, workers):
+    arguments = [
+        "--eval-only",
+        *UNTRAINED,
+        "dataloader.test.dataset.names=broken_copy",
+        f"train.output_dir={tmp_path}/o",
+    ]
+    line = refusal(capsys, *arguments, f"dataloader.test.num_workers={workers}")
+    assert f"image {broken_copy} cannot be read" in line
+    broken_copy.unlink()
+    assert f"1 of the data set's 5 images are missing, such as {broken_copy}" in refusal(capsys, *arguments)
+    assert not (tmp_path / "o").exists()
+
+
+def test_configs_that_are_none(tmp_path, capsys):
+    assert "config file nowhere.py is missing" in refusal(capsys, "--eval-only", "--config-file", "nowhere.py")
+    broken = tmp_path / "broken.py"
+    broken.write_text("model = 1 / 0")
+    assert "cannot be loaded (ZeroDivisionError" in refusal(capsys, "--eval-only", "--config-file", str(broken))
+    broken.write_text("model = dict()")
+    assert "has no 'dataloader'" in refusal(capsys, "--eval-only", "--config-file", str(broken))
+
+
+def test_a_model_without_an_encoder_is_refused(tmp_path, capsys):
+    config = tmp_path / "linear.py"
+    config.write_text(
+        "from torch import nn\nfrom detectron2.config import LazyCall as L, LazyConfig\n"
+        f"demo = LazyConfig.load({str(train_net.DEMO)!r})\n"
+        "dataloader, evaluation, plan, train = demo.dataloader, demo.evaluation, demo.plan, demo.train\n"
+        "model = L(nn.Linear)(in_features=2, out_features=2)\n"
+    )
+    line = refusal(capsys, "--eval-only", "--config-file", str(config))
+    assert "a model to be expedited has one encoder of" in line and "got Linear with none" in line
+
+
+def test_the_command_line_says_what_it_takes():
+    command = [sys.executable, "train_net.py", "--eval-only", "plan.strat=4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: unknown key 'plan.strat'")
+    helped = subprocess.run([sys.executable, "train_net.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert helped.returncode == 0
+    for option in ("--eval-only", "--config-file", "--control", "--only", "--resume", "--num-gpus", "key=value"):
+        assert option in helped.stdout
