@@ -2,15 +2,15 @@
 
 import os
 
-from .demo import write_demo
-from .scenes import STUFF, THINGS, Scene, draw_scene
+from hourglass.data.demo import write_demo
+from hourglass.data.scenes import STUFF, THINGS, Scene, draw_scene
 
 __all__ = ["DEMO_IMAGES", "STUFF", "THINGS", "Scene", "draw_scene", "register_demo", "write_demo"]
 
 DEMO_IMAGES = {"train": 8000, "val": 100}
 
 
-def register_demo(root: "str | os.PathLike[str] | None" = None) -> None:
+def register_demo(root: str | os.PathLike | None = None) -> None:
     """
     Register the data sets ``hourglass_demo_train`` and ``hourglass_demo_val`` with Detectron2.
 
@@ -35,13 +35,13 @@ def register_demo(root: "str | os.PathLike[str] | None" = None) -> None:
         DatasetCatalog.register(name, lambda metadata=metadata: _load(metadata))
 
 
-def _demo_root(root: "str | os.PathLike[str] | None") -> str:
+def _demo_root(root: str | os.PathLike | None) -> str:
     if root is not None:
         return os.fspath(root)
     return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "hourglass_demo")
 
 
-def _metadata(name: str, root: "str | os.PathLike[str] | None", split: str):
+def _metadata(name: str, root: str | os.PathLike | None, split: str):
     from detectron2.data import Metadata
 
     class DemoMetadata(Metadata):

@@ -22,12 +22,10 @@ import numpy as np
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from .scenes import RECIPE, SIZE, STUFF, THINGS, draw_scene
+from hourglass.data.scenes import RECIPE, SIZE, STUFF, THINGS, draw_scene
 
 
-def write_demo(
-    root: "str | os.PathLike[str]", images: dict[str, int], seed: int = 0, workers: int | None = None
-) -> None:
+def write_demo(root: str | os.PathLike, images: dict[str, int], seed: int = 0, workers: int | None = None) -> None:
     """
     Draw splits of the demo data set, unless they are there already. The same arguments give the same bytes, and image
     i of a split is the same whatever the number of images.
@@ -221,7 +219,7 @@ def _write_image(paths: _Paths, split: str, seed: int, index: int) -> _Record:
     )
 
 
-def _segment(segment: int, category: int, area: int, box: "list | tuple") -> dict[str, Any]:
+def _segment(segment: int, category: int, area: int, box: list | tuple) -> dict[str, Any]:
     return {"id": segment, "category_id": category, "area": area, "bbox": [int(x) for x in box], "iscrowd": 0}
 
 
