@@ -27,10 +27,8 @@ clean: ## Remove the environment and what was made.
 $(READY): setup.cfg pyproject.toml Makefile
 	test -x $(BIN)/python || { \
 		if $(PYTHON) -c "import detectron2" 2>/dev/null; then site=--system-site-packages; fi; \
-		$(PYTHON) -m venv $$site $(VENV) || { \
-			rm -rf $(VENV); \
-			echo "error: $(PYTHON) cannot make a virtual environment: install its venv module (on Debian: apt install python3-venv)" >&2; \
-			exit 2; }; }
+		$(PYTHON) -m venv --without-pip $$site $(VENV); }
+	$(BIN)/python -m ensurepip --default-pip >/dev/null 2>&1 || $(BIN)/python tools/get_pip.py
 	$(BIN)/python -m pip install --quiet "pip<26"
 	$(BIN)/python -c "import detectron2" 2>/dev/null || { \
 		$(BIN)/python -m pip install "setuptools<81" wheel torch torchvision && \

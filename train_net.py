@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hourglass  # first: it mends Detectron2 0.6
 
@@ -21,7 +22,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch.multiprocessing import ProcessExitedException
 
 from hourglass import InputError, Plan
@@ -31,9 +32,11 @@ from hourglass.data.loading import build_loader
 from hourglass.encoders import find_encoder
 from hourglass.evaluation import Subject, compare, describe, to_json, to_table, write_report
 from hourglass.overrides import apply_overrides
+from hourglass.reduction.reducer import check_count
 from hourglass.training import train
 
-DEMO = Path(__file__).parent / "configs" / "demo" / "vitdet.py"
+CONFIGS = Path(__file__).parent / "configs"
+DEMO = CONFIGS / "demo" / "vitdet.py"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +53,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="key=value",
         help="of the config, such as plan.start=4 'plan.reducer.grid=[20,20]' evaluation.max_images=50",
     )
-    return parser.parse_intermixed_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
+    if args.only and args.control:
+        parser.error("--only runs one of the models, without --control")
+    return args
 
 
 def load_config(path: str, overrides: list[str]) -> DictConfig:
@@ -58,33 +64,39 @@ def load_config(path: str, overrides: list[str]) -> DictConfig:
         raise InputError(f"config file {path} is missing")
     try:
         cfg = LazyConfig.load(path)
-    except InputError:
-        raise
     except Exception as error:  # a config is a program
-        raise InputError(f"config file {path} cannot be loaded ({type(error).__name__}: {error})") from error
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"config file {path} cannot be loaded ({type(error).__name__}: {reason})") from error
+    for key in ("model", "dataloader", "plan"):
+        if not isinstance(cfg.get(key), DictConfig):
+            raise InputError(f"config file {path} has no {key!r}: configs/demo/vitdet.py is an example")
+    common = LazyConfig.load(str(CONFIGS / "common" / "train.py"))
+    for key in ("train", "evaluation"):
+        cfg[key] = OmegaConf.merge(common[key], cfg.get(key, {}))
     apply_overrides(cfg, overrides)
-    for key in ("model", "dataloader", "train", "plan", "evaluation"):
-        if key not in cfg:
-            raise InputError(f"config file {path} has no {key!r}: import it from configs/common, as configs/demo does")
-    if cfg.train.device == "auto":
-        cfg.train.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if cfg.train.device not in ("cuda", "cpu"):
-        raise InputError(f'train.device takes "cuda", "cpu" or "auto", got {cfg.train.device!r}')
-    if cfg.train.device == "cuda" and not torch.cuda.is_available():
-        raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
-    limit = cfg.evaluation.max_images
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise InputError(f"evaluation.max_images takes a whole number of at least 1, or null, got {limit!r}")
-    if cfg.evaluation.dtype not in ("float32", "bfloat16"):
-        raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {cfg.evaluation.dtype!r}')
+    check_options(cfg.train, cfg.evaluation)
     return cfg
 
 
-def build_plan(node: DictConfig) -> Plan:
+def check_options(train: DictConfig, evaluation: DictConfig) -> None:
+    if train.device == "auto":
+        train.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if train.device not in ("cuda", "cpu"):
+        raise InputError(f'train.device takes "cuda", "cpu" or "auto", got {train.device!r}')
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
+    if evaluation.dtype not in ("float32", "bfloat16"):
+        raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {evaluation.dtype!r}')
+    check_count("evaluation.warmup", evaluation.warmup, 0)
+    if evaluation.max_images is not None:
+        check_count("evaluation.max_images", evaluation.max_images, 1)
+
+
+def build(cfg: DictConfig, key: str) -> Any:
     try:
-        return instantiate(node)
-    except TypeError as error:  # an argument that the reducer does not take
-        raise InputError(f"plan cannot be built: {error}") from error
+        return instantiate(cfg[key])
+    except (TypeError, ImportError) as error:  # an argument that a constructor does not take, a class that is not there
+        raise InputError(f"{key} cannot be built: {str(error).splitlines()[0]}") from error
 
 
 def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: argparse.Namespace) -> dict:
@@ -94,7 +106,7 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
         plans["control"] = plan.control()
     if args.only:
         plans = {args.only: plans[args.only]}
-    loader, image_ids = build_loader(cfg.dataloader.test, cfg.evaluation.max_images)
+    loader, records = build_loader(cfg.dataloader.test, cfg.evaluation.max_images)
     subjects = {}
     for name, its_plan in plans.items():
         view = hourglass.expedite(model, its_plan)
@@ -102,7 +114,7 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
     comparison = compare(
         subjects,
         loader,
-        image_ids if cfg.evaluation.max_images is not None else None,
+        None if cfg.evaluation.max_images is None else [record["image_id"] for record in records],
         device=cfg.train.device,
         dtype=getattr(torch, cfg.evaluation.dtype),
         warmup=cfg.evaluation.warmup,
@@ -126,19 +138,33 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.overrides)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         init_process_group(cfg.train.device)
-    seed_all_rng(cfg.train.seed + comm.get_rank())
-    plan = build_plan(cfg.plan)
-    model = instantiate(cfg.model).to(cfg.train.device)
+    seed_all_rng(cfg.train.seed)
+    plan = build(cfg, "plan")
+    model = build(cfg, "model").to(cfg.train.device)
     expedited = hourglass.expedite(model, plan)  # refuses a plan that does not fit before anything is read
     if cfg.train.init_checkpoint:
         load_checkpoint(model, cfg.train.init_checkpoint, cfg.train.allow_partial_checkpoint)
     if args.eval_only:
+        if not cfg.train.init_checkpoint:
+            print("warning: train.init_checkpoint is empty, the weights are random", file=sys.stderr)
         run_comparison(cfg, model.eval(), plan, args)
         return
 
+    # What the first evaluation would refuse is refused before training.
+    check, _ = build_loader(cfg.dataloader.test, max_images=1)
+    with torch.no_grad():
+        for inputs in check:
+            expedited.eval()(inputs)
+    seed_all_rng(cfg.train.seed + comm.get_rank())
+
     def evaluate() -> dict:
-        document = run_comparison(cfg, model, plan, args)
-        return {name: figures["accuracy"] for name, figures in document.get("models", {}).items()}
+        models = run_comparison(cfg, model, plan, args).get("models", {})
+        return {
+            f"{name}/{task}/{metric}": float("nan") if value is None else value
+            for name, figures in models.items()
+            for task, metrics in figures["accuracy"].items()
+            for metric, value in metrics.items()
+        }
 
     train(cfg, expedited if cfg.train.expedite else model, evaluate, args.resume)
 
@@ -147,8 +173,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         main(args)
     except InputError as error:
-        # A data loader's worker puts its traceback before the message.
-        refuse(str(error).strip().splitlines()[-1].removeprefix("hourglass.errors.InputError: "))
+        message = str(error).strip()
+        if message.startswith("Caught InputError in DataLoader worker"):  # with the worker's traceback
+            message = message.splitlines()[-1].removeprefix("hourglass.errors.InputError: ")
+        refuse(message)
 
 
 def refuse(line: str) -> None:

@@ -1,11 +1,21 @@
 """Loading checkpoints, and refusing those that do not fit."""
 
 import logging
+from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from hourglass.errors import InputError
+
+
+class _Checkpointer(DetectionCheckpointer):
+    """Keeps what does not fit in place of warning of it."""
+
+    misfit: Any = None
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        self.misfit = incompatible
 
 
 def load_checkpoint(model: nn.Module, path: str, allow_partial: bool = False) -> None:
@@ -21,23 +31,19 @@ def load_checkpoint(model: nn.Module, path: str, allow_partial: bool = False) ->
     Raises:
         InputError: for a checkpoint that cannot be read, or fills less than all of the model.
     """
-    checkpointer = DetectionCheckpointer(model)
-    # What is missing is said below, in one line.
-    checkpointer.logger = logging.getLogger("hourglass.quiet")
-    checkpointer.logger.disabled = True
+    checkpointer = _Checkpointer(model)
     try:
-        checkpoint = checkpointer._load_file(checkpointer.path_manager.get_local_path(path))
-        if not isinstance(checkpoint.get("model"), dict):
-            raise ValueError("it holds no parameters by name")
+        checkpointer.load(path, checkpointables=[])
     except Exception as error:  # whatever a download, an unpickler or a file system may raise
+        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}: {_first_line(error)}): "
+            f"checkpoint {path} cannot be read ({type(error).__name__}: {reason}): "
             "train.init_checkpoint takes a .pth or .pkl file or an address of one"
         ) from error
 
-    fit = checkpointer._load_model(checkpoint)
-    wrong = [f"{name} is {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in fit.incorrect_shapes]
-    lacking = [name for name in fit.missing_keys if name not in {name for name, _, _ in fit.incorrect_shapes}]
+    shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in checkpointer.misfit.incorrect_shapes}
+    wrong = [f"{name} is {found}, not {wanted}" for name, (found, wanted) in shapes.items()]
+    lacking = [name for name in checkpointer.misfit.missing_keys if name not in shapes]
     if (wrong or lacking) and not allow_partial:
         reasons = []
         if wrong:
@@ -49,18 +55,15 @@ def load_checkpoint(model: nn.Module, path: str, allow_partial: bool = False) ->
             f"{' and '.join(reasons)}: give the config of the checkpoint's model, or set "
             "train.allow_partial_checkpoint=true to leave them as initialised"
         )
-    if fit.unexpected_keys:
+    unexpected = checkpointer.misfit.unexpected_keys
+    if unexpected:
         logging.getLogger(__name__).warning(
             "checkpoint %s has %d entries that the model has no place for (%s)",
             path,
-            len(fit.unexpected_keys),
-            _some(fit.unexpected_keys),
+            len(unexpected),
+            _some(unexpected),
         )
 
 
 def _some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -48,13 +48,6 @@ def _mend_extension() -> None:
         sys.modules["detectron2._C"] = detectron2._C = extension
 
 
-def has_extension() -> bool:
-    """Whether Detectron2's compiled extension is there."""
-    import detectron2._C
-
-    return not isinstance(detectron2._C, _MissingExtension)
-
-
 def has_own_vit() -> bool:
     """Whether this Detectron2 has ViTDet's ``ViT`` (its main branch has, the 0.6 release has not)."""
     import detectron2.modeling

@@ -40,8 +40,6 @@ def build_hourglass(plan: Plan, encoder: str | type, **arguments: Any) -> Backbo
     Raises:
         InputError: for a plan that is none or that the encoder cannot follow.
     """
-    if not isinstance(plan, Plan):
-        raise InputError(f"plan takes a hourglass.Plan, got {plan!r}")
     if isinstance(encoder, str):
         encoder = locate(encoder)
     return expedite_model(encoder(**arguments), plan)

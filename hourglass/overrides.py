@@ -75,16 +75,30 @@ def _known(node: Any) -> list[str] | None:
         return [] if node is not None else None
     keys = [str(key) for key in node]
     if "_target_" in node:
-        target = node._target_
-        if isinstance(target, str):
-            try:
-                target = locate(target)
-            except Exception as error:  # whatever importing it may raise
-                raise InputError(
-                    f"_target_ {node._target_!r} cannot be imported: a dotted name of a callable is taken"
-                ) from error
-        parameters = inspect.signature(target).parameters.values()
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        arguments = _arguments(node._target_)
+        if arguments is None:
             return None
-        keys += [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+        keys += arguments
     return keys
+
+
+def _arguments(target: Any) -> list[str] | None:
+    """The arguments that a callable, or the dotted name of one, takes; None where it takes any."""
+    if isinstance(target, str):
+        try:
+            target = locate(target)
+        except Exception as error:  # whatever importing it may raise
+            raise InputError(
+                f"_target_ {target!r} cannot be imported: the dotted name of a callable is taken"
+            ) from error
+    # A class hands the keywords that it does not know on to its base.
+    makers = (
+        [kind.__init__ for kind in target.__mro__ if "__init__" in vars(kind)] if isinstance(target, type) else [target]
+    )
+    names: list[str] = []
+    for maker in makers:
+        parameters = inspect.signature(maker).parameters.values()
+        names += [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            return [name for name in names if name != "self"]
+    return None

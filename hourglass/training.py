@@ -1,5 +1,6 @@
 """Training a model from a LazyConfig with Detectron2's trainer and hooks."""
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hourglass.data.loading import build_loader
+from hourglass.errors import InputError
 
 
 class Trainer(SimpleTrainer):
@@ -72,9 +74,13 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
     """
     options = cfg.train
     loader, _ = build_loader(cfg.dataloader.train)
+    main = comm.is_main_process()
     os.makedirs(options.output_dir, exist_ok=True)
     setup_logger(options.output_dir, distributed_rank=comm.get_rank())
-    LazyConfig.save(cfg, os.path.join(options.output_dir, "config.yaml"))
+    # The trainer logs what ends the training with its traceback; what a user got wrong has a line of its own.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
+    if main:
+        LazyConfig.save(cfg, os.path.join(options.output_dir, "config.yaml"))
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     replica = model
@@ -83,11 +89,12 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
         replica = DistributedDataParallel(model, device_ids=device_ids, **options.ddp)
     trainer = Trainer(replica, loader, optimizer, options.device, options.amp.enabled, options.clip_gradient)
     checkpointer = DetectionCheckpointer(model, options.output_dir, trainer=trainer)
-    writers = [
-        CommonMetricPrinter(options.max_iter),
-        JSONWriter(os.path.join(options.output_dir, "metrics.json")),
-    ]
-    main = comm.is_main_process()
+    writers = []
+    if main:
+        writers = [
+            CommonMetricPrinter(options.max_iter),
+            JSONWriter(os.path.join(options.output_dir, "metrics.json")),
+        ]
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
@@ -102,3 +109,7 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
         checkpointer.resume_or_load("", resume=True)
         start = trainer.iter + 1
     trainer.train(start, options.max_iter)
+
+
+def _is_no_input_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], InputError))

@@ -193,6 +193,7 @@ def test_node_that_is_no_plan():
 
 @pytest.mark.skipif(not has_own_vit(), reason="this Detectron2 has no ViT of its own")
 def test_detectron2s_own_vit():
+    pytest.importorskip("timm")
     import detectron2.modeling
 
     for target in (detectron2.modeling.ViT, "detectron2.modeling.ViT"):

@@ -1,6 +1,7 @@
 """The command, from end to end."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.logger import setup_logger
 
 import hourglass.data
 import train_net
@@ -40,6 +42,17 @@ def datasets(tmp_path_factory):
         patch.setitem(hourglass.data.DEMO_IMAGES, "train", 6)
         patch.setitem(hourglass.data.DEMO_IMAGES, "val", 5)
         yield root
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Training adds handlers to Detectron2's loggers that write to this test's captured output."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "detectron2.engine.train_loop")]
+    before = [(list(logger.handlers), list(logger.filters)) for logger in loggers]
+    setup_logger.cache_clear()
+    yield
+    for logger, (old_handlers, old_filters) in zip(loggers, before):
+        logger.handlers, logger.filters = old_handlers, old_filters
 
 
 def run(*arguments: str) -> None:
@@ -131,7 +144,8 @@ def test_training(tmp_path, expedite, capsys):
     run(*arguments)
     assert capsys.readouterr().out.count("encoder latency") == 2
     metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
-    assert all(torch.isfinite(torch.tensor(line["total_loss"])) for line in metrics)
+    losses = [line["total_loss"] for line in metrics if "total_loss" in line]
+    assert len(losses) >= 2 and torch.tensor(losses).isfinite().all()
     assert any("unmodified/bbox/AP" in line for line in metrics)
     weights = torch.load(tmp_path / "model_final.pth")["model"]
 
@@ -162,6 +176,10 @@ def test_two_processes_give_the_accuracy_of_one(tmp_path):
     [
         (["plan.strat=4"], "did you mean 'plan.start'?"),
         (["plan.start=3", "plan.stop=3"], "stop takes a whole number over start (3) or None, got 3"),
+        (["plan=null"], "plan takes a hourglass.Plan, got None"),
+        (["plan.reducer._target_=hourglass.AveragePoolng"], "'hourglass.AveragePoolng' cannot be imported"),
+        (["model.roi_heads.num_clases=3"], "did you mean 'model.roi_heads.num_classes'?"),
+        (["evaluation.warmup=two"], "evaluation.warmup takes a whole number of at least 0, got 'two'"),
         (["plan.stop=9"], "a plan needs 0 <= start < stop <= 8"),
         (["plan.reducer.grid=[65,64]"], "grid (65, 64) is larger than the token map, which has 16 x 16 tokens"),
         (["plan.reducer.grid=0"], "grid takes (rows, columns)"),
@@ -169,7 +187,7 @@ def test_two_processes_give_the_accuracy_of_one(tmp_path):
         (["train.init_checkpoint=missing.pth"], "checkpoint missing.pth cannot be read"),
         (
             ["dataloader.test.dataset.names=coco_2017_val"],
-            "coco/annotations/instances_val2017.json is expected and missing",
+            "coco/annotations/instances_val2017.json is missing",
         ),
         (["dataloader.test.dataset.names=hourglass_demo_vl"], "did you mean 'hourglass_demo_val'?"),
         (["train.device=tpu"], 'train.device takes "cuda", "cpu" or "auto"'),
@@ -182,6 +200,36 @@ def test_refusals(tmp_path, capsys, overrides, message):
     line = refusal(capsys, "--eval-only", f"train.output_dir={output}", *UNTRAINED, *overrides)
     assert message in line
     assert not output.exists()
+
+
+def test_training_refuses_before_it_begins(tmp_path, capsys):
+    output = tmp_path / "output"
+    arguments = [f"train.output_dir={output}", *UNTRAINED]
+    assert "is larger than the token map" in refusal(capsys, *arguments, "plan.reducer.grid=[17,16]")
+    assert "coco/annotations" in refusal(capsys, *arguments, "dataloader.test.dataset.names=coco_2017_val")
+    assert "coco/annotations" in refusal(capsys, *arguments, "dataloader.train.dataset.names=coco_2017_train")
+    assert not output.exists()
+
+
+def test_training_goes_on_where_there_is_no_figure(tmp_path):
+    """No detection at all has no AP."""
+    run(
+        f"train.output_dir={tmp_path}",
+        "train.max_iter=1",
+        "train.eval_period=1",
+        "model.roi_heads.box_predictor.test_score_thresh=0.99",
+        "dataloader.train.total_batch_size=1",
+        "dataloader.train.num_workers=0",
+        "evaluation.max_images=1",
+        *UNTRAINED,
+    )
+    assert read(tmp_path)["retention"] == {"bbox.AP": None, "segm.AP": None}
+
+
+def test_only_and_control_exclude_each_other(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run("--eval-only", "--only", "expedited", "--control")
+    assert stopped.value.code == 2 and "--only runs one of the models" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
@@ -211,6 +259,7 @@ def broken_copy(tmp_path, datasets):
     register_coco_instances("broken_copy", {}, str(annotations), str(tmp_path / "images"))
     yield image
     DatasetCatalog.remove("broken_copy")
+    MetadataCatalog.remove("broken_copy")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -224,7 +273,9 @@ def test_an_unreadable_image_is_named(broken_copy, tmp_path, capsys, workers):
     line = refusal(capsys, *arguments, f"dataloader.test.num_workers={workers}")
     assert f"image {broken_copy} cannot be read" in line
     broken_copy.unlink()
-    assert f"1 of the data set's 5 images are missing, such as {broken_copy}" in refusal(capsys, *arguments)
+    assert f"1 of the 5 images of data set 'broken_copy' are missing, such as {broken_copy}" in refusal(
+        capsys, *arguments
+    )
     assert not (tmp_path / "o").exists()
 
 

@@ -19,7 +19,7 @@ dataloader = dict(
             augmentations=[
                 L(T.RandomFlip)(horizontal=True),
                 L(T.ResizeScale)(min_scale=0.1, max_scale=2.0, target_height=image_size, target_width=image_size),
-                L(T.FixedSizeCrop)(crop_size=(image_size, image_size)),
+                L(T.FixedSizeCrop)(crop_size=(image_size, image_size), pad=False),
             ],
             image_format="RGB",
             use_instance_mask=True,

@@ -48,6 +48,8 @@ def expedite(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         InputError: for a model without an encoder that can be expedited, or a plan that it cannot follow.
     """
+    if not isinstance(plan, Plan):
+        raise InputError(f"plan takes a hourglass.Plan, got {plan!r}")
     name, encoder = find_encoder(model)
     plan.blocks(len(encoder.blocks))  # refuse before copying
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}

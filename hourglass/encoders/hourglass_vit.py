@@ -5,9 +5,9 @@ from torch import Tensor
 
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.vit import embed, run_block
-from hourglass.encoders.windows import reduce_windows
+from hourglass.encoders.windows import EachWindow
 from hourglass.errors import InputError
-from hourglass.reduction import SkipBlocks
+from hourglass.reduction import GridReducer, Reducer, SkipBlocks
 from hourglass.reduction.reducer import map_size
 
 
@@ -39,20 +39,24 @@ class HourglassViT(Backbone):
         self._out_feature_strides = encoder._out_feature_strides
         self._size_divisibility = encoder.size_divisibility
         self.training = encoder.training
-        self._window = 0
+        self._window = None
         if self._planned:
             self.reducer = plan.reducer
         if self._planned and plan.scope == "window":
-            if isinstance(plan.reducer, SkipBlocks):
-                raise InputError('SkipBlocks leaves out whole blocks and takes scope "map", got "window"')
-            windows = {encoder.blocks[i].window_size for i in self._planned} - {0}
-            if len(windows) != 1:
-                raise InputError(
-                    'scope "window" needs blocks with windows of one size among those of the plan, '
-                    f"got {sorted(windows) or 'none'} in blocks {self._planned.start} to {self._planned.stop - 1}"
-                )
-            self._window = windows.pop()
-            self.reducer = plan.reducer.relative_to((self._window, self._window))
+            self.reducer = self._each_window(plan.reducer)
+            if isinstance(plan.reducer, GridReducer):
+                self._window = plan.reducer.cells((self.reducer.window, self.reducer.window))
+
+    def _each_window(self, reducer: Reducer) -> EachWindow:
+        if isinstance(reducer, SkipBlocks):
+            raise InputError('SkipBlocks leaves out whole blocks and takes scope "map", got "window"')
+        windows = {self.blocks[i].window_size for i in self._planned} - {0}
+        if len(windows) != 1:
+            raise InputError(
+                'scope "window" needs blocks with windows of one size among those of the plan, '
+                f"got {sorted(windows) or 'none'} in blocks {self._planned.start} to {self._planned.stop - 1}"
+            )
+        return EachWindow(reducer, windows.pop())
 
     @property
     def size_divisibility(self) -> int:
@@ -78,7 +82,7 @@ class HourglassViT(Backbone):
 
     def _run_planned(self, tokens: Tensor) -> Tensor:
         full = map_size(tokens)
-        reduction = reduce_windows(self.reducer, tokens, self._window) if self._window else self.reducer(tokens)
+        reduction = self.reducer(tokens)
         if reduction.positions is not None:
             raise NotImplementedError(
                 f"{type(self.reducer).__name__} puts tokens off the regular grid, where {type(self).__name__} "
@@ -88,5 +92,5 @@ class HourglassViT(Backbone):
         if refined.numel() > 0:
             sizes = reduction.sizes if self.plan.proportional else None
             for block in self.blocks[self._planned.start : self._planned.stop]:
-                refined = run_block(block, refined, full, sizes)
+                refined = run_block(block, refined, full, sizes, self._window)
         return reduction.restore(refined)

@@ -147,7 +147,13 @@ def run_attention(
     return attn.proj(mixed.permute(0, 2, 3, 1, 4).reshape(batch, h, w, -1))
 
 
-def run_block(block: nn.Module, tokens: Tensor, full: tuple[int, int], sizes: Tensor | None = None) -> Tensor:
+def run_block(
+    block: nn.Module,
+    tokens: Tensor,
+    full: tuple[int, int],
+    sizes: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+) -> Tensor:
     """
     Run a ViT block, Detectron2's or ours, on a full map or a reduced one: windows shrink with the map, relative
     positions are read at the distances of the original tokens.
@@ -158,31 +164,41 @@ def run_block(block: nn.Module, tokens: Tensor, full: tuple[int, int], sizes: Te
         tokens: (B, h, w, C).
         full: (H, W) of the full map; (h, w) where the map is the full one.
         sizes: (B, h, w), the number of tokens that each stands for: its logarithm is added to a key's score.
+        window: (wh, ww), rows and columns of a windowed block's windows on this map; None: shrunk as the map is.
 
     Returns:
         (B, h, w, C)
     """
     if getattr(block, "use_act_checkpoint", False) and block.training:
-        return checkpoint(_run_block, block, tokens, full, sizes, use_reentrant=False)
-    return _run_block(block, tokens, full, sizes)
+        return checkpoint(_run_block, block, tokens, full, sizes, window, use_reentrant=False)
+    return _run_block(block, tokens, full, sizes, window)
 
 
-def _run_block(block: nn.Module, tokens: Tensor, full: tuple[int, int], sizes: Tensor | None) -> Tensor:
+def _run_block(
+    block: nn.Module,
+    tokens: Tensor,
+    full: tuple[int, int],
+    sizes: Tensor | None,
+    window: tuple[int, int] | None,
+) -> Tensor:
     h, w = map_size(tokens)
     step = (full[0] / h, full[1] / w)
+    extent = full
     attended = block.norm1(tokens)
     if block.window_size > 0:
         extent = (block.window_size, block.window_size)
-        window = tuple(max(1, round(length / s)) for length, s in zip(extent, step))
+        if window is None:
+            window = tuple(max(1, round(length / apart)) for length, apart in zip(extent, step))
+        else:
+            step = (extent[0] / window[0], extent[1] / window[1])
         if sizes is not None:
             # A padded key is there in the full map too: it stands for as many as a token does on average.
             sizes = partition(sizes[..., None], window, value=step[0] * step[1])[..., 0]
         attended = partition(attended, window)
-    else:
-        extent, window = full, None
-    log_sizes = None if sizes is None else sizes.log()
+    # The size of a centre that no token is near may be 0, and a window may hold only such.
+    log_sizes = None if sizes is None else sizes.clamp(min=1e-6).log()
     attended = run_attention(block.attn, attended, extent, step, log_sizes)
-    if window is not None:
+    if block.window_size > 0:
         attended = unpartition(attended, (h, w))
     tokens = tokens + block.drop_path(attended)
     tokens = tokens + block.drop_path(block.mlp(block.norm2(tokens)))
@@ -377,8 +393,7 @@ class SimpleFeaturePyramid(Backbone):
         scale_factors: scale of each level against that feature, from 4.0, 2.0, 1.0 and 0.5, fine to coarse.
         top_block: makes more levels from the coarsest; has ``num_levels`` and ``in_feature``.
         norm: "LN" or "".
-        square_pad: if over 0, images are padded to squares of this many pixels (and, where one is larger, to
-            multiples of it).
+        square_pad: if over 0, images, which must not be larger, are padded to squares of this many pixels.
     """
 
     def __init__(

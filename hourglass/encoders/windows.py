@@ -51,35 +51,38 @@ def unpartition(windows: Tensor, size: tuple[int, int]) -> Tensor:
     return tokens.reshape(-1, rows * wh, columns * ww, channels)[:, :height, :width]
 
 
-def reduce_windows(reducer: Reducer, tokens: Tensor, window: int) -> Reduction:
+class EachWindow(Reducer):
     """
-    Reduce each window of a map on its own and put the results together to a smaller map. Windows that the map's edge
+    Reduces each window of a map on its own and puts the results together to a smaller map. Windows that the map's edge
     cuts off are reduced as they are: no padding joins the tokens.
 
     Args:
-        reducer: with its budget relative to a window's size, see :meth:`hourglass.reduction.Reducer.relative_to`.
-        tokens: (B, H, W, C).
+        reducer: of a window.
         window: tokens a side.
     """
-    rows, columns = (_strips(length, window) for length in map_size(tokens))
-    reductions = [reducer(windows) for windows in _split(tokens, rows, columns)]
-    smaller_rows = [
-        _Strip(row.windows, reduction.tokens.shape[1]) for row, reduction in zip(rows, reductions[:: len(columns)])
-    ]
-    smaller_columns = [
-        _Strip(column.windows, reduction.tokens.shape[2]) for column, reduction in zip(columns, reductions)
-    ]
 
-    def restore(refined: Tensor) -> Tensor:
-        windows = _split(refined, smaller_rows, smaller_columns)
-        return _join([reduction.restore(part) for reduction, part in zip(reductions, windows)], rows, columns)
+    def __init__(self, reducer: Reducer, window: int):
+        super().__init__()
+        self.reducer = reducer.relative_to((window, window))
+        self.window = window
 
-    sizes = None
-    if reductions[0].sizes is not None:
-        sizes = [reduction.sizes[..., None] for reduction in reductions]
-        sizes = _join(sizes, smaller_rows, smaller_columns)[..., 0]
-    reduced = _join([reduction.tokens for reduction in reductions], smaller_rows, smaller_columns)
-    return Reduction(reduced, positions=None, sizes=sizes, restore=restore)
+    def forward(self, tokens: Tensor) -> Reduction:
+        rows, columns = (_strips(length, self.window) for length in map_size(tokens))
+        reductions = [self.reducer(windows) for windows in _split(tokens, rows, columns)]
+        sides = [map_size(reduction.tokens) for reduction in reductions]
+        smaller_rows = [_Strip(row.windows, side[0]) for row, side in zip(rows, sides[:: len(columns)])]
+        smaller_columns = [_Strip(column.windows, side[1]) for column, side in zip(columns, sides)]
+
+        def restore(refined: Tensor) -> Tensor:
+            windows = _split(refined, smaller_rows, smaller_columns)
+            return _join([reduction.restore(part) for reduction, part in zip(reductions, windows)], rows, columns)
+
+        sizes = None
+        if reductions[0].sizes is not None:
+            sizes = [reduction.sizes[..., None] for reduction in reductions]
+            sizes = _join(sizes, smaller_rows, smaller_columns)[..., 0]
+        reduced = _join([reduction.tokens for reduction in reductions], smaller_rows, smaller_columns)
+        return Reduction(reduced, positions=None, sizes=sizes, restore=restore)
 
 
 class _Strip(NamedTuple):

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import io
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
+from hourglass.errors import InputError
 from hourglass.evaluation.cost import PeakMemory, count_gflops
 from hourglass.evaluation.timing import Clock, Interval, Run, Stopwatch, ratio_of_medians
 
@@ -99,23 +100,29 @@ def compare(
 
     Returns:
         the comparison; None in all but the main process.
+
+    Raises:
+        InputError: for batches of several images.
     """
     clock, memory = Clock(device), PeakMemory(device)
-    watches = {name: Stopwatch(subject.model, subject.encoder, clock) for name, subject in subjects.items()}
-    training = {name: subject.model.training for name, subject in subjects.items()}
     runs: dict[str, list[Run]] = {name: [] for name in subjects}
     peaks = dict.fromkeys(subjects, 0.0)
     encoder_inputs: dict[str, tuple] = {}
     names = list(subjects)
-    try:
+    what = f"comparing {' and '.join(names)}"
+    for subject in subjects.values():
+        subject.evaluator.reset()
+    with contextlib.ExitStack() as stack:
         for subject in subjects.values():
-            subject.model.eval()
-            subject.evaluator.reset()
-        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            progress = tqdm(
-                images, desc=f"comparing {' and '.join(names)}", unit="image", disable=not comm.is_main_process()
-            )
-            for i, inputs in enumerate(progress):
+            stack.enter_context(_evaluating(subject.model))
+        with contextlib.ExitStack() as timed, torch.no_grad():
+            timed.enter_context(torch.autocast(device, dtype, enabled=dtype != torch.float32))
+            watches = {name: Stopwatch(subject.model, subject.encoder, clock) for name, subject in subjects.items()}
+            for watch in watches.values():
+                timed.callback(watch.close)
+            for i, inputs in enumerate(tqdm(images, desc=what, unit="image", disable=not comm.is_main_process())):
+                if len(inputs) != 1:
+                    raise InputError(f"models are compared on one image at a time, got a batch of {len(inputs)}")
                 if i == 0:
                     for name in names * warmup:
                         watches[name].run(inputs)
@@ -126,12 +133,7 @@ def compare(
                     runs[name].append(run)
                     encoder_inputs.setdefault(name, watches[name].encoder_input)
                     subjects[name].evaluator.process(inputs, outputs)
-    finally:
-        for watch in watches.values():
-            watch.close()
-    gflops = {name: count_gflops(subjects[name].encoder, inputs) for name, inputs in encoder_inputs.items()}
-    for name, subject in subjects.items():
-        subject.model.train(training[name])
+        gflops = {name: count_gflops(subjects[name].encoder, inputs) for name, inputs in encoder_inputs.items()}
 
     accuracy = {name: _evaluate(subject.evaluator, image_ids) for name, subject in subjects.items()}
     shares = comm.gather((runs, peaks, gflops))
@@ -147,6 +149,16 @@ def compare(
             peak_memory_mb=max(peaks[name] for _, peaks, _ in shares),
         )
     return Comparison(measurements)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _evaluate(evaluator: DatasetEvaluator, image_ids: list | None) -> dict[str, dict[str, Any]]:

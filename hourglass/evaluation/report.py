@@ -14,8 +14,8 @@ import torch
 import torchvision
 from tabulate import tabulate
 
-import hourglass
 from hourglass.evaluation.compare import Comparison, Measurement
+from hourglass.version import __version__
 
 SCHEMA = 1
 TASKS = {"bbox": "box", "segm": "mask"}
@@ -41,7 +41,7 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
         "dtype": about["dtype"],
         "threads": torch.get_num_threads(),
         "versions": {
-            "hourglass": hourglass.__version__,
+            "hourglass": __version__,
             "detectron2": detectron2.__version__,
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
@@ -159,10 +159,10 @@ def write_report(document: dict[str, Any], folder: str | os.PathLike) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        whole.write_text(text)
+        os.replace(whole, path)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -81,8 +81,11 @@ class Stopwatch:
             encoder.register_forward_pre_hook(self._encoder_starts),
             encoder.register_forward_hook(self._encoder_stops),
         ]
-        for module in encoder.modules():
-            if isinstance(module, Reducer):
+        reducers: list[str] = []
+        for name, module in encoder.named_modules():
+            # A reducer may call others, whose time is in its own.
+            if isinstance(module, Reducer) and not any(name.startswith(f"{outer}.") for outer in reducers):
+                reducers.append(name)
                 self._handles.append(module.register_forward_pre_hook(self._reducer_starts))
                 self._handles.append(module.register_forward_hook(self._reducer_stops))
 

@@ -8,14 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hourglass.errors import InputError
-from hourglass.reduction.neighborhoods import Neighborhoods, neighborhoods
+from hourglass.reduction.neighborhoods import Neighborhoods, at_home, neighborhoods
+from hourglass.reduction.pooling import average_pool
 from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction, check_choice, check_count, map_size
 
 WEIGHTS = ("sum", "l2")
 CANDIDATES = ("neighborhood", "all")
 
 # "auto" is this over the mean squared distance of tokens and their home centres.
-AUTO_TEMPERATURE = 4.0
+AUTO_TEMPERATURE = 8.0
+
+# A centre that stands for less than this share of a token stays where it was.
+EMPTY = 1e-30
 
 
 def cluster(
@@ -36,7 +40,7 @@ def cluster(
     Returns:
         centres (B, h, w, C), and how many tokens each stands for (B, h, w), None after no iteration.
     """
-    centers, sizes = pool(tokens, grid), None
+    centers, sizes = average_pool(tokens, grid), None
     if iterations > 0:
         near = neighborhoods(map_size(tokens), grid, neighborhood // 2, tokens.device)
         tiles = near.tile_tokens(tokens)
@@ -44,13 +48,9 @@ def cluster(
         with torch.no_grad():
             affinity = _scores(tiles, centers, near, temperature).softmax(-1) * near.real
             sizes = near.sum_patches(affinity.sum(-2)[..., None])
-        centers = near.sum_patches(affinity.transpose(-2, -1) @ tiles) / sizes.clamp(min=1e-16)
+        means = near.sum_patches(affinity.transpose(-2, -1) @ tiles) / sizes.clamp(min=EMPTY)
+        centers = torch.where(sizes > EMPTY, means, centers)
     return centers, None if sizes is None else sizes[..., 0]
-
-
-def pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Adaptive average pooling, (B, H, W, C) -> (B, h, w, C)."""
-    return F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
 
 
 def mixture(
@@ -129,8 +129,7 @@ def auto_temperature(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         (B, 1, 1, 1)
     """
-    near = neighborhoods(map_size(tokens), grid, None, tokens.device)
-    distances = (tokens - near.at_home(pool(tokens, grid))).square().sum(-1, keepdim=True)
+    distances = (tokens - at_home(average_pool(tokens, grid), map_size(tokens))).square().sum(-1, keepdim=True)
     return AUTO_TEMPERATURE / distances.mean((1, 2), keepdim=True).clamp(min=1e-12)
 
 

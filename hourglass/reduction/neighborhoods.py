@@ -26,7 +26,6 @@ class _Axis(NamedTuple):
     before: int  # cells of padding before the first
     gather: Tensor  # (tiles * tokens a tile,) the token at each place of a tile; places left over repeat a token
     scatter: Tensor  # (tokens,) the place of each token
-    home: Tensor  # (tokens,) the cell of each token
     real: Tensor  # (tiles, tokens a tile) False for a place left over
     reach: Tensor  # (tiles, tokens a tile, cells a patch) True for a centre in the token's neighbourhood
 
@@ -34,13 +33,13 @@ class _Axis(NamedTuple):
 def _axis(length: int, cells: int, radius: int | None, device: torch.device) -> _Axis:
     # Patches of two tiles' length hold the tile and radius cells on both sides where a tile has 2 * radius cells.
     tile = cells if radius is None else max(4, 2 * radius)
-    if cells <= 2 * tile:
+    if cells <= 3 * tile:  # so few that meeting all is no more work
         tile, tiles, blocks, before = cells, 1, 1, 0
     else:
         tiles, blocks, before = -(-cells // tile), 2, radius
 
     token = torch.arange(length, device=device)
-    home = token * cells // length  # nearest-neighbour upsampling of the cells' numbers
+    home = _home(length, cells, device)
     tile_of_token = home // tile
     counts = torch.bincount(tile_of_token, minlength=tiles)
     first = counts.cumsum(0) - counts
@@ -54,7 +53,7 @@ def _axis(length: int, cells: int, radius: int | None, device: torch.device) -> 
     reach = ((cell >= 0) & (cell < cells)).expand(tiles, len(place), -1)
     if radius is not None:
         reach = reach & ((cell - home[gather][..., None]).abs() <= radius)
-    return _Axis(cells, tile, tiles, blocks, before, gather.flatten(), scatter, home, real, reach)
+    return _Axis(cells, tile, tiles, blocks, before, gather.flatten(), scatter, real, reach)
 
 
 class Neighborhoods:
@@ -81,9 +80,12 @@ class Neighborhoods:
     def tile_tokens(self, tokens: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, T, n, C)"""
         rows, columns = self._rows, self._columns
-        tokens = tokens[:, rows.gather][:, :, columns.gather]
         batch, _, _, channels = tokens.shape
-        tokens = tokens.view(batch, rows.tiles, -1, columns.tiles, len(columns.gather) // columns.tiles, channels)
+        if rows.tiles > 1:
+            tokens = tokens[:, rows.gather]
+        if columns.tiles > 1:
+            tokens = tokens[:, :, columns.gather]
+        tokens = tokens.reshape(batch, rows.tiles, -1, columns.tiles, len(columns.gather) // columns.tiles, channels)
         return tokens.transpose(2, 3).reshape(batch, rows.tiles * columns.tiles, -1, channels)
 
     def untile_tokens(self, tiled: Tensor) -> Tensor:
@@ -92,7 +94,11 @@ class Neighborhoods:
         batch, _, _, channels = tiled.shape
         tokens = tiled.view(batch, rows.tiles, columns.tiles, len(rows.gather) // rows.tiles, -1, channels)
         tokens = tokens.transpose(2, 3).reshape(batch, len(rows.gather), len(columns.gather), channels)
-        return tokens[:, rows.scatter][:, :, columns.scatter]
+        if rows.tiles > 1:
+            tokens = tokens[:, rows.scatter]
+        if columns.tiles > 1:
+            tokens = tokens[:, :, columns.scatter]
+        return tokens
 
     def patches(self, centers: Tensor) -> Tensor:
         """The centres that each tile's tokens may meet: (B, h, w, C) -> (B, T, m, C), 0 beyond the grid."""
@@ -126,13 +132,20 @@ class Neighborhoods:
         total = total.view(batch, _padded(rows), _padded(columns), channels)
         return total[:, rows.before : rows.before + rows.cells, columns.before : columns.before + columns.cells]
 
-    def at_home(self, centers: Tensor) -> Tensor:
-        """Each token's home centre: (B, h, w, C) -> (B, H, W, C)"""
-        return centers[:, self._rows.home][:, :, self._columns.home]
-
 
 def _padded(axis: _Axis) -> int:
     return (axis.tiles + axis.blocks - 1) * axis.tile
+
+
+def _home(length: int, cells: int, device: torch.device) -> Tensor:
+    """(length,) the cell of each token: nearest-neighbour upsampling of the cells' numbers."""
+    return torch.arange(length, device=device) * cells // length
+
+
+def at_home(centers: Tensor, size: tuple[int, int]) -> Tensor:
+    """The home centre of each token of a map of ``size`` (H, W): (B, h, w, C) -> (B, H, W, C)."""
+    rows, columns = (_home(length, cells, centers.device) for length, cells in zip(size, centers.shape[1:3]))
+    return centers[:, rows][:, :, columns]
 
 
 @lru_cache(maxsize=64)

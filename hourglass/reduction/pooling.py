@@ -6,6 +6,11 @@ from torch import Tensor
 from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction, check_choice, map_size
 
 
+def average_pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Adaptive average pooling, (B, H, W, C) -> (B, h, w, C)."""
+    return F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+
+
 class AveragePooling(GridReducer):
     """
     The plain baseline: adaptive average pooling, restored by bilinear interpolation.
@@ -26,8 +31,7 @@ class AveragePooling(GridReducer):
 
     def forward(self, tokens: Tensor) -> Reduction:
         size = map_size(tokens)
-        channels_first = tokens.permute(0, 3, 1, 2)
-        pooled = F.adaptive_avg_pool2d(channels_first, self.cells(size)).permute(0, 2, 3, 1)
+        pooled = average_pool(tokens, self.cells(size))
 
         def enlarge(reduced: Tensor) -> Tensor:
             reduced = reduced.permute(0, 3, 1, 2)

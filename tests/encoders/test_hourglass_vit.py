@@ -7,7 +7,7 @@ import hourglass
 from hourglass import AveragePooling, HourglassViT, InputError, Plan, Reducer, Reduction, SkipBlocks, TokenClustering
 from hourglass.compat import has_own_vit
 from hourglass.encoders import SimpleFeaturePyramid, ViT, find_encoder
-from hourglass.encoders.vit import embed
+from hourglass.encoders.vit import embed, run_block
 
 
 def tiny_vit(**kwargs) -> ViT:
@@ -132,6 +132,15 @@ def test_maps_of_any_size(plan, size):
     assert out.isfinite().all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_cuda_gives_what_the_cpu_gives(plan):
+    vit = tiny_vit()
+    expected = last(hourglass.expedite(vit, plan), image())
+    out = last(hourglass.expedite(vit.cuda(), plan), image().cuda())
+    torch.testing.assert_close(out.cpu(), expected, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_images_of_a_batch_do_not_meet(plan):
     expedited = hourglass.expedite(tiny_vit(), plan)
@@ -190,6 +199,7 @@ def test_a_smaller_map_needs_fewer_windows():
             r"grid \(9, 4\) is larger than the token map, which has 8 x 8 tokens",
         ),
         (lambda: hourglass.expedite(torch.nn.Linear(2, 2), Plan()), "got Linear with none"),
+        (lambda: hourglass.expedite(tiny_vit(), None), "plan takes a hourglass.Plan, got None"),
         (lambda: hourglass.expedite(torch.nn.ModuleList([tiny_vit(), tiny_vit()]), Plan()), "with 0, 1"),
     ],
 )
@@ -199,9 +209,28 @@ def test_refusals(make, message):
     assert "\n" not in str(refusal.value)
 
 
+def test_keys_of_no_size_do_not_break_attention():
+    """A window of one reduced token that stands for nothing."""
+    block = tiny_vit().blocks[0]
+    with torch.no_grad():
+        out = run_block(block, torch.randn(2, 2, 2, 16), (8, 8), sizes=torch.zeros(2, 2, 2))
+    assert out.isfinite().all()
+
+
+def test_under_scope_window_blocks_attend_in_the_reducers_windows():
+    """15 tokens in windows of 14 are a whole window and a cut one; so they stay, as 4 tokens and 1."""
+    vit = tiny_vit(img_size=120, window_size=14, window_block_indexes=(0, 1), depth=2)
+    expedited = hourglass.expedite(vit, Plan(AveragePooling((4, 4)), 1, scope="window"))
+    seen = []
+    expedited.blocks[1].attn.qkv.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    last(expedited, image(1, 120, 120))
+    assert seen == [(4, 4, 4, 16)]
+
+
 @pytest.mark.skipif(not has_own_vit(), reason="this Detectron2 has no ViT of its own")
 @pytest.mark.parametrize("plan", [Plan(), *PLANS.values()], ids=["empty", *PLANS])
 def test_detectron2s_own_vit(plan):
+    pytest.importorskip("timm")
     from detectron2.modeling import ViT as TheirViT
 
     ours = tiny_vit()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from detectron2.evaluation import DatasetEvaluator
 
-from hourglass import Plan, SkipBlocks, TokenClustering, expedite
+from hourglass import InputError, Plan, SkipBlocks, TokenClustering, expedite
 from hourglass.evaluation import Subject, compare, describe, to_json, to_table, write_report
 from hourglass.evaluation.compare import Comparison, Measurement
 from hourglass.evaluation.timing import Run
@@ -54,6 +54,14 @@ def test_every_model_sees_every_image_once_and_in_turn(capsys):
 def test_only_the_images_that_were_run_are_evaluated():
     comparison = compare(subjects(), images(2), image_ids=[0, 1])
     assert comparison.models["control"].accuracy["bbox"]["AP"] == 2.0
+
+
+def test_a_batch_of_several_images_is_refused():
+    compared = subjects()
+    with pytest.raises(InputError, match="one image at a time, got a batch of 2"):
+        compare(compared, [images(1)[0] * 2])
+    # Nothing stays behind on the models.
+    assert not any(subject.encoder._forward_hooks for subject in compared.values())
 
 
 def test_models_are_left_in_the_mode_that_they_were_in():
@@ -131,3 +139,4 @@ def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         write_report({**content, "images": 7}, folder)
     assert (folder / "comparison.json").read_text() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.json", "comparison.md"]

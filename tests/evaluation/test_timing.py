@@ -47,19 +47,26 @@ class Slow(TokenClustering):
         return reduction._replace(restore=restore)
 
 
-def test_the_parts_of_a_run_are_told_apart():
-    model = Detector(expedite(tiny_vit(), Plan(Slow((5, 4)), 1)), idle=0.05)
-    watch = Stopwatch(model, model.encoder, Clock("cpu"))
-    outputs, run = watch.run(INPUTS)
-    watch.run(INPUTS)  # what one run took is not added to the next
-    outputs, again = watch.run(INPUTS)
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scope, grid", [("map", (5, 4)), ("window", (2, 2))])
+def test_the_parts_of_a_run_are_told_apart(device, scope, grid):
+    model = Detector(expedite(tiny_vit(), Plan(Slow(grid), 1, scope=scope)), idle=0.05).to(device)
+    watch = Stopwatch(model, model.encoder, Clock(device))
+    inputs = [{"image": INPUTS[0]["image"].to(device)}]
+    outputs, run = watch.run(inputs)
+    watch.run(inputs)  # what one run took is not added to the next
+    outputs, again = watch.run(inputs)
     for each in (run, again):
         assert each.total >= each.encoder + 50 and each.encoder >= each.reduction >= 50
         assert each.reduction < 50 + 1000  # two sleeps, not those of every run so far
-    assert (run.full, run.middle, run.size) == (64, 20, 64) == again[3:]
+    middle = 20 if scope == "map" else 16
+    assert (run.full, run.middle, run.size) == (64, middle, 64) == again[3:]
     assert outputs[0]["features"]["last_feat"].shape == (1, 16, 8, 8)
     watch.close()
-    assert not model.encoder._forward_hooks and not model.encoder.reducer._forward_hooks
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_timing_leaves_the_output_as_it_is():
@@ -106,10 +113,11 @@ def test_reducing_and_restoring_are_counted():
     assert (often - once) * 1e9 == pytest.approx(2 * 2 * 64 * 16 * 16)
 
 
-def test_peak_memory_sees_what_was_held():
-    memory = PeakMemory("cpu")
+@pytest.mark.parametrize("device", DEVICES)
+def test_peak_memory_sees_what_was_held(device):
+    memory = PeakMemory(device)
     memory.reset()
     before = memory.read()
-    held = torch.ones(50_000_000)
+    held = torch.ones(50_000_000, device=device)
     assert memory.read() - before > 150
     del held

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from hourglass.reduction import TokenClustering
 from hourglass.reduction.clustering import AUTO_TEMPERATURE, mixture
+from hourglass.reduction.neighborhoods import neighborhoods
+from hourglass.reduction.pooling import average_pool
 from tests.golden_cases import load, names
 
 CLUSTER_KEY = re.compile(r"it(\d+)_w(\d+)_t([\d.]+)$")
@@ -120,3 +122,29 @@ def test_neighborhoods_equal_plain_loops(size, grid, neighborhood, temperature):
         torch.testing.assert_close(reduction.sizes[b].double(), sizes, atol=1e-5, rtol=1e-5)
         expected = tokens[b].double() + mix(refined[b].double() - centers)
         torch.testing.assert_close(restored[b].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_centre_that_no_token_is_near_stays_where_it_was():
+    """Two flat halves: the centres between them, pooled from both, are far from every token."""
+    tokens = torch.zeros(1, 16, 16, 4)
+    tokens[:, :, 8:] = 1.0
+    tokens += 1e-4 * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0))
+    grid = (11, 11)
+    reduction = TokenClustering(grid)(tokens)
+    left = reduction.sizes < 1e-20
+    assert left.any() and not left.all()
+    torch.testing.assert_close(reduction.tokens[left], average_pool(tokens, grid)[left])
+    assert reduction.restore(reduction.tokens + 1).isfinite().all()
+
+
+def test_the_work_is_linear_in_the_tokens():
+    def pairs(side: int, share: float = 0.72) -> int:
+        cells = round(side * share)
+        return neighborhoods((side, side), (cells, cells), 2, torch.device("cpu")).reach.numel()
+
+    for side in (64, 128, 256):
+        assert pairs(2 * side) < 4.4 * pairs(side)
+    # And nothing of tokens x centres is made on the way.
+    neighborhoods.cache_clear()
+    TokenClustering(0.72)(torch.randn(1, 128, 128, 2))
+    assert neighborhoods.cache_info().currsize == 1
