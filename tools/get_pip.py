@@ -1,6 +1,6 @@
 """Install pip from PyPI for the Python that runs this. For environments without ensurepip, such as Debian's."""
 
-import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -8,14 +8,14 @@ from pathlib import Path
 from urllib.parse import urljoin
 from urllib.request import urlopen
 
-INDEX = "https://pypi.org/pypi/pip/25.3/json"
+INDEX = "https://pypi.org/simple/pip/"
+WHEEL = "pip-25.3-py3-none-any.whl"
 
 with urlopen(INDEX) as answer:
-    url = next(file["url"] for file in json.load(answer)["urls"] if file["url"].endswith(".whl"))
-url = urljoin(INDEX, url)
+    link = re.search(rf'href="([^"#]*{re.escape(WHEEL)})', answer.read().decode())
 with tempfile.TemporaryDirectory() as folder:
-    wheel = Path(folder) / url.rpartition("/")[2]
-    with urlopen(url) as answer:
+    wheel = Path(folder) / WHEEL
+    with urlopen(urljoin(INDEX, link[1])) as answer:
         wheel.write_bytes(answer.read())
     # pip runs from its own wheel.
     sys.exit(subprocess.call([sys.executable, f"{wheel}/pip", "install", "--no-index", str(wheel)]))
