@@ -9,22 +9,24 @@ from hourglass.compat import has_own_vit
 from hourglass.encoders import SimpleFeaturePyramid, ViT, find_encoder
 from hourglass.encoders.vit import embed, run_block
 
+# Windows of 4 in blocks 0, 1 and 3; 8 x 8 tokens at 64 pixels.
+TINY = dict(
+    img_size=64,
+    patch_size=8,
+    embed_dim=16,
+    depth=5,
+    num_heads=2,
+    window_size=4,
+    window_block_indexes=(0, 1, 3),
+    use_rel_pos=True,
+    pretrain_img_size=32,
+)
+
 
 def tiny_vit(**kwargs) -> ViT:
-    """Windows of 4 in blocks 0, 1 and 3; 8 x 8 tokens at 64 pixels; no parameter at a trivial value."""
+    """No parameter at a trivial value."""
     torch.manual_seed(0)
-    options = dict(
-        img_size=64,
-        patch_size=8,
-        embed_dim=16,
-        depth=5,
-        num_heads=2,
-        window_size=4,
-        window_block_indexes=(0, 1, 3),
-        use_rel_pos=True,
-        pretrain_img_size=32,
-    )
-    vit = ViT(**{**options, **kwargs})
+    vit = ViT(**{**TINY, **kwargs})
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -234,17 +236,7 @@ def test_detectron2s_own_vit(plan):
     from detectron2.modeling import ViT as TheirViT
 
     ours = tiny_vit()
-    theirs = TheirViT(
-        img_size=64,
-        patch_size=8,
-        embed_dim=16,
-        depth=5,
-        num_heads=2,
-        window_size=4,
-        window_block_indexes=(0, 1, 3),
-        use_rel_pos=True,
-        pretrain_img_size=32,
-    ).eval()
+    theirs = TheirViT(**TINY).eval()
     theirs.load_state_dict(ours.state_dict())
     before = last(theirs, image(2, 56, 72))
     out = last(hourglass.expedite(theirs, plan), image(2, 56, 72))
