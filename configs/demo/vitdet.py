@@ -1,5 +1,7 @@
 """The demo: a small ViTDet Mask R-CNN, trained from scratch on the drawn scenes of hourglass/data."""
 
+from pathlib import Path
+
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
@@ -62,6 +64,8 @@ dataloader.test.num_workers = 1
 optimizer.lr = 8e-4
 optimizer.weight_decay = 0.05
 
+train.output_dir = "output/demo"
+train.init_checkpoint = str(Path(__file__).parent / "vitdet.pth")
 train.max_iter = 1600
 train.amp.enabled = True
 train.clip_gradient = 1.0
@@ -73,4 +77,5 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_factor=0.01,
 )
 
-plan = L(Plan)(reducer=L(TokenClustering)(grid=[40, 40]), start=2, stop=8)
+# Chosen on training images, see the README.
+plan = L(Plan)(reducer=L(TokenClustering)(grid=[12, 12]), start=3, stop=5, scope="window")
