@@ -1,5 +1,5 @@
 """
-Attention with decomposed relative positions (MViTv2, arXiv 2112.01526, equation 4, as ViTDet uses it), on maps whose
+Attention with decomposed relative positions (MViTv2, arXiv 2112.01526, as ViTDet uses it), on maps whose
 tokens may stand for several and may lie apart by more than one original token.
 
 Letters: B batch (or batch x windows), N heads, h x w tokens, C channels a head.
@@ -67,7 +67,7 @@ def attend(
         q, k, v: (B, N, h, w, C).
         rel_h: (h, h, C) embeddings along the rows, from :func:`read_table`.
         rel_w: (w, w, C) embeddings along the columns.
-        log_sizes: (B, h, w), added to the score of each key: proportional attention (ToMe, arXiv 2210.09461, eq. 1).
+        log_sizes: (B, h, w), added to the score of each key: proportional attention (ToMe, arXiv 2210.09461).
 
     Returns:
         (B, N, h, w, C)

@@ -1,4 +1,4 @@
-"""Token clustering and reconstruction (Expedit, arXiv 2210.01035, sections 3.2 and 3.3)."""
+"""Token clustering and reconstruction (Expedit, arXiv 2210.01035)."""
 
 from collections.abc import Callable, Sequence
 from numbers import Real
@@ -63,7 +63,7 @@ def mixture(
 ) -> Callable[[Tensor], Tensor]:
     """
     What restoring does with the centres' new features: each token mixes those of its ``k`` most similar centres, with
-    weights exp(-temperature x squared distance) of the features before (Expedit, equation 4). Centres as similar as
+    weights exp(-temperature x squared distance) of the features before (Expedit). Centres as similar as
     the k-th are kept too. The weights are constants to gradients.
 
     Args:
