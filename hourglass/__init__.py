@@ -5,13 +5,14 @@ from hourglass import (
     config,
 )
 from hourglass.config import add_hourglass_config
-from hourglass.encoders import HourglassViT, Plan, expedite
+from hourglass.encoders import HourglassSwin, HourglassViT, Plan, expedite
 from hourglass.errors import InputError
 from hourglass.reduction import AveragePooling, Reducer, Reduction, SkipBlocks, TokenClustering
 from hourglass.version import __version__
 
 __all__ = [
     "AveragePooling",
+    "HourglassSwin",
     "HourglassViT",
     "InputError",
     "Plan",

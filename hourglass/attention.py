@@ -1,6 +1,7 @@
 """
-Attention with decomposed relative positions (MViTv2, arXiv 2112.01526, as ViTDet uses it), on maps whose
-tokens may stand for several and may lie apart by more than one original token.
+Attention with relative positions, on maps whose tokens may stand for several and may lie apart by more than one
+original token: decomposed positions (MViTv2, arXiv 2112.01526, as ViTDet uses them) and the bias of a window's
+attention (Swin, arXiv 2103.14030).
 
 Letters: B batch (or batch x windows), N heads, h x w tokens, C channels a head.
 """
@@ -84,3 +85,48 @@ def attend(
         scores = scores.view(batch, heads, h * w, h * w) + log_sizes.reshape(batch, 1, 1, h * w).to(scores.dtype)
     scores = scores.view(batch * heads, h * w, h * w)
     return (scores.softmax(dim=-1) @ values).view(batch, heads, h, w, channels)
+
+
+def read_bias(
+    table: Tensor, extent: tuple[int, int], size: tuple[int, int], step: tuple[float, float], resize: bool = False
+) -> Tensor:
+    """
+    The relative position bias of a window, from a table for windows of ``extent`` tokens.
+
+    Args:
+        table: (rows * columns, N), an entry for each pair of a vertical and a horizontal distance, with
+            ``2 * extent - 1`` of them along an axis.
+        extent: rows and columns of the table's window.
+        size: (h, w) of the window at hand.
+        step: distance of neighbouring tokens in original tokens, along rows and columns. Between entries of the
+            table the reading is bilinear; distances over the table's are clamped.
+        resize: stretch the table to the window's ``2 * size - 1`` distances in place of reading it at the true ones,
+            as Expedit's code does. Its outermost entries then stand for distances that no pair has.
+
+    Returns:
+        (N, h * w, h * w): entry (q, k) is added to the score of key k for query q.
+    """
+    grid = table.T.unflatten(1, (2 * extent[0] - 1, 2 * extent[1] - 1))
+    distances = (2 * size[0] - 1, 2 * size[1] - 1)
+    if resize:
+        grid = F.interpolate(grid[None], size=distances, mode="bilinear", align_corners=False)[0]
+    else:
+        for axis in (0, 1):
+            grid = _at_distances(grid, axis + 1, extent[axis], size[axis], step[axis])
+    h, w = size
+    row, column = (torch.arange(length, device=table.device) for length in size)
+    row = row[:, None, None, None] - row[None, None, :, None] + h - 1
+    column = column[None, :, None, None] - column[None, None, None, :] + w - 1
+    return grid.flatten(1)[:, (row * distances[1] + column).view(h * w, h * w)]
+
+
+def _at_distances(grid: Tensor, axis: int, extent: int, length: int, step: float) -> Tensor:
+    """The entries of ``length`` tokens' distances along an axis that has those of ``extent`` tokens."""
+    if step == 1 and length == extent:
+        return grid
+    distance = torch.arange(1 - length, length, device=grid.device) * step
+    entry = (distance + (extent - 1)).clamp(0, 2 * extent - 2)
+    below = entry.floor().long()
+    above = (below + 1).clamp(max=2 * extent - 2)
+    fraction = (entry - below).to(grid.dtype).view([-1 if i == axis else 1 for i in range(grid.dim())])
+    return torch.lerp(grid.index_select(axis, below), grid.index_select(axis, above), fraction)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import nn
 
 
 def _mend_pillow() -> None:
@@ -48,11 +49,17 @@ def _mend_extension() -> None:
         sys.modules["detectron2._C"] = detectron2._C = extension
 
 
-def has_own_vit() -> bool:
-    """Whether this Detectron2 has ViTDet's ``ViT`` (its main branch has, the 0.6 release has not)."""
+def own_encoder(name: str) -> type | None:
+    """Detectron2's own ``ViT`` or ``SwinTransformer`` (its main branch has them, the 0.6 release has not)."""
     import detectron2.modeling
 
-    return hasattr(detectron2.modeling, "ViT")
+    return getattr(detectron2.modeling, name, None)
+
+
+def size_divisibility(encoder: nn.Module) -> int:
+    """What an encoder's images are padded to multiples of; 0: nothing."""
+    # On the main branch, SwinTransformer's own property reads an attribute that is spelt otherwise.
+    return getattr(encoder, "size_divisibility", getattr(encoder, "_size_devisibility", 0))
 
 
 def init_process_group(device: str) -> None:

@@ -17,11 +17,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from torch import nn
 
 from hourglass import reduction
-from hourglass.encoders import HourglassViT, Plan, SimpleFeaturePyramid, ViT
+from hourglass.encoders import HourglassSwin, HourglassViT, Plan, SimpleFeaturePyramid, Swin, ViT
 from hourglass.encoders import expedite as expedite_model
 from hourglass.encoders.expedite import HOURGLASSES
 from hourglass.errors import InputError
-from hourglass.reduction import Reducer
+from hourglass.reduction import Reducer, TokenClustering
 from hourglass.reduction.reducer import check_choice
 
 
@@ -54,8 +54,8 @@ def expedite(cfg: DictConfig, plan: Plan | DictConfig) -> DictConfig:
     its arguments. The model's parameters keep their names.
 
     Args:
-        cfg: a LazyConfig. Its ``model.backbone`` is, or holds at any depth, the node of an encoder: a ViT, ours
-            or Detectron2's, given as a class or by its dotted name. In an expedited config the plan is replaced.
+        cfg: a LazyConfig. Its ``model.backbone`` is, or holds at any depth, the node of an encoder: a ViT or a Swin,
+            ours or Detectron2's, given as a class or by its dotted name. In an expedited config the plan is replaced.
         plan: a plan, or the node of one, ``L(Plan)(...)``: a config that is to be saved takes the node.
 
     Returns:
@@ -75,7 +75,7 @@ def expedite(cfg: DictConfig, plan: Plan | DictConfig) -> DictConfig:
     target = _target(node)
     with read_write(node), open_dict(node):
         node._set_flag("allow_objects", True)  # a plan is an object, and so may the encoder's class be
-        if target is not build_hourglass and not issubclass(target, HourglassViT):
+        if target is not build_hourglass and not issubclass(target, (HourglassViT, HourglassSwin)):
             name = _convert_target_to_string(target)
             node.encoder = name if _locate(name) is target else target
             node._target_ = build_hourglass
@@ -90,7 +90,7 @@ def _find_encoder_node(cfg: DictConfig) -> DictConfig:
         raise InputError(f"expedite takes a LazyConfig with a model.backbone, got {given}")
     nodes = dict(_call_nodes(backbone, "model.backbone"))
     found = [name for name, node in nodes.items() if _is_encoder(_target(node))]
-    # The encoder that a HourglassViT's node holds is that one's.
+    # The encoder that an hourglass's node holds is that one's.
     found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
     if len(found) != 1:
         given = " and ".join(found) or f"none: {', '.join(f'{name} is {_name(nodes[name])}' for name in nodes)}"
@@ -165,6 +165,38 @@ VIT_NODES = {
     },
 }
 
+#: MODEL.SWIN: a Swin's arguments and the published plan's, under the names of Mask2Former's and Expedit's own configs.
+SWIN_NODES = {
+    "PRETRAIN_IMG_SIZE": 224,
+    "PATCH_SIZE": 4,
+    "EMBED_DIM": 96,
+    "DEPTHS": [2, 2, 6, 2],
+    "NUM_HEADS": [3, 6, 12, 24],
+    "WINDOW_SIZE": 7,
+    "MLP_RATIO": 4.0,
+    "QKV_BIAS": True,
+    "QK_SCALE": None,
+    "DROP_RATE": 0.0,
+    "ATTN_DROP_RATE": 0.0,
+    "DROP_PATH_RATE": 0.3,
+    "APE": False,
+    "PATCH_NORM": True,
+    "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "USE_CHECKPOINT": False,
+    # The block before which windows are reduced, to the end of its stage. None: a third into the deepest stage (10 of
+    # Swin-L's); -1: no reduction.
+    "CLUSTERING_LOCATION": None,
+    "TOKEN_CLUSTERING_BLOCK": {
+        # Tokens of a reduced window: a square number, or (rows, columns). None: two thirds a side, 8 x 8 of 12 x 12.
+        "NUM_SPIXELS": None,
+        "N_ITERS": 5,
+        "TEMPERATURE": 0.05,
+        # The neighbourhood: so many centres a side.
+        "WINDOW_SIZE": 7,
+    },
+    "TOKEN_RECONSTRUCTION_BLOCK": {"K": 10, "TEMPERATURE": 0.05},
+}
+
 #: MODEL.HOURGLASS: a plan's arguments, and its reducer's. None leaves the choice to the constructor.
 HOURGLASS_NODES = {
     # A class of hourglass.reduction, such as "TokenClustering", "AveragePooling" or "SkipBlocks"; "": no reduction.
@@ -173,6 +205,8 @@ HOURGLASS_NODES = {
     "STOP": None,
     "SCOPE": "map",
     "PROPORTIONAL": True,
+    # As the authors' code computes, for comparison with their figures.
+    "PUBLISHED": False,
     # Rows and columns of the smaller map, or the shares of them that are kept, such as [0.7, 0.7].
     "GRID": [46, 46],
     # What a restored token gets; TokenClustering and AveragePooling.
@@ -190,12 +224,13 @@ HOURGLASS_NODES = {
 
 def add_hourglass_config(cfg: CfgNode) -> None:
     """
-    Add MODEL.VIT and MODEL.HOURGLASS to a config that ``get_cfg()`` made. What is there already stays.
+    Add MODEL.VIT, MODEL.SWIN and MODEL.HOURGLASS to a config that ``get_cfg()`` made. What is there already stays.
 
-    The backbones that read them are MODEL.BACKBONE.NAME "build_vitdet_backbone", the unmodified model, and
-    "build_hourglass_vitdet_backbone", with the same names of parameters.
+    The backbones that read them, as MODEL.BACKBONE.NAME: "build_vitdet_backbone" and "build_swin_backbone", the
+    unmodified models; "build_hourglass_vitdet_backbone" and "build_hourglass_swin_backbone", the same under the plan
+    of MODEL.HOURGLASS; "D2HourglassSwinTransformer", a Swin under the plan of MODEL.SWIN, as Expedit's configs have it.
     """
-    _add_missing(cfg.MODEL, CfgNode({"VIT": VIT_NODES, "HOURGLASS": HOURGLASS_NODES}))
+    _add_missing(cfg.MODEL, CfgNode({"VIT": VIT_NODES, "SWIN": SWIN_NODES, "HOURGLASS": HOURGLASS_NODES}))
 
 
 def _add_missing(node: CfgNode, defaults: CfgNode) -> None:
@@ -252,3 +287,81 @@ def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeature
 def build_hourglass_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
     """ViTDet's backbone from MODEL.VIT under the plan of MODEL.HOURGLASS."""
     return expedite_model(build_vitdet_backbone(cfg, input_shape), build_plan(cfg))
+
+
+@BACKBONE_REGISTRY.register()
+def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Swin:
+    """Swin from MODEL.SWIN."""
+    nodes = cfg.MODEL.SWIN
+    names = list(nodes.OUT_FEATURES)
+    stages = {f"res{i + 2}": i for i in range(len(nodes.DEPTHS))}
+    for name in names:
+        check_choice("MODEL.SWIN.OUT_FEATURES", name, tuple(stages))
+    return Swin(
+        in_chans=input_shape.channels,
+        out_indices=[stages[name] for name in names],
+        out_names=names,
+        **_arguments(Swin, nodes, leave_out=("in_chans", "out_indices", "out_names")),
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_hourglass_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> HourglassSwin:
+    """Swin from MODEL.SWIN under the plan of MODEL.HOURGLASS."""
+    return expedite_model(build_swin_backbone(cfg, input_shape), build_plan(cfg))
+
+
+def D2HourglassSwinTransformer(cfg: CfgNode, input_shape: ShapeSpec) -> HourglassSwin:
+    """
+    Swin and its plan from MODEL.SWIN, as Expedit's configs have them: with ``MODEL.HOURGLASS.PUBLISHED`` as the
+    authors' code computes, else (the default) corrected. Nodes that Mask2Former's own config lacks are at their
+    defaults.
+
+    Raises:
+        InputError: for a value out of range.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    add_hourglass_config(cfg)
+    return expedite_model(build_swin_backbone(cfg, input_shape), build_published_plan(cfg))
+
+
+# Expedit's own checkout registers this name itself.
+if "D2HourglassSwinTransformer" not in BACKBONE_REGISTRY:
+    BACKBONE_REGISTRY.register(D2HourglassSwinTransformer)
+
+
+def build_published_plan(cfg: CfgNode) -> Plan:
+    """
+    The plan of a config's MODEL.SWIN.
+
+    Raises:
+        InputError: for a value out of range.
+    """
+    nodes, clustering = cfg.MODEL.SWIN, cfg.MODEL.SWIN.TOKEN_CLUSTERING_BLOCK
+    depths, start = list(nodes.DEPTHS), nodes.CLUSTERING_LOCATION
+    if start == -1:
+        return Plan()
+    if start is None:
+        deepest = depths.index(max(depths))
+        start = sum(depths[:deepest]) + depths[deepest] // 3
+    grid = clustering.NUM_SPIXELS
+    if grid is None:
+        grid = round(nodes.WINDOW_SIZE * 2 / 3) ** 2
+    if isinstance(grid, int):
+        if math.isqrt(grid) ** 2 != grid:
+            where = "MODEL.SWIN.TOKEN_CLUSTERING_BLOCK.NUM_SPIXELS"
+            raise InputError(f"{where} takes a square number or (rows, columns), got {grid}")
+        grid = (math.isqrt(grid), math.isqrt(grid))
+    make = TokenClustering.published if cfg.MODEL.HOURGLASS.PUBLISHED else TokenClustering
+    reducer = make(
+        grid,
+        iterations=clustering.N_ITERS,
+        neighborhood=clustering.WINDOW_SIZE,
+        temperature=clustering.TEMPERATURE,
+        restore_temperature=nodes.TOKEN_RECONSTRUCTION_BLOCK.TEMPERATURE,
+        k=nodes.TOKEN_RECONSTRUCTION_BLOCK.K,
+    )
+    ends = [sum(depths[: i + 1]) for i in range(len(depths))]
+    stop = next((end for end in ends if start < end), None)
+    return Plan(reducer, start, stop, scope="window", published=cfg.MODEL.HOURGLASS.PUBLISHED)

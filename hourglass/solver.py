@@ -42,11 +42,13 @@ def layer_decay_params(model: nn.Module, base_lr: float, decay: float, **options
         for an optimizer; each trained parameter in one group.
 
     Raises:
-        InputError: for a decay out of range, or a model without one encoder.
+        InputError: for a decay out of range, or a model without one encoder that is a ViT.
     """
     if not 0 < decay <= 1:
         raise InputError(f"decay takes a factor in (0, 1], got {decay!r}")
     prefix, encoder = find_encoder(model)
+    if not hasattr(encoder, "blocks"):
+        raise InputError(f"layer_decay_params takes a model with a ViT, got one with {type(encoder).__name__}")
     prefix, depth = prefix + "." if prefix else "", len(encoder.blocks)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = []

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.config import LazyCall as L
-from detectron2.config import LazyConfig, get_cfg, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import GeneralizedRCNN, build_backbone
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import hourglass
-from hourglass import AveragePooling, HourglassViT, InputError, Plan, SkipBlocks, TokenClustering
-from hourglass.compat import has_own_vit
-from hourglass.config import add_hourglass_config, build_plan, expedite
-from hourglass.encoders import ViT
+from hourglass import AveragePooling, HourglassSwin, HourglassViT, InputError, Plan, SkipBlocks, TokenClustering
+from hourglass.compat import own_encoder
+from hourglass.config import SWIN_NODES, add_hourglass_config, build_plan, build_published_plan, expedite
+from hourglass.encoders import Swin, ViT
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VIT = dict(img_size=64, patch_size=8, embed_dim=16, depth=3, num_heads=2, use_rel_pos=True, pretrain_img_size=64)
@@ -191,7 +191,7 @@ def test_node_that_is_no_plan():
         instantiate(expedite(bare(), L(TokenClustering)(grid=0.5)).model.backbone)
 
 
-@pytest.mark.skipif(not has_own_vit(), reason="this Detectron2 has no ViT of its own")
+@pytest.mark.skipif(own_encoder("ViT") is None, reason="this Detectron2 has no ViT of its own")
 def test_detectron2s_own_vit():
     pytest.importorskip("timm")
     import detectron2.modeling
@@ -290,3 +290,87 @@ def test_nodes_are_added_once():
     fresh = get_cfg()
     add_hourglass_config(fresh)
     assert 2 not in fresh.MODEL.VIT.WINDOW_BLOCK_INDEXES
+
+
+def swin_yacs(name: str, **nodes):
+    cfg = get_cfg()
+    add_hourglass_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = name
+    cfg.MODEL.SWIN.merge_from_other_cfg(
+        CfgNode({"EMBED_DIM": 12, "DEPTHS": [2, 2, 6, 2], "NUM_HEADS": [1, 2, 2, 2], "WINDOW_SIZE": 6, **nodes})
+    )
+    return cfg
+
+
+def test_a_swin_in_a_lazyconfig():
+    arguments = dict(embed_dim=12, depths=(2, 2), num_heads=(1, 2), window_size=4, out_indices=(0, 1))
+    cfg = with_model(OmegaConf.create({"model": {"backbone": L(Swin)(**arguments)}}, flags={"allow_objects": True}))
+    node = L(Plan)(reducer=L(TokenClustering)(grid=[3, 3]), start=1, stop=3, scope="window")
+    expedited = expedite(cfg, node)
+    assert_same(cfg, expedited, instantiate(node))
+    assert_same(cfg, expedite(expedited, L(Plan)()), Plan())
+
+
+def test_yacs_swin_backbones():
+    torch.manual_seed(0)
+    plain = build_backbone(swin_yacs("build_swin_backbone", OUT_FEATURES=["res3", "res5"])).eval()
+    assert isinstance(plain, Swin) and list(plain.output_shape()) == ["res3", "res5"]
+    image = torch.randn(1, 3, 96, 128)
+    plans = {
+        "build_hourglass_swin_backbone": Plan(TokenClustering((5, 5)), 3),
+        "D2HourglassSwinTransformer": build_published_plan(swin_yacs("D2HourglassSwinTransformer")),
+    }
+    for name, its_plan in plans.items():
+        cfg = swin_yacs(name, OUT_FEATURES=["res3", "res5"])
+        cfg.MODEL.HOURGLASS.GRID = [5, 5]
+        cfg.MODEL.HOURGLASS.STOP = 10 if name.startswith("build") else None
+        cfg.MODEL.HOURGLASS.START = 6
+        its_plan = Plan(TokenClustering((5, 5)), 6, 10) if name.startswith("build") else its_plan
+        expedited = build_backbone(cfg).eval()
+        assert isinstance(expedited, HourglassSwin) and list(expedited.state_dict()) == list(plain.state_dict())
+        expedited.load_state_dict(plain.state_dict())
+        with torch.no_grad():
+            outputs, expected = expedited(image), hourglass.expedite(plain, its_plan)(image)
+            assert not torch.equal(outputs["res5"], plain(image)["res5"])
+        assert all(torch.equal(outputs[level], expected[level]) for level in ("res3", "res5"))
+    cfg = swin_yacs("build_swin_backbone", OUT_FEATURES=["p2"])
+    with pytest.raises(InputError, match="MODEL.SWIN.OUT_FEATURES takes 'res2' or"):
+        build_backbone(cfg)
+
+
+def test_expedits_nodes_make_the_published_plan():
+    """The nodes of the authors' Swin-L configs on COCO, panoptic and instance."""
+    cfg = swin_yacs("D2HourglassSwinTransformer", DEPTHS=[2, 2, 18, 2], WINDOW_SIZE=12)
+    nodes = {"CLUSTERING_LOCATION": 10, "TOKEN_CLUSTERING_BLOCK": {"NUM_SPIXELS": 64}}
+    cfg.MODEL.SWIN.merge_from_other_cfg(CfgNode(nodes))
+    cfg.MODEL.HOURGLASS.PUBLISHED = True
+    panoptic = Plan(TokenClustering.published((8, 8), restore_temperature=0.05), 10, 22, "window", published=True)
+    assert build_published_plan(cfg).describe() == panoptic.describe()
+    # What the config leaves open is that plan too.
+    cfg.MODEL.SWIN.merge_from_list(["CLUSTERING_LOCATION", None, "TOKEN_CLUSTERING_BLOCK.NUM_SPIXELS", None])
+    assert build_published_plan(cfg).describe() == panoptic.describe()
+
+    nodes["CLUSTERING_LOCATION"] = 12
+    nodes["TOKEN_CLUSTERING_BLOCK"] |= {"NUM_SPIXELS": (8, 8), "N_ITERS": 5, "TEMPERATURE": 0.01, "WINDOW_SIZE": 11}
+    nodes["TOKEN_RECONSTRUCTION_BLOCK"] = {"K": 60, "TEMPERATURE": 0.01}
+    cfg.MODEL.SWIN.merge_from_other_cfg(CfgNode(nodes))
+    cfg.MODEL.HOURGLASS.PUBLISHED = False
+    reducer = TokenClustering((8, 8), 5, 11, 0.01, 0.01, 60)
+    assert build_published_plan(cfg).describe() == Plan(reducer, 12, 22, "window").describe()
+    cfg.MODEL.SWIN.CLUSTERING_LOCATION = -1
+    assert build_published_plan(cfg).reducer is None
+    cfg.MODEL.SWIN.CLUSTERING_LOCATION, cfg.MODEL.SWIN.TOKEN_CLUSTERING_BLOCK.NUM_SPIXELS = 10, 60
+    with pytest.raises(InputError, match="NUM_SPIXELS takes a square number"):
+        build_published_plan(cfg)
+
+
+def test_a_config_of_mask2formers_own_suffices():
+    """Its MODEL.SWIN has none of Expedit's nodes, and no MODEL.HOURGLASS."""
+    cfg = get_cfg()
+    own = {name: value for name, value in SWIN_NODES.items() if not name.startswith(("CLUSTERING", "TOKEN_"))}
+    cfg.MODEL.SWIN = CfgNode({**own, "EMBED_DIM": 12, "NUM_HEADS": [1, 1, 1, 1]})
+    cfg.MODEL.BACKBONE.NAME = "D2HourglassSwinTransformer"
+    cfg.freeze()
+    backbone = build_backbone(cfg)
+    assert (backbone.plan.start, backbone.plan.stop, backbone.plan.reducer.grid) == (6, 10, (5, 5))
+    assert backbone(torch.zeros(1, 3, 64, 64))["res5"].shape == (1, 96, 2, 2)

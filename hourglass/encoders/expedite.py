@@ -3,18 +3,24 @@ from itertools import chain
 
 from torch import nn
 
-from hourglass.compat import has_own_vit
+from hourglass.compat import own_encoder
+from hourglass.encoders.hourglass_swin import HourglassSwin
 from hourglass.encoders.hourglass_vit import HourglassViT
 from hourglass.encoders.plan import Plan
+from hourglass.encoders.swin import Swin
 from hourglass.encoders.vit import ViT
 from hourglass.errors import InputError
 
 #: The encoders that can be expedited, and the hourglass for each.
-HOURGLASSES: dict[type, type] = {ViT: HourglassViT, HourglassViT: HourglassViT}
-if has_own_vit():
-    import detectron2.modeling
-
-    HOURGLASSES[detectron2.modeling.ViT] = HourglassViT
+HOURGLASSES: dict[type, type] = {
+    kind: hourglass
+    for hourglass, kinds in (
+        (HourglassViT, (ViT, HourglassViT, own_encoder("ViT"))),
+        (HourglassSwin, (Swin, HourglassSwin, own_encoder("SwinTransformer"))),
+    )
+    for kind in kinds
+    if kind is not None
+}
 
 
 def find_encoder(model: nn.Module) -> tuple[str, nn.Module]:
@@ -34,6 +40,11 @@ def find_encoder(model: nn.Module) -> tuple[str, nn.Module]:
     return found[0]
 
 
+def hourglass_of(encoder: nn.Module) -> type:
+    """The hourglass for an encoder that :func:`find_encoder` found."""
+    return next(HOURGLASSES[base] for base in type(encoder).__mro__ if base in HOURGLASSES)
+
+
 def expedite(model: nn.Module, plan: Plan) -> nn.Module:
     """
     A second view of a model, with its encoder's middle blocks on fewer tokens.
@@ -42,7 +53,7 @@ def expedite(model: nn.Module, plan: Plan) -> nn.Module:
     same. The views' ``training`` flags are independent.
 
     Args:
-        model: holds, or is, a ViT (ours or Detectron2's), unmodified or expedited.
+        model: holds, or is, a ViT or a Swin (ours or Detectron2's), unmodified or expedited.
         plan: replaces the plan of an expedited model.
 
     Raises:
@@ -51,12 +62,11 @@ def expedite(model: nn.Module, plan: Plan) -> nn.Module:
     if not isinstance(plan, Plan):
         raise InputError(f"plan takes a hourglass.Plan, got {plan!r}")
     name, encoder = find_encoder(model)
-    plan.blocks(len(encoder.blocks))  # refuse before copying
+    plan.blocks(hourglass_of(encoder).depth(encoder))  # refuse before copying
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     view = copy.deepcopy(model, shared)
     copied = view.get_submodule(name)
-    kind = next(HOURGLASSES[base] for base in type(copied).__mro__ if base in HOURGLASSES)
-    hourglass = kind(copied, plan)
+    hourglass = hourglass_of(copied)(copied, plan)
     if not name:
         return hourglass
     parent, _, child = name.rpartition(".")

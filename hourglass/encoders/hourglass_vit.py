@@ -29,7 +29,7 @@ class HourglassViT(Backbone):
     def __init__(self, encoder: Backbone, plan: Plan):
         super().__init__()
         self.plan = plan
-        self._planned = plan.blocks(len(encoder.blocks))
+        self._planned = plan.blocks(self.depth(encoder))
         self.patch_embed = encoder.patch_embed
         self.pos_embed = encoder.pos_embed
         self.blocks = encoder.blocks
@@ -56,7 +56,12 @@ class HourglassViT(Backbone):
                 'scope "window" needs blocks with windows of one size among those of the plan, '
                 f"got {sorted(windows) or 'none'} in blocks {self._planned.start} to {self._planned.stop - 1}"
             )
-        return EachWindow(reducer, windows.pop())
+        return EachWindow(reducer, windows.pop(), pad=self.plan.published)
+
+    @staticmethod
+    def depth(encoder: Backbone) -> int:
+        """The number of blocks that a plan counts."""
+        return len(encoder.blocks)
 
     @property
     def size_divisibility(self) -> int:

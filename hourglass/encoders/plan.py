@@ -19,6 +19,9 @@ class Plan:
         scope: what the reducer is applied to, the whole "map" or each attention "window".
         proportional: attention adds the logarithm of the number of tokens that a key stands for to its score
             (ToMe, arXiv 2210.09461), where the reducer tells it.
+        published: compute as the papers' own code does, for comparison with their figures: the reducer is its
+            published form (:meth:`Reducer.published_form`), without proportional attention, and encoders that the
+            authors' code treats in a way of its own do the same, see :class:`~hourglass.HourglassSwin`.
 
     Raises:
         InputError: for an argument out of range.
@@ -31,6 +34,7 @@ class Plan:
         stop: int | None = None,
         scope: str = "map",
         proportional: bool = True,
+        published: bool = False,
     ):
         if reducer is not None and not isinstance(reducer, Reducer):
             raise InputError(f"reducer takes a hourglass.Reducer or None, got {reducer!r}")
@@ -38,13 +42,15 @@ class Plan:
         if stop is not None and (isinstance(stop, bool) or not isinstance(stop, Integral) or stop <= start):
             raise InputError(f"stop takes a whole number over start ({start}) or None, got {stop!r}")
         check_choice("scope", scope, SCOPES)
-        if not isinstance(proportional, bool):
-            raise InputError(f"proportional takes True or False, got {proportional!r}")
-        self.reducer = reducer
+        for name, value in (("proportional", proportional), ("published", published)):
+            if not isinstance(value, bool):
+                raise InputError(f"{name} takes True or False, got {value!r}")
+        self.reducer = reducer.published_form() if published and reducer is not None else reducer
         self.start = start
         self.stop = stop
         self.scope = scope
-        self.proportional = proportional
+        self.proportional = proportional and not published
+        self.published = published
 
     def blocks(self, depth: int) -> range:
         """
@@ -76,9 +82,11 @@ class Plan:
             "stop": self.stop,
             "scope": self.scope,
             "proportional": self.proportional,
+            "published": self.published,
         }
 
     def __repr__(self) -> str:
         return (
-            f"Plan({self.reducer!r}, {self.start}, {self.stop}, scope={self.scope!r}, proportional={self.proportional})"
+            f"Plan({self.reducer!r}, {self.start}, {self.stop}, scope={self.scope!r}, "
+            f"proportional={self.proportional}, published={self.published})"
         )

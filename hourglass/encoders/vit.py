@@ -208,14 +208,15 @@ def _run_block(
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int, act_layer: Callable[[], nn.Module]):
+    def __init__(self, dim: int, hidden: int, act_layer: Callable[[], nn.Module], drop: float = 0.0):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.act = act_layer()
         self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
 class ResBottleneckBlock(nn.Module):

@@ -51,41 +51,7 @@ def unpartition(windows: Tensor, size: tuple[int, int]) -> Tensor:
     return tokens.reshape(-1, rows * wh, columns * ww, channels)[:, :height, :width]
 
 
-class EachWindow(Reducer):
-    """
-    Reduces each window of a map on its own and puts the results together to a smaller map. Windows that the map's edge
-    cuts off are reduced as they are: no padding joins the tokens.
-
-    Args:
-        reducer: of a window.
-        window: tokens a side.
-    """
-
-    def __init__(self, reducer: Reducer, window: int):
-        super().__init__()
-        self.reducer = reducer.relative_to((window, window))
-        self.window = window
-
-    def forward(self, tokens: Tensor) -> Reduction:
-        rows, columns = (_strips(length, self.window) for length in map_size(tokens))
-        reductions = [self.reducer(windows) for windows in _split(tokens, rows, columns)]
-        sides = [map_size(reduction.tokens) for reduction in reductions]
-        smaller_rows = [_Strip(row.windows, side[0]) for row, side in zip(rows, sides[:: len(columns)])]
-        smaller_columns = [_Strip(column.windows, side[1]) for column, side in zip(columns, sides)]
-
-        def restore(refined: Tensor) -> Tensor:
-            windows = _split(refined, smaller_rows, smaller_columns)
-            return _join([reduction.restore(part) for reduction, part in zip(reductions, windows)], rows, columns)
-
-        sizes = None
-        if reductions[0].sizes is not None:
-            sizes = [reduction.sizes[..., None] for reduction in reductions]
-            sizes = _join(sizes, smaller_rows, smaller_columns)[..., 0]
-        reduced = _join([reduction.tokens for reduction in reductions], smaller_rows, smaller_columns)
-        return Reduction(reduced, positions=None, sizes=sizes, restore=restore)
-
-
-class _Strip(NamedTuple):
+class Strip(NamedTuple):
     """Neighbouring windows of the same length along an axis."""
 
     windows: int
@@ -96,12 +62,13 @@ class _Strip(NamedTuple):
         return self.windows * self.side
 
 
-def _strips(length: int, window: int) -> list[_Strip]:
-    strips = [_Strip(length // window, window), _Strip(1, length % window)]
-    return [strip for strip in strips if strip.length > 0]
+def strips(length: int, window: int) -> list[Strip]:
+    """An axis of ``length`` tokens in windows: the whole ones, and one that the edge cuts off."""
+    both = [Strip(length // window, window), Strip(1, length % window)]
+    return [strip for strip in both if strip.length > 0]
 
 
-def _split(tokens: Tensor, rows: list[_Strip], columns: list[_Strip]) -> list[Tensor]:
+def split(tokens: Tensor, rows: list[Strip], columns: list[Strip]) -> list[Tensor]:
     """(B, H, W, C) to the windows of each strip of rows and columns: (B * n, side, side, C)."""
     return [
         partition(part, (row.side, column.side))
@@ -110,8 +77,8 @@ def _split(tokens: Tensor, rows: list[_Strip], columns: list[_Strip]) -> list[Te
     ]
 
 
-def _join(windows: list[Tensor], rows: list[_Strip], columns: list[_Strip]) -> Tensor:
-    """The way back of :func:`_split`."""
+def join(windows: list[Tensor], rows: list[Strip], columns: list[Strip]) -> Tensor:
+    """The way back of :func:`split`."""
     parts = iter(windows)
     return torch.cat(
         [
@@ -120,3 +87,43 @@ def _join(windows: list[Tensor], rows: list[_Strip], columns: list[_Strip]) -> T
         ],
         dim=1,
     )
+
+
+class EachWindow(Reducer):
+    """
+    Reduces each window of a map on its own and puts the results together to a smaller map. Windows that the map's edge
+    cuts off are reduced as they are: no padding joins the tokens.
+
+    Args:
+        reducer: of a window.
+        window: tokens a side.
+        pad: fill the windows at the edge with zeros and reduce those along, as Expedit's code does.
+    """
+
+    def __init__(self, reducer: Reducer, window: int, pad: bool = False):
+        super().__init__()
+        self.reducer = reducer.relative_to((window, window))
+        self.window = window
+        self.pad = pad
+
+    def forward(self, tokens: Tensor) -> Reduction:
+        size = height, width = map_size(tokens)
+        if self.pad:
+            tokens = F.pad(tokens, (0, 0, 0, -width % self.window, 0, -height % self.window))
+        rows, columns = (strips(length, self.window) for length in map_size(tokens))
+        reductions = [self.reducer(windows) for windows in split(tokens, rows, columns)]
+        sides = [map_size(reduction.tokens) for reduction in reductions]
+        smaller_rows = [Strip(row.windows, side[0]) for row, side in zip(rows, sides[:: len(columns)])]
+        smaller_columns = [Strip(column.windows, side[1]) for column, side in zip(columns, sides)]
+
+        def restore(refined: Tensor) -> Tensor:
+            windows = split(refined, smaller_rows, smaller_columns)
+            tokens = join([reduction.restore(part) for reduction, part in zip(reductions, windows)], rows, columns)
+            return tokens[:, : size[0], : size[1]]
+
+        sizes = None
+        if reductions[0].sizes is not None:
+            sizes = [reduction.sizes[..., None] for reduction in reductions]
+            sizes = join(sizes, smaller_rows, smaller_columns)[..., 0]
+        reduced = join([reduction.tokens for reduction in reductions], smaller_rows, smaller_columns)
+        return Reduction(reduced, positions=None, sizes=sizes, restore=restore)

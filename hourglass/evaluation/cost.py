@@ -18,6 +18,13 @@ def _count_baddbmm(inputs: list, outputs: list) -> int:
     return prod((batch, rows, inner, inputs[2].type().sizes()[-1]))
 
 
+def _count_attention(inputs: list, outputs: list) -> int:
+    """Both products, as fvcore counts those of attention that is written out; masks and softmax are free there too."""
+    *batch, queries, channels = inputs[0].type().sizes()
+    *_, keys, wide = inputs[2].type().sizes()
+    return prod(batch) * queries * keys * (channels + wide)
+
+
 def count_gflops(encoder: nn.Module, inputs: tuple) -> float:
     """
     Multiply-adds of one run, in 1e9, as fvcore counts them.
@@ -26,7 +33,9 @@ def count_gflops(encoder: nn.Module, inputs: tuple) -> float:
         encoder: what is run.
         inputs: its arguments.
     """
-    analysis = FlopCountAnalysis(encoder, inputs).set_op_handle("aten::baddbmm", _count_baddbmm)
+    analysis = FlopCountAnalysis(encoder, inputs)
+    analysis.set_op_handle("aten::baddbmm", _count_baddbmm)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", _count_attention)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     # The tracer's own warnings say that sizes become constants, which for one image they are.
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)

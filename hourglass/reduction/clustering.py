@@ -204,7 +204,7 @@ class TokenClustering(GridReducer):
     ) -> "TokenClustering":
         """
         The operators as the authors' code has them; the default figures are those of their Mask2Former on COCO. Use it
-        in a plan with ``proportional=False``.
+        in a ``Plan`` with ``published=True``.
         """
         return cls(
             grid,
@@ -218,13 +218,20 @@ class TokenClustering(GridReducer):
             restore="features",
         )
 
+    def published_form(self) -> "TokenClustering":
+        """Itself where it has the published operators, else :meth:`published` of its grid, all else as published."""
+        if (self.weights, self.candidates, self.restore) == ("l2", "all", "features"):
+            return self
+        return TokenClustering.published(self.grid)
+
     def forward(self, tokens: Tensor) -> Reduction:
         grid = self.cells(map_size(tokens))
         # Squared distances between wide features overflow float16 and drown in bfloat16's rounding. Without the mean
         # they are the same, and rounded less.
         with torch.autocast(tokens.device.type, enabled=False):
             features = tokens.float()
-            mean = features.mean((1, 2), keepdim=True)
+            # The authors' code leaves it in: tokens of zeros, which fill cut windows there, then tie exactly.
+            mean = features.mean((1, 2), keepdim=True) if self.weights == "sum" else features.new_zeros(())
             features = features - mean
             auto = None
             if "auto" in (self.temperature, self.restore_temperature):

@@ -51,6 +51,15 @@ class Reducer(nn.Module):
         """
         return self
 
+    def published_form(self) -> "Reducer":
+        """
+        The same reducer as its authors' code computes it.
+
+        Raises:
+            InputError: where it differs in nothing, or is of nobody's.
+        """
+        raise InputError(f"published=True takes a reducer with a published form, TokenClustering, got {self!r}")
+
     def describe(self) -> dict[str, Any]:
         """Name and arguments, as plain values."""
         description = {"name": type(self).__name__}

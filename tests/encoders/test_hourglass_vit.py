@@ -5,7 +5,7 @@ import torch
 
 import hourglass
 from hourglass import AveragePooling, HourglassViT, InputError, Plan, Reducer, Reduction, SkipBlocks, TokenClustering
-from hourglass.compat import has_own_vit
+from hourglass.compat import own_encoder
 from hourglass.encoders import SimpleFeaturePyramid, ViT, find_encoder
 from hourglass.encoders.vit import embed, run_block
 
@@ -229,7 +229,7 @@ def test_under_scope_window_blocks_attend_in_the_reducers_windows():
     assert seen == [(4, 4, 4, 16)]
 
 
-@pytest.mark.skipif(not has_own_vit(), reason="this Detectron2 has no ViT of its own")
+@pytest.mark.skipif(own_encoder("ViT") is None, reason="this Detectron2 has no ViT of its own")
 @pytest.mark.parametrize("plan", [Plan(), *PLANS.values()], ids=["empty", *PLANS])
 def test_detectron2s_own_vit(plan):
     pytest.importorskip("timm")

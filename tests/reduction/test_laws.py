@@ -89,8 +89,8 @@ def test_laws(data, drawn):
 def test_l2_weights_scale_a_constant(drawn):
     """k equal weights of unit L2 norm add up to sqrt(k): what the authors' code does to a constant map."""
     tokens, grid = drawn
-    reduction = TokenClustering.published(grid, neighborhood=3, k=4)(torch.full_like(tokens, 3.0))
-    cells = grid[0] * grid[1]  # all equally near, and ties at the k-th are kept
+    cells = grid[0] * grid[1]
+    reduction = TokenClustering.published(grid, neighborhood=3, k=cells)(torch.full_like(tokens, 3.0))
     torch.testing.assert_close(reduction.restore(reduction.tokens), torch.full_like(tokens, 3.0 * cells**0.5))
 
 

@@ -1,0 +1,147 @@
+"""The hourglass around Swin."""
+
+from detectron2.modeling import Backbone
+from torch import Tensor, nn
+
+from hourglass.compat import size_divisibility
+from hourglass.encoders.plan import Plan
+from hourglass.encoders.swin import Stage, Windows, embed, merge_patches, run_checkpointed
+from hourglass.encoders.windows import EachWindow
+from hourglass.errors import InputError
+from hourglass.reduction import GridReducer, SkipBlocks
+from hourglass.reduction.reducer import map_size
+
+
+class HourglassSwin(Backbone):
+    """
+    A Swin whose middle blocks run on fewer tokens. Blocks are counted from 0 over all stages. Each stage that has
+    blocks of the plan reduces its map before the first of them and restores it after the last, before its
+    output and the next stage.
+
+    Windows shrink with the map, their shift and its mask with them, and the relative position bias is read at the
+    distances of the original tokens, from the tables as they are. Under ``Plan(published=True)`` instead, as in
+    Expedit's code: the zeros that fill cut windows are reduced along, the mask of shifted blocks is made for the full
+    map's shift, and the bias tables are stretched to the smaller window.
+
+    It holds the encoder's own modules and parameters, under their own names: checkpoints of the encoder load, and
+    changing a parameter of one changes it for both.
+
+    Args:
+        encoder: a :class:`~hourglass.encoders.Swin` or Detectron2's ``SwinTransformer``.
+        plan: which blocks run on fewer tokens.
+
+    Raises:
+        InputError: for a plan that the encoder cannot follow.
+    """
+
+    def __init__(self, encoder: Backbone, plan: Plan):
+        super().__init__()
+        self.plan = plan
+        self._planned = plan.blocks(self.depth(encoder))
+        self.patch_embed = encoder.patch_embed
+        self.ape = encoder.ape
+        if self.ape:
+            self.absolute_pos_embed = encoder.absolute_pos_embed
+        self.pos_drop = encoder.pos_drop
+        self.layers = encoder.layers
+        self.out_indices = encoder.out_indices
+        for i in self.out_indices:
+            self.add_module(f"norm{i}", encoder.get_submodule(f"norm{i}"))
+        self._out_features = encoder._out_features
+        self._out_feature_channels = encoder._out_feature_channels
+        self._out_feature_strides = encoder._out_feature_strides
+        self._size_divisibility = size_divisibility(encoder)
+        self.training = encoder.training
+        if self._planned:
+            self.reducer = plan.reducer
+        if self._planned and plan.scope == "window":
+            if isinstance(plan.reducer, SkipBlocks):
+                raise InputError('SkipBlocks leaves out whole blocks and takes scope "map", got "window"')
+            self.reducer = EachWindow(plan.reducer, self.layers[0].window_size, pad=plan.published)
+        if self._planned and plan.published:
+            self._check_published()
+
+    @staticmethod
+    def depth(encoder: Backbone) -> int:
+        """The number of blocks that a plan counts."""
+        return sum(len(stage.blocks) for stage in encoder.layers)
+
+    def _check_published(self) -> None:
+        window = self.layers[0].window_size
+        size = self._windows(window, (window, window), self.plan.reducer.cells((window, window))).size
+        if self.plan.scope != "window" or min(size) <= window // 2:
+            raise InputError(
+                f'a published plan in Swin takes scope "window" and more than {window // 2} tokens a side of a window '
+                f"of {window}, got scope {self.plan.scope!r} and {size[0]} x {size[1]}"
+            )
+
+    @property
+    def size_divisibility(self) -> int:
+        return self._size_divisibility
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """
+        Args:
+            image: (B, 3, height, width).
+
+        Returns:
+            name to (B, C, H, W), from stride 4 to 32.
+        """
+        tokens = embed(self, image)
+        names = dict(zip(self.out_indices, self._out_features))
+        features = {}
+        first = 0
+        for i, stage in enumerate(self.layers):
+            blocks = range(first, first + len(stage.blocks))
+            planned = range(max(blocks.start, self._planned.start), min(blocks.stop, self._planned.stop))
+            out, tokens = self._run_stage(stage, tokens, range(planned.start - first, planned.stop - first))
+            first = blocks.stop
+            if i in names:
+                features[names[i]] = self.get_submodule(f"norm{i}")(out).permute(0, 3, 1, 2)
+        return features
+
+    def _run_stage(self, stage: nn.Module, tokens: Tensor, planned: range) -> tuple[Tensor, Tensor | None]:
+        if not planned:
+            return stage(tokens) if isinstance(stage, Stage) else _run_detectron2_stage(stage, tokens)
+        windows = Windows.full(stage.window_size)
+        for block in stage.blocks[: planned.start]:
+            tokens = run_checkpointed(stage, block, tokens, windows)
+        tokens = self._run_planned(stage, tokens, planned)
+        for block in stage.blocks[planned.stop :]:
+            tokens = run_checkpointed(stage, block, tokens, windows)
+        return tokens, None if stage.downsample is None else merge_patches(stage.downsample, tokens)
+
+    def _run_planned(self, stage: nn.Module, tokens: Tensor, planned: range) -> Tensor:
+        full = map_size(tokens)
+        reduction = self.reducer(tokens)
+        if reduction.positions is not None:
+            raise NotImplementedError(
+                f"{type(self.reducer).__name__} puts tokens off the regular grid, where {type(self).__name__} "
+                "does not read relative positions"
+            )
+        refined = reduction.tokens
+        if refined.numel() > 0:
+            sizes = reduction.sizes if self.plan.proportional else None
+            windows = self._windows(stage.window_size, full, map_size(refined))
+            for block in stage.blocks[planned.start : planned.stop]:
+                refined = run_checkpointed(stage, block, refined, windows, sizes)
+        return reduction.restore(refined)
+
+    def _windows(self, window: int, full: tuple[int, int], reduced: tuple[int, int]) -> Windows:
+        """The windows on a map of ``reduced`` tokens that stands for one of ``full``."""
+        if self.plan.scope == "window" and isinstance(self.plan.reducer, GridReducer):
+            size = self.plan.reducer.cells((window, window))
+            step = (window / size[0], window / size[1])
+        else:
+            step = (full[0] / reduced[0], full[1] / reduced[1])
+            size = tuple(max(1, round(window / apart)) for apart in step)
+        shift = (size[0] // 2, size[1] // 2)
+        masked_shift = (window // 2, window // 2) if self.plan.published else shift
+        return Windows(size, step, shift, masked_shift, resize_bias=self.plan.published)
+
+
+def _run_detectron2_stage(stage: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Its own forward pass, to the bit."""
+    height, width = map_size(tokens)
+    out, _, _, following, *size = stage(tokens.flatten(1, 2), height, width)
+    return out.unflatten(1, (height, width)), following.unflatten(1, tuple(size))
