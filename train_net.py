@@ -20,6 +20,7 @@ import hourglass  # first: it mends Detectron2 0.6
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import launch
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig, OmegaConf
@@ -110,7 +111,10 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
     subjects = {}
     for name, its_plan in plans.items():
         view = hourglass.expedite(model, its_plan)
-        subjects[name] = Subject(view, find_encoder(view)[1], instantiate(cfg.dataloader.evaluator))
+        evaluator = instantiate(cfg.dataloader.evaluator)
+        if not isinstance(evaluator, DatasetEvaluator):  # a config's list of them
+            evaluator = DatasetEvaluators(list(evaluator))
+        subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
     comparison = compare(
         subjects,
         loader,

@@ -99,6 +99,25 @@ def test_the_demo(tmp_path, capsys):
     assert "box AP" in (tmp_path / "comparison.md").read_text()
 
 
+def test_a_list_of_evaluators(tmp_path):
+    config = tmp_path / "both.py"
+    config.write_text(
+        "from detectron2.config import LazyCall as L, LazyConfig\n"
+        "from detectron2.evaluation import COCOEvaluator\n"
+        f"demo = LazyConfig.load({str(train_net.DEMO)!r})\n"
+        "dataloader, evaluation, model, plan, train = (demo[key] for key in\n"
+        "    ('dataloader', 'evaluation', 'model', 'plan', 'train'))\n"
+        "dataloader.test.dataset.names = 'hourglass_demo_panoptic_val'\n"
+        "dataloader.evaluator = [L(COCOEvaluator)(dataset_name='${dataloader.test.dataset.names}', tasks=[task],\n"
+        "    use_fast_impl=False) for task in ('bbox', 'segm')]\n"
+    )
+    arguments = ["--eval-only", "--only", "unmodified", "evaluation.max_images=1", *UNTRAINED]
+    run("--config-file", str(config), f"train.output_dir={tmp_path}", *arguments)
+    content = read(tmp_path)
+    assert content["dataset"] == "hourglass_demo_panoptic_val"
+    assert list(content["models"]["unmodified"]["accuracy"]) == ["bbox", "segm"]
+
+
 @pytest.mark.parametrize("side", ["unmodified", "expedited"])
 def test_one_side_alone(tmp_path, side):
     run("--eval-only", "--only", side, f"train.output_dir={tmp_path}", "evaluation.max_images=2", *UNTRAINED)
@@ -126,6 +145,7 @@ def test_another_reducer_and_another_data_set_by_overrides(tmp_path, datasets):
         "stop": 8,
         "scope": "window",
         "proportional": True,
+        "published": False,
     }
     assert content["dataset"] == "hourglass_demo_train" and content["images"] == 6 and content["dtype"] == "bfloat16"
     assert content["models"]["expedited"]["tokens"]["middle"] == 64

@@ -1,8 +1,9 @@
 """The embedded demo data set, and its registration with Detectron2."""
 
 import os
+from functools import partial
 
-from hourglass.data.demo import write_demo
+from hourglass.data.demo import CATEGORIES, write_demo
 from hourglass.data.scenes import STUFF, THINGS, Scene, draw_scene
 
 __all__ = ["DEMO_IMAGES", "STUFF", "THINGS", "Scene", "draw_scene", "register_demo", "write_demo"]
@@ -12,59 +13,78 @@ DEMO_IMAGES = {"train": 8000, "val": 100}
 
 def register_demo(root: str | os.PathLike | None = None) -> None:
     """
-    Register the data sets ``hourglass_demo_train`` and ``hourglass_demo_val`` with Detectron2.
+    Register the data sets ``hourglass_demo_train`` and ``hourglass_demo_val`` with Detectron2, and the same images with
+    instances and panoptic segments as ``hourglass_demo_panoptic_train`` and ``hourglass_demo_panoptic_val``.
 
-    Nothing is drawn before a data set is loaded or its metadata's ``json_file`` is read, as `COCOEvaluator` does. The
-    masks are RLE: a `DatasetMapper` takes them with ``instance_mask_format="bitmask"``.
+    Nothing is drawn before a data set is loaded or its metadata's ``json_file`` or ``panoptic_json`` is read, as
+    evaluators do. The masks are RLE: a `DatasetMapper` takes them with ``instance_mask_format="bitmask"``.
 
     Args:
         root: the folder of the data set. None stands for ``$DETECTRON2_DATASETS/hourglass_demo`` as it is at the time
             of loading (``datasets/hourglass_demo`` where the variable is not set). Data sets that are registered
             already stay as they are where it is None, and move to `root` where it is not.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    for split in DEMO_IMAGES:
-        name = f"hourglass_demo_{split}"
-        if name in DatasetCatalog.list():
-            if root is None:
-                continue
-            DatasetCatalog.remove(name)
-        metadata = _metadata(name, root, split)
-        MetadataCatalog[name] = metadata
-        DatasetCatalog.register(name, lambda metadata=metadata: _load(metadata))
-
-
-def _demo_root(root: str | os.PathLike | None) -> str:
-    if root is not None:
-        return os.fspath(root)
-    return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "hourglass_demo")
-
-
-def _metadata(name: str, root: str | os.PathLike | None, split: str):
-    from detectron2.data import Metadata
-
-    class DemoMetadata(Metadata):
-        """Metadata that draws the split when its annotations are asked for."""
-
-        @property
-        def json_file(self) -> str:
-            write_demo(_demo_root(root), {split: DEMO_IMAGES[split]})
-            return os.path.join(_demo_root(root), "annotations", f"instances_{split}.json")
-
-        @property
-        def image_root(self) -> str:
-            return os.path.join(_demo_root(root), split)
-
-    return DemoMetadata(
-        name=name,
-        evaluator_type="coco",
-        thing_classes=list(THINGS),
-        thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(THINGS))},
-    )
-
-
-def _load(metadata) -> list:
+    from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
     from detectron2.data.datasets.coco import load_coco_json
 
-    return load_coco_json(metadata.json_file, metadata.image_root, metadata.name)
+    from hourglass.data.panoptic import PanopticMetadata, register_panoptic_metadata
+
+    class InstanceDemo(_Demo, Metadata):
+        pass
+
+    class PanopticDemo(_Demo, PanopticMetadata):
+        categories = CATEGORIES
+
+    def load_instances(metadata: Metadata) -> list:
+        return load_coco_json(metadata.json_file, metadata.image_root, metadata.name)
+
+    for split in DEMO_IMAGES:
+        for name in (f"hourglass_demo_{split}", f"hourglass_demo_panoptic_{split}"):
+            if name in DatasetCatalog.list():
+                if root is None:
+                    continue
+                DatasetCatalog.remove(name)
+            if "panoptic" in name:
+                register_panoptic_metadata(PanopticDemo(name=name, root=root, split=split))
+            else:
+                metadata = MetadataCatalog[name] = InstanceDemo(
+                    name=name,
+                    root=root,
+                    split=split,
+                    evaluator_type="coco",
+                    thing_classes=list(THINGS),
+                    thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(THINGS))},
+                )
+                DatasetCatalog.register(name, partial(load_instances, metadata))
+
+
+class _Demo:
+    """Where the files are, for Detectron2's metadata. The split is drawn when its annotations are asked for."""
+
+    root: str | os.PathLike | None
+    split: str
+
+    @property
+    def image_root(self) -> str:
+        return os.path.join(self._folder(), self.split)
+
+    @property
+    def json_file(self) -> str:
+        return self._drawn(f"instances_{self.split}.json")
+
+    @property
+    def panoptic_json(self) -> str:
+        return self._drawn(f"panoptic_{self.split}.json")
+
+    @property
+    def panoptic_root(self) -> str:
+        return os.path.join(self._folder(), "annotations", f"panoptic_{self.split}")
+
+    def _folder(self) -> str:
+        if self.root is not None:
+            return os.fspath(self.root)
+        return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "hourglass_demo")
+
+    def _drawn(self, name: str) -> str:
+        write_demo(self._folder(), {self.split: DEMO_IMAGES[self.split]})
+        return os.path.join(self._folder(), "annotations", name)

@@ -24,6 +24,11 @@ from tqdm import tqdm
 
 from hourglass.data.scenes import RECIPE, SIZE, STUFF, THINGS, draw_scene
 
+CATEGORIES = [
+    {"id": i, "name": name, "supercategory": "thing" if i <= len(THINGS) else "stuff", "isthing": int(i <= len(THINGS))}
+    for i, name in enumerate([*THINGS, *STUFF], start=1)
+]
+
 
 def write_demo(root: str | os.PathLike, images: dict[str, int], seed: int = 0, workers: int | None = None) -> None:
     """
@@ -145,15 +150,14 @@ def _write_split(root: str, split: str, info: dict[str, Any], workers: int | Non
         records = list(tqdm(drawn, desc=f"drawing demo {split}", total=info["images"], unit="image"))
 
     instances = [instance for record in records for instance in record.instances]
-    things = [{"id": i + 1, "name": name, "supercategory": "thing"} for i, name in enumerate(THINGS)]
-    stuff = [{"id": _stuff_category(i), "name": name, "supercategory": "stuff"} for i, name in enumerate(STUFF)]
+    things = [{key: kind[key] for key in ("id", "name", "supercategory")} for kind in CATEGORIES if kind["isthing"]]
     common = {"info": info, "licenses": [], "images": [record.image for record in records]}
     _write_json(
         paths.panoptic,
         {
             **common,
             "annotations": [record.panoptic for record in records],
-            "categories": [{**thing, "isthing": 1} for thing in things] + [{**kind, "isthing": 0} for kind in stuff],
+            "categories": CATEGORIES,
         },
     )
     _write_json(

@@ -11,6 +11,9 @@ from omegaconf import DictConfig
 
 from hourglass.errors import InputError
 
+# What the files are that a record may name.
+FILES = {"file_name": "images", "pan_seg_file_name": "panoptic PNGs", "sem_seg_file_name": "semantic PNGs"}
+
 
 class ReadableMapper:
     """
@@ -49,13 +52,21 @@ def build_loader(node: DictConfig, max_images: int | None = None) -> tuple[Any, 
     name = node.dataset.get("names", "")
     if name:
         _check_registered([name] if isinstance(name, str) else list(name))
-    records = instantiate(node.dataset)[:max_images]
+    try:
+        records = instantiate(node.dataset)[:max_images]
+    except InputError:
+        raise
+    except (AssertionError, KeyError, OSError, ValueError) as error:  # what Detectron2's loaders raise for bad files
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"data set {name!r} cannot be loaded ({type(error).__name__}: {reason})") from error
     if not records:
         raise InputError(f"data set {name!r} has no image to run on")
-    missing = [record["file_name"] for record in records if not _is_there(record["file_name"])]
-    if missing:
-        what = f"{len(missing)} of the {len(records)} images of data set {name!r}"
-        raise InputError(f"{what} are missing, such as {missing[0]} ({_root()})")
+    for key, kind in FILES.items():
+        paths = [record[key] for record in records if key in record]
+        missing = [path for path in paths if not _is_there(path)]
+        if missing:
+            what = f"{len(missing)} of the {len(paths)} {kind} of data set {name!r}"
+            raise InputError(f"{what} are missing, such as {missing[0]} ({_root()})")
     arguments = {key: instantiate(node[key]) for key in node if key not in ("_target_", "dataset", "mapper")}
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
     return target(dataset=records, mapper=ReadableMapper(instantiate(node.mapper)), **arguments), records
@@ -68,7 +79,8 @@ def _check_registered(names: list[str]) -> None:
             hint = f"did you mean {near[0]!r}?" if near else "a config file can register it"
             raise InputError(f"data set {name!r} is not registered with Detectron2: {hint}")
         metadata = MetadataCatalog.get(name)
-        expected = [path for part in ("json_file", "image_root") if (path := getattr(metadata, part, None))]
+        parts = ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root")
+        expected = [path for part in parts if (path := getattr(metadata, part, None))]
         for path in expected:
             if not _is_there(path):
                 what = f"{path} is missing; {' and '.join(expected)} are expected"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
@@ -17,6 +17,9 @@ from tqdm import tqdm
 from hourglass.errors import InputError
 from hourglass.evaluation.cost import PeakMemory, count_gflops
 from hourglass.evaluation.timing import Clock, Interval, Run, Stopwatch, ratio_of_medians
+
+# The figure that a task's retention is of; AP for the tasks that are not here.
+MAIN_METRICS = {"panoptic_seg": "PQ", "sem_seg": "mIoU"}
 
 
 class Subject(NamedTuple):
@@ -26,7 +29,7 @@ class Subject(NamedTuple):
     Attributes:
         model: takes and returns Detectron2's dictionaries.
         encoder: the part of it that is timed and counted.
-        evaluator: of its outputs.
+        evaluator: of its outputs; several of them as Detectron2's `DatasetEvaluators`.
     """
 
     model: nn.Module
@@ -62,14 +65,18 @@ class Comparison(NamedTuple):
         return ratio_of_medians(first.runs[part], self.models[name].runs[part])
 
     def retention(self, name: str) -> dict[str, float]:
-        """Share of the first model's AP that ``name`` keeps: "bbox.AP" -> share, nan where there is no AP."""
+        """
+        Share of the first model's AP, PQ or mIoU that ``name`` keeps: "bbox.AP" -> share, nan where there is no figure.
+        """
         first = next(iter(self.models.values())).accuracy
         kept = self.models[name].accuracy
-        return {
-            f"{task}.AP": kept.get(task, {}).get("AP", np.nan) / metrics["AP"] if metrics["AP"] > 0 else np.nan
-            for task, metrics in first.items()
-            if "AP" in metrics
-        }
+        shares = {}
+        for task, metrics in first.items():
+            main = MAIN_METRICS.get(task, "AP")
+            if main in metrics:
+                figure = kept.get(task, {}).get(main, np.nan)
+                shares[f"{task}.{main}"] = figure / metrics[main] if metrics[main] > 0 else np.nan
+        return shares
 
     def efficiency(self, name: str) -> float:
         """Share of the encoder's time that is not reducing and restoring: 1 is the limit for its number of tokens."""
@@ -162,6 +169,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _evaluate(evaluator: DatasetEvaluator, image_ids: list | None) -> dict[str, dict[str, Any]]:
+    if isinstance(evaluator, DatasetEvaluators):  # its own evaluate() takes no img_ids
+        results = {}
+        for member in evaluator._evaluators:
+            for task, metrics in _evaluate(member, image_ids).items():
+                if task in results:
+                    raise InputError(f"an evaluator for each task is taken, got two that evaluate {task!r}")
+                results[task] = metrics
+        return results
     arguments = {}
     if image_ids is not None and "img_ids" in inspect.signature(evaluator.evaluate).parameters:
         arguments["img_ids"] = image_ids

@@ -19,6 +19,15 @@ from hourglass.version import __version__
 
 SCHEMA = 1
 TASKS = {"bbox": "box", "segm": "mask"}
+# What is reported of a task, and its label in the table: None is for the document alone. Of other tasks every AP is.
+METRICS = {
+    "panoptic_seg": {
+        f"{metric}{suffix}": f"{metric}{label}"
+        for suffix, label in (("", ""), ("_th", " things"), ("_st", " stuff"))
+        for metric in ("PQ", "SQ", "RQ")
+    },
+    "sem_seg": {"mIoU": "mIoU", "fwIoU": None, "mACC": None, "pACC": None},
+}
 
 
 def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
@@ -67,7 +76,7 @@ def _model(measurement: Measurement) -> dict[str, Any]:
     middle = runs["middle"] if runs["full"].any() else full
     return {
         "accuracy": {
-            task: {metric: value for metric, value in metrics.items() if metric.startswith("AP") and "-" not in metric}
+            task: {metric: value for metric, value in metrics.items() if _is_reported(task, metric)}
             for task, metrics in measurement.accuracy.items()
         },
         "latency_ms": {part: _spread(runs[part]) for part in ("encoder", "total")},
@@ -75,6 +84,12 @@ def _model(measurement: Measurement) -> dict[str, Any]:
         "tokens": {"full": float(np.median(full)), "middle": float(np.median(middle))},
         "peak_memory_mb": measurement.peak_memory_mb,
     }
+
+
+def _is_reported(task: str, metric: str) -> bool:
+    if task in METRICS:
+        return metric in METRICS[task]
+    return metric.startswith("AP") and "-" not in metric  # not "AP-person"
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
@@ -106,13 +121,15 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
         rows.append([label, *cells] + [ratio] * both + [control_ratio] * (control is not None))
 
     for task in next(iter(models.values()))["accuracy"]:
-        label = TASKS.get(task, task)
         for metric in next(iter(models.values()))["accuracy"][task]:
+            label = METRICS[task][metric] if task in METRICS else f"{TASKS.get(task, task)} {metric}"
+            if label is None:
+                continue
             cells = [_number(model["accuracy"].get(task, {}).get(metric), 1) for model in models.values()]
             name = f"{task}.{metric}"
             kept = _percent(document["retention"].get(name)) if both and name in document["retention"] else ""
             kept_by_control = _percent(control[name]) if control and name in control else ""
-            row(f"{label} {metric}", cells, kept, kept_by_control)
+            row(label, cells, kept, kept_by_control)
     for part in ("encoder", "total"):
         cells = [_latency(model["latency_ms"][part]) for model in models.values()]
         speedup = "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**document["speedup"][part]) if both else ""

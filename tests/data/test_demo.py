@@ -5,6 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
@@ -170,10 +171,10 @@ class TestRegisterDemo:
         self.catalog = pytest.importorskip("detectron2.data")
         monkeypatch.setitem(data.DEMO_IMAGES, "val", 2)
         yield
-        for split in data.DEMO_IMAGES:
-            if f"hourglass_demo_{split}" in self.catalog.DatasetCatalog.list():
-                self.catalog.DatasetCatalog.remove(f"hourglass_demo_{split}")
-                self.catalog.MetadataCatalog.remove(f"hourglass_demo_{split}")
+        for name in self.catalog.DatasetCatalog.list():
+            if name.startswith("hourglass_demo_"):
+                self.catalog.DatasetCatalog.remove(name)
+                self.catalog.MetadataCatalog.remove(name)
         register_demo()
 
     def test_loads_lazily_from_detectron2s_folder(self, tmp_path, monkeypatch):
@@ -189,6 +190,8 @@ class TestRegisterDemo:
         assert all(Path(record["file_name"]).is_file() for record in records)
         assert Path(records[0]["file_name"]).parent == tmp_path / "hourglass_demo" / "val"
         assert not (tmp_path / "hourglass_demo" / "train").exists()
+        panoptic = self.catalog.DatasetCatalog.get("hourglass_demo_panoptic_val")
+        assert Path(panoptic[0]["pan_seg_file_name"]).is_relative_to(tmp_path / "hourglass_demo")
 
     def test_the_evaluator_works_before_the_data_is_loaded(self, tmp_path):
         evaluation = pytest.importorskip("detectron2.evaluation")
@@ -197,3 +200,51 @@ class TestRegisterDemo:
         assert metadata.thing_classes == list(THINGS) and metadata.evaluator_type == "coco"
         evaluation.COCOEvaluator("hourglass_demo_val", output_dir=None, use_fast_impl=False)
         assert (tmp_path / "annotations" / "instances_val.json").is_file()
+
+    def test_the_panoptic_names_draw_nothing_before_they_are_asked_for(self, tmp_path):
+        register_demo(tmp_path)
+        metadata = self.catalog.MetadataCatalog.get("hourglass_demo_panoptic_val")
+        assert metadata.thing_classes == list(THINGS) and metadata.stuff_classes == [*THINGS, *STUFF]
+        assert metadata.thing_dataset_id_to_contiguous_id == {i + 1: i for i in range(len(THINGS))}
+        assert metadata.stuff_dataset_id_to_contiguous_id == {i + 1: i for i in range(len(THINGS) + len(STUFF))}
+        assert (metadata.label_divisor, metadata.ignore_label) == (1000, 255)
+        assert metadata.evaluator_type == "coco_panoptic_seg"
+        assert list(tmp_path.iterdir()) == []
+        assert Path(metadata.panoptic_json).is_file() and Path(metadata.panoptic_root).is_dir()
+
+    def test_instances_and_segments_are_in_one_record(self, tmp_path):
+        register_demo(tmp_path)
+        records = self.catalog.get_detection_dataset_dicts("hourglass_demo_panoptic_val", filter_empty=False)
+        plain = self.catalog.DatasetCatalog.get("hourglass_demo_val")
+        for record, expected in zip(records, plain):
+            segments = record.pop("segments_info")
+            ids = cv2.imread(record.pop("pan_seg_file_name"))[..., 2]
+            assert record == expected
+            assert {segment["id"] for segment in segments} == set(np.unique(ids))
+            things = [segment["category_id"] for segment in segments if segment["isthing"]]
+            assert things == [instance["category_id"] for instance in record["annotations"]]
+            stuff = [segment["category_id"] for segment in segments if not segment["isthing"]]
+            assert stuff and set(stuff) <= set(range(len(THINGS), len(THINGS) + len(STUFF)))
+
+    def test_instance_ap_of_the_panoptic_name(self, tmp_path):
+        evaluation = pytest.importorskip("detectron2.evaluation")
+        register_demo(tmp_path)
+        name = "hourglass_demo_panoptic_val"
+        evaluator = evaluation.COCOEvaluator(name, tasks=("bbox",), use_fast_impl=False)
+        evaluator.reset()
+        for record in self.catalog.DatasetCatalog.get(name):
+            evaluator.process([record], [{"instances": perfect(record)}])
+        assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+def perfect(record: dict):
+    from detectron2.structures import Boxes, BoxMode, Instances
+
+    truth = record["annotations"]
+    boxes = [BoxMode.convert(each["bbox"], each["bbox_mode"], BoxMode.XYXY_ABS) for each in truth]
+    return Instances(
+        (record["height"], record["width"]),
+        pred_boxes=Boxes(boxes),
+        pred_classes=torch.tensor([each["category_id"] for each in truth]),
+        scores=torch.ones(len(truth)),
+    )

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
 from hourglass import InputError, Plan, SkipBlocks, TokenClustering, expedite
 from hourglass.evaluation import Subject, compare, describe, to_json, to_table, write_report
@@ -54,6 +54,23 @@ def test_every_model_sees_every_image_once_and_in_turn(capsys):
 def test_only_the_images_that_were_run_are_evaluated():
     comparison = compare(subjects(), images(2), image_ids=[0, 1])
     assert comparison.models["control"].accuracy["bbox"]["AP"] == 2.0
+
+
+class Segments(Recorder):
+    """Its PQ is how many images it saw; takes no ids of images, as most of Detectron2's evaluators."""
+
+    def evaluate(self):
+        return {"panoptic_seg": {"PQ": float(len(self.seen))}}
+
+
+def test_several_evaluators_of_one_run():
+    compared = subjects()
+    for name, subject in compared.items():
+        compared[name] = subject._replace(evaluator=DatasetEvaluators([Recorder(), Segments()]))
+    comparison = compare(compared, images(3), image_ids=[0, 1])
+    for measured in comparison.models.values():
+        assert measured.accuracy == {"bbox": {"AP": 2.0}, "panoptic_seg": {"PQ": 3.0}}
+    assert comparison.retention("expedited") == {"bbox.AP": 1.0, "panoptic_seg.PQ": 1.0}
 
 
 def test_a_batch_of_several_images_is_refused():
@@ -109,6 +126,31 @@ def test_the_documents_figures_by_hand():
     for cell in ("98.0 %", "50.0 %", "2.00x (2.00-2.00)", "20 of 64", "20.0 (12.0-28.0)", "90.0 %", " - "):
         assert cell in table
     assert "TokenClustering(grid=[5, 4]" in describe(content)
+
+
+def segmentation(pq: float, miou: float) -> Measurement:
+    panoptic = {f"{metric}{suffix}": pq for suffix in ("", "_th", "_st") for metric in ("PQ", "SQ", "RQ")}
+    semantic = {"mIoU": miou, "fwIoU": 70.0, "IoU-sky": 3.0, "mACC": 80.0, "pACC": 90.0, "ACC-sky": 4.0}
+    return measurement(50.0, [5.0])._replace(accuracy={"panoptic_seg": panoptic, "sem_seg": semantic})
+
+
+def test_figures_of_segmentation():
+    content = document(
+        unmodified=segmentation(40.0, 60.0), expedited=segmentation(36.0, 57.0), control=segmentation(4.0, float("nan"))
+    )
+    assert content["retention"] == {"panoptic_seg.PQ": 0.9, "sem_seg.mIoU": 0.95}
+    assert content["control_retention"] == {"panoptic_seg.PQ": 0.1, "sem_seg.mIoU": None}
+    accuracy = content["models"]["unmodified"]["accuracy"]
+    assert accuracy["sem_seg"] == {"mIoU": 60.0, "fwIoU": 70.0, "mACC": 80.0, "pACC": 90.0}
+    names = ["PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"]
+    assert accuracy["panoptic_seg"] == dict.fromkeys(names, 40.0)
+
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in to_table(content, "github").splitlines()[2:]]
+    labels = ["PQ", "SQ", "RQ", "PQ things", "SQ things", "RQ things", "PQ stuff", "SQ stuff", "RQ stuff", "mIoU"]
+    assert [line[0] for line in lines[:11]] == [*labels, "encoder latency, ms (p10-p90)"]
+    assert lines[0][1:] == ["40.0", "36.0", "4.0", "90.0 %", "10.0 %"]
+    assert lines[3][1:] == ["40.0", "36.0", "4.0", "", ""]
+    assert lines[9][1:] == ["60.0", "57.0", "-", "95.0 %", "-"]
 
 
 def test_one_model_alone_is_compared_with_nothing():
