@@ -1,4 +1,6 @@
+import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +70,85 @@ def test_what_cannot_be_read_is_refused(tmp_path, name, content):
     with pytest.raises(InputError, match=f"{name} cannot be read") as refusal:
         load_checkpoint(model(), str(tmp_path / name))
     assert "\n" not in str(refusal.value)
+
+
+class Renamed(nn.Module):
+    """A model whose checkpoints may have another name for its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def rename_weights(self, weights):
+        assert all(isinstance(weight, torch.Tensor) for weight in weights.values())
+        return {name.replace("kernel", "weight"): weight for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("name", ["kernel", "weight"])
+def test_a_model_renames_what_is_loaded(tmp_path, name):
+    weight = torch.arange(3.0)
+    torch.save({"model": {name: weight}}, tmp_path / "a.pth")
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": {name: weight.numpy()}, "__author__": "third_party"}))
+    for file in ("a.pth", "a.pkl"):
+        target = Renamed()
+        load_checkpoint(target, str(tmp_path / file))
+        assert torch.equal(target.weight, weight)
+
+
+def write_folder(folder: Path, state: dict, kind: str, parts: bool) -> None:
+    """As Hugging Face's save_pretrained."""
+    if kind == "safetensors":
+        save, name = pytest.importorskip("safetensors.torch").save_file, "model.safetensors"
+    else:
+        save, name = torch.save, "pytorch_model.bin"
+    if not parts:
+        save(state, folder / name)
+        return
+    for i, (key, tensor) in enumerate(state.items()):
+        save({key: tensor}, folder / f"part{i}.{kind}")
+    weight_map = {key: f"part{i}.{kind}" for i, key in enumerate(state)}
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("parts", [False, True])
+def test_folders_of_hugging_face(tmp_path, kind, parts):
+    source, target = model(), model()
+    write_folder(tmp_path, source.state_dict(), kind, parts)
+    load_checkpoint(target, str(tmp_path))
+    assert torch.equal(target[1].weight, source[1].weight)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_names_on_the_hugging_face_hub(tmp_path, monkeypatch, kind):
+    hub = pytest.importorskip("huggingface_hub")
+    source, target = model(), model()
+
+    def snapshot_download(name, allow_patterns):
+        assert name == "owner/name"
+        wanted = "safetensors" in allow_patterns[0]
+        if wanted == (kind == "safetensors"):
+            write_folder(tmp_path, source.state_dict(), kind, parts=False)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    load_checkpoint(target, "hf://owner/name")
+    assert torch.equal(target[1].weight, source[1].weight)
+
+
+def test_a_name_that_the_hub_refuses():
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(InputError, match="hf://no/such/name cannot be read") as refusal:
+        load_checkpoint(model(), "hf://no/such/name")
+    assert "\n" not in str(refusal.value)
+
+
+def test_folders_without_weights_are_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be read .*neither model.safetensors nor pytorch_model.bin"):
+        load_checkpoint(model(), str(tmp_path))
+
+
+def test_folders_that_do_not_fit_are_refused(tmp_path):
+    write_folder(tmp_path, {**model().state_dict(), "1.weight": torch.zeros(5, 4)}, "bin", parts=False)
+    with pytest.raises(InputError, match=r"1 of another shape \(1.weight is \(5, 4\), not \(2, 4\)\)"):
+        load_checkpoint(model(), str(tmp_path))

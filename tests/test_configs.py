@@ -7,6 +7,7 @@ from detectron2.config import LazyConfig, instantiate
 
 from hourglass import Plan
 from hourglass.encoders import find_encoder
+from hourglass.encoders.expedite import hourglass_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path for path in CONFIGS.glob("*/*.py") if path.parent.name != "common")
@@ -41,7 +42,7 @@ def test_is_complete(path):
     trained = sum(len(group["params"]) for group in optimizer.param_groups)
     assert trained == len(list(model.parameters()))
     multiplier = instantiate(cfg.lr_multiplier)
-    assert 0 < multiplier(0.0) < multiplier(0.1) <= 1
+    assert 0 < multiplier(0.0) <= 1 and 0 < multiplier(0.1) <= 1
     assert multiplier(1 - 1 / cfg.train.max_iter) < 0.1
 
 
@@ -51,7 +52,9 @@ def test_plan_fits_the_encoder(path):
     plan = instantiate(cfg.plan)
     assert isinstance(plan, Plan)
     _, encoder = find_encoder(meta_model(cfg))
-    assert plan.blocks(len(encoder.blocks))
+    hourglass = hourglass_of(encoder)
+    assert plan.blocks(hourglass.depth(encoder))
+    assert hourglass(encoder, plan)
 
 
 @pytest.mark.parametrize("name", VITDET)

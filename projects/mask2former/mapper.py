@@ -1,0 +1,113 @@
+"""Training images with panoptic annotations."""
+
+import copy
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import detection_utils
+from detectron2.data import transforms as T
+from detectron2.structures import BitMasks, Instances
+
+from hourglass.errors import InputError
+
+
+class PanopticMapper:
+    """
+    A Detectron2 dataset mapper that reads the panoptic PNG of a record: each segment that is no crowd, thing or stuff,
+    becomes one of the ``instances``. Segments that the augmentations leave no pixel of are dropped.
+
+    Args:
+        augmentations: Detectron2's, applied to the image and the segments.
+        image_format: "RGB" or "BGR".
+    """
+
+    def __init__(self, augmentations: list[T.Augmentation | T.Transform], image_format: str = "RGB"):
+        self.augmentations = T.AugmentationList(augmentations)
+        self.image_format = image_format
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """
+        Args:
+            record: with ``file_name``, ``pan_seg_file_name`` and ``segments_info``: {"id", "category_id", "iscrowd"} of
+                each segment, the category a contiguous id.
+
+        Returns:
+            the record with ``image`` (3, H, W) uint8 and ``instances``: ``gt_classes`` (N,) int64 and ``gt_masks``,
+            ``BitMasks`` (N, H, W); N is 0 where nothing is annotated.
+
+        Raises:
+            InputError: for a PNG that is missing or cannot be read, or whose segments are not those of the record.
+        """
+        record = copy.deepcopy(record)
+        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        detection_utils.check_image_size(record, image)
+        if "pan_seg_file_name" not in record:
+            raise InputError(
+                f"image {record['file_name']} has no pan_seg_file_name: PanopticMapper takes a panoptic data set"
+            )
+        path, segments = record.pop("pan_seg_file_name"), record.pop("segments_info")
+        for unused in ("annotations", "sem_seg_file_name"):
+            record.pop(unused, None)
+        colours = _read_png(path)
+        if colours.shape[:2] != image.shape[:2]:
+            (height, width), (rows, columns) = image.shape[:2], colours.shape[:2]
+            raise InputError(
+                f"panoptic PNG {path} is {rows} x {columns} pixels, its image {record['file_name']} {height} x {width}"
+            )
+
+        inputs = T.AugInput(image)
+        transforms = self.augmentations(inputs)
+        image = inputs.image
+        # Transformed as colours: resizing takes the nearest neighbour of 8-bit images only.
+        ids = _segment_ids(transforms.apply_segmentation(colours))
+
+        masks, classes, known = [], [], np.zeros(ids.shape, bool)
+        for segment in segments:
+            mask = ids == segment["id"]
+            known |= mask
+            if not mask.any():
+                _check_listed(segment["id"], colours, path)
+            elif not segment.get("iscrowd", 0):
+                masks.append(mask)
+                classes.append(segment["category_id"])
+        # 0 is "no label"; 255, 255, 255 is what Detectron2 may pad with.
+        unknown = set(np.unique(ids[~known]).tolist()) - {0, 0xFFFFFF}
+        if unknown:
+            raise InputError(
+                f"panoptic PNG {path} has a segment {min(unknown)} that its annotation does not list among "
+                f"{sorted(segment['id'] for segment in segments)}"
+            )
+
+        record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        instances = Instances(image.shape[:2])
+        instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+        instances.gt_masks = BitMasks(np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool))
+        record["instances"] = instances
+        return record
+
+
+def _read_png(path: str) -> np.ndarray:
+    if not os.path.isfile(path) and "://" not in path:
+        raise InputError(f"panoptic PNG {path} is missing")
+    try:
+        return detection_utils.read_image(path, "RGB")
+    except Exception as error:  # Pillow raises many kinds for bad files
+        reason = str(error).split("\n")[0]
+        raise InputError(f"panoptic PNG {path} cannot be read ({type(error).__name__}: {reason})") from error
+
+
+def _segment_ids(colours: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (H, W) int32, as COCO codes segments."""
+    red, green, blue = (colours[..., channel].astype(np.int32) for channel in range(3))
+    return red + 256 * green + 65536 * blue
+
+
+def _check_listed(number: int, colours: np.ndarray, path: str) -> None:
+    ids = _segment_ids(colours)
+    if not (ids == number).any():
+        raise InputError(
+            f"panoptic PNG {path} has no pixel of segment {number} that its annotation lists, "
+            f"only of {np.unique(ids).tolist()}"
+        )
