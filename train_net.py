@@ -100,6 +100,17 @@ def build(cfg: DictConfig, key: str) -> Any:
         raise InputError(f"{key} cannot be built: {str(error).splitlines()[0]}") from error
 
 
+def build_evaluator(cfg: DictConfig) -> DatasetEvaluator:
+    try:
+        evaluator = instantiate(cfg.dataloader.evaluator)
+    except (AssertionError, AttributeError, ImportError, KeyError, TypeError) as error:  # data that it cannot evaluate
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        name = cfg.dataloader.test.dataset.get("names")
+        raise InputError(f"dataloader.evaluator cannot be built for data set {name!r} ({reason})") from error
+    # A config may have a list of them.
+    return evaluator if isinstance(evaluator, DatasetEvaluator) else DatasetEvaluators(list(evaluator))
+
+
 def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: argparse.Namespace) -> dict:
     """Compare and report; returns the content of ``comparison.json``, empty in all but the main process."""
     plans = {"unmodified": Plan(), "expedited": plan}
@@ -111,10 +122,7 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
     subjects = {}
     for name, its_plan in plans.items():
         view = hourglass.expedite(model, its_plan)
-        evaluator = instantiate(cfg.dataloader.evaluator)
-        if not isinstance(evaluator, DatasetEvaluator):  # a config's list of them
-            evaluator = DatasetEvaluators(list(evaluator))
-        subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
+        subjects[name] = Subject(view, find_encoder(view)[1], build_evaluator(cfg))
     comparison = compare(
         subjects,
         loader,

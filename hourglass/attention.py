@@ -113,11 +113,19 @@ def read_bias(
     else:
         for axis in (0, 1):
             grid = _at_distances(grid, axis + 1, extent[axis], size[axis], step[axis])
+    return grid.flatten(1)[:, bias_index(size, table.device)]
+
+
+def bias_index(size: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
+    """
+    Where the bias table of a window has the entry of a query and a key: (h * w, h * w) int64, for ``size`` (h, w) and a
+    table of ``(2 * h - 1) * (2 * w - 1)`` entries.
+    """
     h, w = size
-    row, column = (torch.arange(length, device=table.device) for length in size)
+    row, column = (torch.arange(length, device=device) for length in size)
     row = row[:, None, None, None] - row[None, None, :, None] + h - 1
     column = column[None, :, None, None] - column[None, None, None, :] + w - 1
-    return grid.flatten(1)[:, (row * distances[1] + column).view(h * w, h * w)]
+    return (row * (2 * w - 1) + column).reshape(h * w, h * w)
 
 
 def _at_distances(grid: Tensor, axis: int, extent: int, length: int, step: float) -> Tensor:

@@ -197,7 +197,8 @@ SWIN_NODES = {
     "TOKEN_RECONSTRUCTION_BLOCK": {"K": 10, "TEMPERATURE": 0.05},
 }
 
-#: MODEL.HOURGLASS: a plan's arguments, and its reducer's. None leaves the choice to the constructor.
+#: MODEL.HOURGLASS: a plan's arguments, and its reducer's. None leaves the choice to the constructor. The defaults suit
+#: ViTDet-B on 1024 x 1024 pixels; a Swin's maps shrink from stage to stage and take a GRID of shares or an early STOP.
 HOURGLASS_NODES = {
     # A class of hourglass.reduction, such as "TokenClustering", "AveragePooling" or "SkipBlocks"; "": no reduction.
     "REDUCER": "TokenClustering",
@@ -224,7 +225,8 @@ HOURGLASS_NODES = {
 
 def add_hourglass_config(cfg: CfgNode) -> None:
     """
-    Add MODEL.VIT, MODEL.SWIN and MODEL.HOURGLASS to a config that ``get_cfg()`` made. What is there already stays.
+    Add MODEL.VIT, MODEL.SWIN and MODEL.HOURGLASS to a config that ``get_cfg()`` made. What is there already stays. In a
+    checkout of Mask2Former call it after ``add_maskformer2_config``, which makes a MODEL.SWIN of its own.
 
     The backbones that read them, as MODEL.BACKBONE.NAME: "build_vitdet_backbone" and "build_swin_backbone", the
     unmodified models; "build_hourglass_vitdet_backbone" and "build_hourglass_swin_backbone", the same under the plan
@@ -323,15 +325,15 @@ def D2HourglassSwinTransformer(cfg: CfgNode, input_shape: ShapeSpec) -> Hourglas
     cfg = cfg.clone()
     cfg.defrost()
     add_hourglass_config(cfg)
-    return expedite_model(build_swin_backbone(cfg, input_shape), build_published_plan(cfg))
+    return expedite_model(build_swin_backbone(cfg, input_shape), build_swin_plan(cfg))
 
 
-# Expedit's own checkout registers this name itself.
+# Expedit's own checkout registers this name itself: there, its mask2former is to be imported first.
 if "D2HourglassSwinTransformer" not in BACKBONE_REGISTRY:
     BACKBONE_REGISTRY.register(D2HourglassSwinTransformer)
 
 
-def build_published_plan(cfg: CfgNode) -> Plan:
+def build_swin_plan(cfg: CfgNode) -> Plan:
     """
     The plan of a config's MODEL.SWIN.
 

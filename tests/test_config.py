@@ -14,7 +14,7 @@ from torch import nn
 import hourglass
 from hourglass import AveragePooling, HourglassSwin, HourglassViT, InputError, Plan, SkipBlocks, TokenClustering
 from hourglass.compat import own_encoder
-from hourglass.config import SWIN_NODES, add_hourglass_config, build_plan, build_published_plan, expedite
+from hourglass.config import SWIN_NODES, add_hourglass_config, build_plan, build_swin_plan, expedite
 from hourglass.encoders import Swin, ViT
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -318,7 +318,7 @@ def test_yacs_swin_backbones():
     image = torch.randn(1, 3, 96, 128)
     plans = {
         "build_hourglass_swin_backbone": Plan(TokenClustering((5, 5)), 3),
-        "D2HourglassSwinTransformer": build_published_plan(swin_yacs("D2HourglassSwinTransformer")),
+        "D2HourglassSwinTransformer": build_swin_plan(swin_yacs("D2HourglassSwinTransformer")),
     }
     for name, its_plan in plans.items():
         cfg = swin_yacs(name, OUT_FEATURES=["res3", "res5"])
@@ -338,17 +338,17 @@ def test_yacs_swin_backbones():
         build_backbone(cfg)
 
 
-def test_expedits_nodes_make_the_published_plan():
+def test_expedits_nodes_make_the_plan():
     """The nodes of the authors' Swin-L configs on COCO, panoptic and instance."""
     cfg = swin_yacs("D2HourglassSwinTransformer", DEPTHS=[2, 2, 18, 2], WINDOW_SIZE=12)
     nodes = {"CLUSTERING_LOCATION": 10, "TOKEN_CLUSTERING_BLOCK": {"NUM_SPIXELS": 64}}
     cfg.MODEL.SWIN.merge_from_other_cfg(CfgNode(nodes))
     cfg.MODEL.HOURGLASS.PUBLISHED = True
     panoptic = Plan(TokenClustering.published((8, 8), restore_temperature=0.05), 10, 22, "window", published=True)
-    assert build_published_plan(cfg).describe() == panoptic.describe()
+    assert build_swin_plan(cfg).describe() == panoptic.describe()
     # What the config leaves open is that plan too.
     cfg.MODEL.SWIN.merge_from_list(["CLUSTERING_LOCATION", None, "TOKEN_CLUSTERING_BLOCK.NUM_SPIXELS", None])
-    assert build_published_plan(cfg).describe() == panoptic.describe()
+    assert build_swin_plan(cfg).describe() == panoptic.describe()
 
     nodes["CLUSTERING_LOCATION"] = 12
     nodes["TOKEN_CLUSTERING_BLOCK"] |= {"NUM_SPIXELS": (8, 8), "N_ITERS": 5, "TEMPERATURE": 0.01, "WINDOW_SIZE": 11}
@@ -356,12 +356,23 @@ def test_expedits_nodes_make_the_published_plan():
     cfg.MODEL.SWIN.merge_from_other_cfg(CfgNode(nodes))
     cfg.MODEL.HOURGLASS.PUBLISHED = False
     reducer = TokenClustering((8, 8), 5, 11, 0.01, 0.01, 60)
-    assert build_published_plan(cfg).describe() == Plan(reducer, 12, 22, "window").describe()
+    assert build_swin_plan(cfg).describe() == Plan(reducer, 12, 22, "window").describe()
     cfg.MODEL.SWIN.CLUSTERING_LOCATION = -1
-    assert build_published_plan(cfg).reducer is None
+    assert build_swin_plan(cfg).reducer is None
     cfg.MODEL.SWIN.CLUSTERING_LOCATION, cfg.MODEL.SWIN.TOKEN_CLUSTERING_BLOCK.NUM_SPIXELS = 10, 60
     with pytest.raises(InputError, match="NUM_SPIXELS takes a square number"):
-        build_published_plan(cfg)
+        build_swin_plan(cfg)
+
+
+def test_expedits_files_merge_into_mask2formers_config():
+    """Its add_maskformer2_config makes a MODEL.SWIN; the nodes that it lacks take the numbers of Expedit's files."""
+    cfg = get_cfg()
+    cfg.MODEL.SWIN = CfgNode({name: value for name, value in SWIN_NODES.items() if name.isupper() and "_" not in name})
+    add_hourglass_config(cfg)
+    file = {"CLUSTERING_LOCATION": 10, "TOKEN_CLUSTERING_BLOCK": {"NUM_SPIXELS": 64, "TEMPERATURE": 0.01}}
+    cfg.merge_from_other_cfg(CfgNode({"MODEL": {"SWIN": {**file, "DEPTHS": [2, 2, 18, 2], "WINDOW_SIZE": 12}}}))
+    plan = build_swin_plan(cfg)
+    assert (plan.start, plan.stop, plan.reducer.grid, plan.reducer.temperature) == (10, 22, (8, 8), 0.01)
 
 
 def test_a_config_of_mask2formers_own_suffices():

@@ -2,6 +2,7 @@
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
+from detectron2.evaluation import SemSegEvaluator
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 
 from hourglass.data.panoptic import register_ade20k_panoptic
@@ -17,7 +18,7 @@ STUFF = (
     84, 91, 94, 96, 99, 100, 101, 105, 106, 109, 113, 114, 117, 122, 128, 131, 140, 141, 145,
 )
 # fmt: on
-model.update(num_classes=150, things=[i for i in range(150) if i not in STUFF], instance_on=False)
+model.update(num_classes=150, things=[i for i in range(150) if i not in STUFF], instance_on=False, semantic_on=True)
 
 plan.start = 14
 
@@ -30,7 +31,10 @@ dataloader.train.mapper.augmentations = [
 ]
 dataloader.test.dataset.names = "ade20k_panoptic_val"
 dataloader.test.mapper.augmentations[0].update(short_edge_length=640, max_size=2560)
-dataloader.evaluator = L(PanopticEvaluator)(dataset_name="${..test.dataset.names}")
+dataloader.evaluator = [
+    L(PanopticEvaluator)(dataset_name="${...test.dataset.names}"),
+    L(SemSegEvaluator)(dataset_name="${...test.dataset.names}"),
+]
 
 train.init_checkpoint = (
     "https://dl.fbaipublicfiles.com/maskformer/mask2former/"

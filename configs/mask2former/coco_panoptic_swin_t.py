@@ -17,6 +17,8 @@ from ..common.train import evaluation, train
 plan = L(Plan)(reducer=L(TokenClustering)(grid=[5, 5]), start=6, stop=10, scope="window")
 
 dataloader.train.dataset.names = "coco_2017_train_panoptic"
+# An image without things has stuff.
+dataloader.train.dataset.filter_empty = False
 dataloader.train.mapper = L(PanopticMapper)(augmentations=dataloader.train.mapper.augmentations, image_format="RGB")
 dataloader.train.mapper.augmentations[2].pad = True
 dataloader.train.total_batch_size = 16

@@ -9,9 +9,11 @@ import json
 import os
 from typing import Any, NamedTuple
 
+import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from hourglass.errors import InputError
 
@@ -82,6 +84,32 @@ def _read_panoptic_json(path: str, modified: int, size: int) -> PanopticTruth:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"is not in COCO's panoptic format: {error}"
         raise InputError(f"panoptic JSON {path}: an entry {what}") from error
     return PanopticTruth(images, annotations, categories)
+
+
+def read_panoptic_png(path: str) -> np.ndarray:
+    """
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        InputError: for a file that is missing or no such image.
+    """
+    try:
+        with PathManager.open(path, "rb") as file:
+            colours = np.asarray(Image.open(file))
+    except FileNotFoundError as error:
+        raise InputError(f"panoptic PNG {path} is missing") from error
+    except (OSError, SyntaxError) as error:  # Pillow raises either for bad files
+        reason = str(error).split("\n")[0]
+        raise InputError(f"panoptic PNG {path} cannot be read ({type(error).__name__}: {reason})") from error
+    if colours.ndim != 3 or colours.shape[-1] < 3 or colours.dtype != np.uint8:
+        raise InputError(f"panoptic PNG {path} is {colours.shape} {colours.dtype}: 8 bit RGB is taken")
+    return colours[..., :3]
+
+
+def segment_ids(colours: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8 -> (H, W) int64, the ids that COCO's panoptic format codes as colours."""
+    return colours.astype(np.int64) @ np.array([1, 256, 65536])
 
 
 class PanopticMetadata(Metadata):

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from hourglass.compat import size_divisibility
 from hourglass.encoders.plan import Plan
-from hourglass.encoders.swin import Stage, Windows, embed, merge_patches, run_checkpointed
+from hourglass.encoders.swin import Stage, Windows, embed, keep_frozen, merge_patches, run_checkpointed
 from hourglass.encoders.windows import EachWindow
 from hourglass.errors import InputError
-from hourglass.reduction import GridReducer, SkipBlocks
+from hourglass.reduction import GridReducer
 from hourglass.reduction.reducer import map_size
 
 
@@ -21,7 +21,8 @@ class HourglassSwin(Backbone):
     Windows shrink with the map, their shift and its mask with them, and the relative position bias is read at the
     distances of the original tokens, from the tables as they are. Under ``Plan(published=True)`` instead, as in
     Expedit's code: the zeros that fill cut windows are reduced along, the mask of shifted blocks is made for the full
-    map's shift, and the bias tables are stretched to the smaller window.
+    map's shift, and the bias tables are stretched to the smaller window. That takes scope "window" and windows of more
+    than half their side, for which that mask is one.
 
     It holds the encoder's own modules and parameters, under their own names: checkpoints of the encoder load, and
     changing a parameter of one changes it for both.
@@ -51,12 +52,11 @@ class HourglassSwin(Backbone):
         self._out_feature_channels = encoder._out_feature_channels
         self._out_feature_strides = encoder._out_feature_strides
         self._size_divisibility = size_divisibility(encoder)
+        self.frozen_stages = encoder.frozen_stages
         self.training = encoder.training
         if self._planned:
             self.reducer = plan.reducer
         if self._planned and plan.scope == "window":
-            if isinstance(plan.reducer, SkipBlocks):
-                raise InputError('SkipBlocks leaves out whole blocks and takes scope "map", got "window"')
             self.reducer = EachWindow(plan.reducer, self.layers[0].window_size, pad=plan.published)
         if self._planned and plan.published:
             self._check_published()
@@ -66,13 +66,20 @@ class HourglassSwin(Backbone):
         """The number of blocks that a plan counts."""
         return sum(len(stage.blocks) for stage in encoder.layers)
 
+    def train(self, mode: bool = True) -> "HourglassSwin":
+        super().train(mode)
+        keep_frozen(self)
+        return self
+
     def _check_published(self) -> None:
+        if self.plan.scope != "window":
+            raise InputError(f'a published plan takes scope "window" in Swin, got {self.plan.scope!r}')
         window = self.layers[0].window_size
-        size = self._windows(window, (window, window), self.plan.reducer.cells((window, window))).size
-        if self.plan.scope != "window" or min(size) <= window // 2:
+        cells = self.plan.reducer.cells((window, window))
+        if min(cells) <= window // 2:
             raise InputError(
-                f'a published plan in Swin takes scope "window" and more than {window // 2} tokens a side of a window '
-                f"of {window}, got scope {self.plan.scope!r} and {size[0]} x {size[1]}"
+                f"a published plan takes more than {window // 2} tokens a side of a window of {window}, "
+                f"got {cells[0]} x {cells[1]}"
             )
 
     @property
@@ -113,19 +120,14 @@ class HourglassSwin(Backbone):
 
     def _run_planned(self, stage: nn.Module, tokens: Tensor, planned: range) -> Tensor:
         full = map_size(tokens)
-        reduction = self.reducer(tokens)
-        if reduction.positions is not None:
-            raise NotImplementedError(
-                f"{type(self.reducer).__name__} puts tokens off the regular grid, where {type(self).__name__} "
-                "does not read relative positions"
-            )
-        refined = reduction.tokens
-        if refined.numel() > 0:
-            sizes = reduction.sizes if self.plan.proportional else None
+
+        def blocks(refined: Tensor, sizes: Tensor | None) -> Tensor:
             windows = self._windows(stage.window_size, full, map_size(refined))
             for block in stage.blocks[planned.start : planned.stop]:
                 refined = run_checkpointed(stage, block, refined, windows, sizes)
-        return reduction.restore(refined)
+            return refined
+
+        return self.plan.run(self.reducer, tokens, blocks)
 
     def _windows(self, window: int, full: tuple[int, int], reduced: tuple[int, int]) -> Windows:
         """The windows on a map of ``reduced`` tokens that stands for one of ``full``."""

@@ -7,7 +7,7 @@ from hourglass.encoders.plan import Plan
 from hourglass.encoders.vit import embed, run_block
 from hourglass.encoders.windows import EachWindow
 from hourglass.errors import InputError
-from hourglass.reduction import GridReducer, Reducer, SkipBlocks
+from hourglass.reduction import GridReducer, Reducer
 from hourglass.reduction.reducer import map_size
 
 
@@ -48,15 +48,13 @@ class HourglassViT(Backbone):
                 self._window = plan.reducer.cells((self.reducer.window, self.reducer.window))
 
     def _each_window(self, reducer: Reducer) -> EachWindow:
-        if isinstance(reducer, SkipBlocks):
-            raise InputError('SkipBlocks leaves out whole blocks and takes scope "map", got "window"')
         windows = {self.blocks[i].window_size for i in self._planned} - {0}
         if len(windows) != 1:
             raise InputError(
                 'scope "window" needs blocks with windows of one size among those of the plan, '
                 f"got {sorted(windows) or 'none'} in blocks {self._planned.start} to {self._planned.stop - 1}"
             )
-        return EachWindow(reducer, windows.pop(), pad=self.plan.published)
+        return EachWindow(reducer, windows.pop())
 
     @staticmethod
     def depth(encoder: Backbone) -> int:
@@ -87,15 +85,10 @@ class HourglassViT(Backbone):
 
     def _run_planned(self, tokens: Tensor) -> Tensor:
         full = map_size(tokens)
-        reduction = self.reducer(tokens)
-        if reduction.positions is not None:
-            raise NotImplementedError(
-                f"{type(self.reducer).__name__} puts tokens off the regular grid, where {type(self).__name__} "
-                "does not read relative positions"
-            )
-        refined = reduction.tokens
-        if refined.numel() > 0:
-            sizes = reduction.sizes if self.plan.proportional else None
+
+        def blocks(refined: Tensor, sizes: Tensor | None) -> Tensor:
             for block in self.blocks[self._planned.start : self._planned.stop]:
                 refined = run_block(block, refined, full, sizes, self._window)
-        return reduction.restore(refined)
+            return refined
+
+        return self.plan.run(self.reducer, tokens, blocks)

@@ -1,5 +1,8 @@
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any
+
+from torch import Tensor
 
 from hourglass.errors import InputError
 from hourglass.reduction import Reducer, SkipBlocks
@@ -19,9 +22,9 @@ class Plan:
         scope: what the reducer is applied to, the whole "map" or each attention "window".
         proportional: attention adds the logarithm of the number of tokens that a key stands for to its score
             (ToMe, arXiv 2210.09461), where the reducer tells it.
-        published: compute as the papers' own code does, for comparison with their figures: the reducer is its
-            published form (:meth:`Reducer.published_form`), without proportional attention, and encoders that the
-            authors' code treats in a way of its own do the same, see :class:`~hourglass.HourglassSwin`.
+        published: compute as the papers' own code does, for comparison with their figures: with the reducer's
+            published form (:meth:`Reducer.published_form`) and without proportional attention. In Swin all else is as
+            the authors' code has it too, see :class:`~hourglass.HourglassSwin`; in a ViT the reducer alone.
 
     Raises:
         InputError: for an argument out of range.
@@ -45,11 +48,13 @@ class Plan:
         for name, value in (("proportional", proportional), ("published", published)):
             if not isinstance(value, bool):
                 raise InputError(f"{name} takes True or False, got {value!r}")
+        if isinstance(reducer, SkipBlocks) and scope != "map":
+            raise InputError(f'SkipBlocks leaves out whole blocks and takes scope "map", got {scope!r}')
         self.reducer = reducer.published_form() if published and reducer is not None else reducer
         self.start = start
         self.stop = stop
         self.scope = scope
-        self.proportional = proportional and not published
+        self.proportional = proportional and not (published and reducer is not None)
         self.published = published
 
     def blocks(self, depth: int) -> range:
@@ -68,6 +73,29 @@ class Plan:
                 f"got start {self.start} and stop {self.stop}"
             )
         return range(self.start, stop)
+
+    def run(self, reducer: Reducer, tokens: Tensor, blocks: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """
+        Run blocks on fewer tokens.
+
+        Args:
+            reducer: the plan's, or what applies it to windows.
+            tokens: (B, H, W, C).
+            blocks: the smaller map (B, h, w, C) and its sizes (B, h, w), or None -> the refined map (B, h, w, C).
+
+        Returns:
+            (B, H, W, C)
+
+        Raises:
+            InputError: for a reducer that puts tokens off the regular grid, where no encoder reads relative positions.
+        """
+        reduction = reducer(tokens)
+        if reduction.positions is not None:
+            raise InputError(f"reducer takes one that keeps tokens on the regular grid, got {self.reducer!r}")
+        refined = reduction.tokens
+        if refined.numel() > 0:
+            refined = blocks(refined, reduction.sizes if self.proportional else None)
+        return reduction.restore(refined)
 
     def control(self) -> "Plan":
         """The same plan with its blocks left out: what the model owes to its other blocks."""

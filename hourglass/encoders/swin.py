@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from hourglass.attention import read_bias
+from hourglass.attention import bias_index, read_bias
 from hourglass.encoders.vit import Mlp
 from hourglass.encoders.windows import Strip, join, split
 from hourglass.errors import InputError
@@ -68,20 +68,12 @@ class WindowAttention(nn.Module):
         rows, columns = (2 * side - 1 for side in window_size)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(rows * columns, num_heads))
         # Nothing here reads it, but the published checkpoints have it.
-        self.register_buffer("relative_position_index", _position_index(window_size))
+        self.register_buffer("relative_position_index", bias_index(window_size))
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-
-
-def _position_index(window: tuple[int, int]) -> Tensor:
-    """(tokens, tokens) int64: where the table of a window has the bias of a query and a key."""
-    row, column = (torch.arange(side) for side in window)
-    rows = row[:, None, None, None] - row[None, None, :, None] + window[0] - 1
-    columns = column[None, :, None, None] - column[None, None, None, :] + window[1] - 1
-    return (rows * (2 * window[1] - 1) + columns).reshape(window[0] * window[1], -1)
 
 
 def run_attention(attn: nn.Module, tokens: Tensor, windows: Windows, shifted: bool, sizes: Tensor | None) -> Tensor:
@@ -158,7 +150,7 @@ def _attend(attn: nn.Module, windows: Tensor, bias: Tensor) -> Tensor:
         bias: (1 or B * n, N, tokens, tokens), added to the scores.
     """
     count, wh, ww, channels = windows.shape
-    qkv = attn.qkv(windows).view(count, wh * ww, 3, attn.num_heads, -1)
+    qkv = attn.qkv(windows).view(count, wh * ww, 3, attn.num_heads, channels // attn.num_heads)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     drop = attn.attn_drop.p if attn.training else 0.0
     mixed = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout_p=drop, scale=attn.scale)
@@ -298,6 +290,17 @@ def embed(encoder: Backbone, image: Tensor) -> Tensor:
     return encoder.pos_drop(patches.permute(0, 2, 3, 1))
 
 
+def keep_frozen(encoder: Backbone) -> None:
+    """What ``frozen_stages`` names is not trained, and runs without stochastic depth and dropout."""
+    if encoder.frozen_stages < 0:
+        return
+    if encoder.frozen_stages >= 1 and encoder.ape:
+        encoder.absolute_pos_embed.requires_grad_(False)
+    layers = encoder.layers[: max(0, encoder.frozen_stages - 1)]
+    for module in (encoder.patch_embed, *([encoder.pos_drop] if layers else []), *layers):
+        module.eval().requires_grad_(False)
+
+
 class Swin(Backbone):
     """
     The Swin backbone: four stages of windowed attention, every second block's windows shifted.
@@ -395,7 +398,7 @@ class Swin(Backbone):
         self._out_feature_strides = {name: patch_size * 2**i for name, i in zip(names, out_indices)}
         self._size_divisibility = patch_size * 2 ** (len(depths) - 1)
         self.apply(self._init_weights)
-        self._freeze_stages()
+        keep_frozen(self)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -404,15 +407,10 @@ class Swin(Backbone):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def _freeze_stages(self) -> None:
-        frozen: list[nn.Module] = []
-        if self.frozen_stages >= 0:
-            frozen.append(self.patch_embed)
-        if self.frozen_stages >= 1 and self.ape:
-            self.absolute_pos_embed.requires_grad_(False)
-        frozen.extend(self.layers[: max(0, self.frozen_stages - 1)])
-        for module in frozen:
-            module.requires_grad_(False)
+    def train(self, mode: bool = True) -> "Swin":
+        super().train(mode)
+        keep_frozen(self)
+        return self
 
     @property
     def size_divisibility(self) -> int:

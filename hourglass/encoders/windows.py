@@ -107,9 +107,9 @@ class EachWindow(Reducer):
         self.pad = pad
 
     def forward(self, tokens: Tensor) -> Reduction:
-        size = height, width = map_size(tokens)
+        size = map_size(tokens)
         if self.pad:
-            tokens = F.pad(tokens, (0, 0, 0, -width % self.window, 0, -height % self.window))
+            tokens = F.pad(tokens, (0, 0, 0, -size[1] % self.window, 0, -size[0] % self.window))
         rows, columns = (strips(length, self.window) for length in map_size(tokens))
         reductions = [self.reducer(windows) for windows in split(tokens, rows, columns)]
         sides = [map_size(reduction.tokens) for reduction in reductions]

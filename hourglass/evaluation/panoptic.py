@@ -13,10 +13,8 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
-from PIL import Image
 
-from hourglass.data.panoptic import read_panoptic_json
+from hourglass.data.panoptic import read_panoptic_json, read_panoptic_png, segment_ids
 from hourglass.errors import InputError
 
 VOID = 0
@@ -137,7 +135,8 @@ class PanopticEvaluator(DatasetEvaluator):
         dataset_name: a registered data set, with Detectron2's metadata of a panoptic one.
 
     Raises:
-        InputError: for a data set that is not panoptic, or whose JSON or a PNG is missing or wrong.
+        InputError: for a data set that is not panoptic, or whose JSON is missing or wrong; from ``process``, for a PNG
+            that is.
     """
 
     def __init__(self, dataset_name: str):
@@ -152,15 +151,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self._stuff_ids = {contiguous: id for id, contiguous in getattr(metadata, stuff_ids).items()}
         self._label_divisor = metadata.get("label_divisor")
         self._name = dataset_name
-        self._check_files()
         self.reset()
-
-    def _check_files(self) -> None:
-        paths = [self._path(annotation) for annotation in self._truth.annotations.values()]
-        missing = [path for path in paths if "://" not in path and not os.path.exists(path)]
-        if missing:
-            what = f"{len(missing)} of the {len(paths)} panoptic PNGs of data set {self._name!r}"
-            raise InputError(f"{what} are missing, such as {missing[0]}")
 
     def _path(self, annotation: dict[str, Any]) -> str:
         return os.path.join(self._root, annotation["file_name"])
@@ -212,15 +203,7 @@ class PanopticEvaluator(DatasetEvaluator):
     def _read_truth(self, annotation: dict[str, Any]) -> np.ndarray:
         """(H, W) int64 segment ids, which agree with their info."""
         path = self._path(annotation)
-        try:
-            with PathManager.open(path, "rb") as file:
-                image = np.asarray(Image.open(file))
-        except (OSError, SyntaxError) as error:  # Pillow raises either for bad files
-            reason = str(error).split("\n")[0]
-            raise InputError(f"panoptic PNG {path} cannot be read ({type(error).__name__}: {reason})") from error
-        if image.ndim != 3 or image.shape[-1] < 3 or image.dtype != np.uint8:
-            raise InputError(f"panoptic PNG {path} is {image.shape} {image.dtype}: 8 bit RGB is taken")
-        ids = image[..., :3].astype(np.int64) @ np.array([1, 256, 65536])
+        ids = segment_ids(read_panoptic_png(path))
         found = set(np.unique(ids).tolist()) - {VOID}
         expected = {segment["id"]: segment for segment in annotation["segments_info"]}
         unknown = found - set(expected)

@@ -1,5 +1,6 @@
 """Token clustering and reconstruction (Expedit, arXiv 2210.01035)."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from numbers import Real
 
@@ -219,10 +220,13 @@ class TokenClustering(GridReducer):
         )
 
     def published_form(self) -> "TokenClustering":
-        """Itself where it has the published operators, else :meth:`published` of its grid, all else as published."""
+        """:meth:`published` with this one's figures, but those that are at the constructor's defaults as published."""
         if (self.weights, self.candidates, self.restore) == ("l2", "all", "features"):
             return self
-        return TokenClustering.published(self.grid)
+        defaults = inspect.signature(TokenClustering).parameters
+        names = [name for name in inspect.signature(TokenClustering.published).parameters if name != "grid"]
+        chosen = {name: value for name in names if (value := getattr(self, name)) != defaults[name].default}
+        return TokenClustering.published(self.grid, **chosen)
 
     def forward(self, tokens: Tensor) -> Reduction:
         grid = self.cells(map_size(tokens))
@@ -231,8 +235,8 @@ class TokenClustering(GridReducer):
         with torch.autocast(tokens.device.type, enabled=False):
             features = tokens.float()
             # The authors' code leaves it in: tokens of zeros, which fill cut windows there, then tie exactly.
-            mean = features.mean((1, 2), keepdim=True) if self.weights == "sum" else features.new_zeros(())
-            features = features - mean
+            mean = features.mean((1, 2), keepdim=True) if self.weights == "sum" else 0
+            features = features - mean if self.weights == "sum" else features
             auto = None
             if "auto" in (self.temperature, self.restore_temperature):
                 auto = auto_temperature(features.detach(), grid)

@@ -4,7 +4,7 @@ try:
     import scipy  # noqa: F401
     import transformers  # noqa: F401
 except ImportError as error:
-    raise ImportError(f'Mask2Former needs {error.name}: pip install "hourglass[mask2former]"') from error
+    raise ImportError(f"Mask2Former needs {error.name}: pip install scipy transformers") from error
 
 from projects.mask2former.inference import instance_inference, panoptic_inference, semantic_inference
 from projects.mask2former.mapper import PanopticMapper

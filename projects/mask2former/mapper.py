@@ -1,7 +1,6 @@
 """Training images with panoptic annotations."""
 
 import copy
-import os
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances
 
+from hourglass.data.panoptic import read_panoptic_png, segment_ids
 from hourglass.errors import InputError
 
 
@@ -50,7 +50,7 @@ class PanopticMapper:
         path, segments = record.pop("pan_seg_file_name"), record.pop("segments_info")
         for unused in ("annotations", "sem_seg_file_name"):
             record.pop(unused, None)
-        colours = _read_png(path)
+        colours = read_panoptic_png(path)
         if colours.shape[:2] != image.shape[:2]:
             (height, width), (rows, columns) = image.shape[:2], colours.shape[:2]
             raise InputError(
@@ -61,14 +61,16 @@ class PanopticMapper:
         transforms = self.augmentations(inputs)
         image = inputs.image
         # Transformed as colours: resizing takes the nearest neighbour of 8-bit images only.
-        ids = _segment_ids(transforms.apply_segmentation(colours))
+        ids = segment_ids(transforms.apply_segmentation(colours))
 
         masks, classes, known = [], [], np.zeros(ids.shape, bool)
         for segment in segments:
             mask = ids == segment["id"]
             known |= mask
             if not mask.any():
-                _check_listed(segment["id"], colours, path)
+                # Things may hide all of a stuff (they do in ADE20K as Mask2Former prepares it).
+                if segment.get("isthing", True):
+                    _check_listed(segment["id"], colours, path)
             elif not segment.get("iscrowd", 0):
                 masks.append(mask)
                 classes.append(segment["category_id"])
@@ -88,24 +90,8 @@ class PanopticMapper:
         return record
 
 
-def _read_png(path: str) -> np.ndarray:
-    if not os.path.isfile(path) and "://" not in path:
-        raise InputError(f"panoptic PNG {path} is missing")
-    try:
-        return detection_utils.read_image(path, "RGB")
-    except Exception as error:  # Pillow raises many kinds for bad files
-        reason = str(error).split("\n")[0]
-        raise InputError(f"panoptic PNG {path} cannot be read ({type(error).__name__}: {reason})") from error
-
-
-def _segment_ids(colours: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> (H, W) int32, as COCO codes segments."""
-    red, green, blue = (colours[..., channel].astype(np.int32) for channel in range(3))
-    return red + 256 * green + 65536 * blue
-
-
 def _check_listed(number: int, colours: np.ndarray, path: str) -> None:
-    ids = _segment_ids(colours)
+    ids = segment_ids(colours)
     if not (ids == number).any():
         raise InputError(
             f"panoptic PNG {path} has no pixel of segment {number} that its annotation lists, "

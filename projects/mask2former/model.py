@@ -21,6 +21,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerTransformerModule,
 )
 
+from hourglass.compat import size_divisibility as backbone_divisibility
 from hourglass.errors import InputError
 from projects.mask2former.inference import (
     crop_and_resize,
@@ -64,7 +65,7 @@ class Mask2Former(nn.Module):
             ``train_num_points`` taken from the least certain of them.
 
     Raises:
-        InputError: for features that the backbone lacks, a width that does not divide, or classes out of range.
+        InputError: for features that the backbone lacks, a width or size that does not divide, or classes out of range.
     """
 
     def __init__(
@@ -109,6 +110,8 @@ class Mask2Former(nn.Module):
             raise InputError(f"in_features takes features at strides that double, got {strides}")
         if hidden_dim % 32 or hidden_dim % num_heads:  # the pixel decoder's group norms have 32 groups
             raise InputError(f"hidden_dim takes a multiple of 32 and of num_heads, {num_heads}, got {hidden_dim}")
+        if size_divisibility % max(1, divisor := backbone_divisibility(backbone)):
+            raise InputError(f"size_divisibility takes a multiple of the backbone's {divisor}, got {size_divisibility}")
         self.things = frozenset(range(num_classes) if things is None else things)
         if not self.things <= set(range(num_classes)):
             raise InputError(f"things takes classes in [0, {num_classes}), got {sorted(self.things)}")
@@ -230,7 +233,8 @@ class Mask2Former(nn.Module):
         """
         # Sampling locations do not bear bfloat16: of a coordinate in [0, 1] it leaves 8 bits.
         with torch.autocast(self.device.type, enabled=False):
-            pixels = self.pixel_decoder([features[name].float() for name in self.in_features])
+            dtype = self.pixel_decoder.mask_projection.weight.dtype  # float32 unless the model itself was converted
+            pixels = self.pixel_decoder([features[name].to(dtype) for name in self.in_features])
         decoded = self.transformer_module(pixels.multi_scale_features, pixels.mask_features)
         return decoded.intermediate_hidden_states, decoded.masks_queries_logits
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hourglass.attention import bias_index
+
 _SWIN = "model.pixel_level_module.encoder."
 
 # Official -> ours, applied in this order to names below "sem_seg_head.". The backbone's names are ours already.
@@ -107,7 +109,7 @@ def _swin_weight(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if not name.endswith("relative_position_bias_table"):
         return {name: tensor}
     window = (round(len(tensor) ** 0.5) + 1) // 2
-    return {name: tensor, name.replace("bias_table", "index"): _relative_position_index(window)}
+    return {name: tensor, name.replace("bias_table", "index"): bias_index((window, window))}
 
 
 def _join_attention(weights: dict[str, Tensor]) -> None:
@@ -115,9 +117,3 @@ def _join_attention(weights: dict[str, Tensor]) -> None:
         parts = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in weights for part in parts):
             weights[query.replace(".query.", ".qkv.")] = torch.cat([weights.pop(part) for part in parts])
-
-
-def _relative_position_index(window: int) -> Tensor:
-    """(window², window²): for a query and a key, the row of the table of (2 window - 1)² relative positions."""
-    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij"))
-    return (y[:, None] - y + window - 1) * (2 * window - 1) + (x[:, None] - x + window - 1)

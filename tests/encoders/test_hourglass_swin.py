@@ -203,6 +203,13 @@ def test_a_reduced_stage_equals_a_slow_masked_reference(scope, size):
         torch.testing.assert_close(expedited(image(2, *size).double())["p2"], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_frozen_stages_stay_in_evaluation_mode():
+    for encoder in (swin := tiny_swin(frozen_stages=2)), hourglass.expedite(swin, PLANS["window"]):
+        encoder.train()
+        assert not encoder.patch_embed.training and not encoder.layers[0].blocks[0].training
+        assert encoder.layers[1].training and encoder.norm2.training
+
+
 def test_the_plan_is_followed_in_each_stage_that_it_reaches_into():
     """Blocks 3 to 6: the last of the second stage, the first three of the third."""
     swin = tiny_swin()
@@ -253,7 +260,7 @@ def test_gradients_reach_every_parameter():
         (lambda: Plan(TokenClustering((7, 7)), 4, 8, scope="window"), "larger than the token map"),
         (lambda: Plan(SkipBlocks(), 4, 8, scope="window"), "SkipBlocks"),
         (lambda: Plan(AveragePooling((4, 4)), 4, 8, published=True), "published form"),
-        (lambda: Plan(TokenClustering((4, 4)), 4, 8, published=True), "scope 'map'"),
+        (lambda: Plan(TokenClustering((4, 4)), 4, 8, published=True), "scope \"window\" in Swin, got 'map'"),
         (lambda: Plan(TokenClustering((3, 3)), 4, 8, scope="window", published=True), "3 x 3"),
     ],
 )

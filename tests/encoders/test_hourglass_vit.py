@@ -114,6 +114,14 @@ def test_the_encoder_inside_a_model_is_found_and_replaced():
             assert torch.equal(again(image())[name], level)
 
 
+def test_published_is_the_reducers_published_form_without_proportional_attention():
+    vit = tiny_vit()
+    published = Plan(TokenClustering((3, 3), temperature=0.2), 1, 4, scope="window", published=True)
+    reducer = TokenClustering.published((3, 3), temperature=0.2)
+    expected = last(hourglass.expedite(vit, Plan(reducer, 1, 4, scope="window", proportional=False)), image(2, 56, 104))
+    assert torch.equal(last(hourglass.expedite(vit, published), image(2, 56, 104)), expected)
+
+
 def test_the_control_leaves_the_plans_blocks_out():
     vit = tiny_vit()
     with torch.no_grad():

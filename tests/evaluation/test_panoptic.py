@@ -317,8 +317,8 @@ class TestBadInputs:
         return str(refused.value)
 
     def test_missing_files(self, cells):
-        (cells / "panoptic" / "b.png").unlink()
-        assert f"1 of the 2 panoptic PNGs of data set 'cells' are missing, such as {cells}" in self.refusal()
+        (cells / "panoptic" / "a.png").unlink()
+        assert f"panoptic PNG {cells / 'panoptic' / 'a.png'} is missing" in self.refusal()
         (cells / "panoptic.json").unlink()
         assert f"panoptic JSON {cells / 'panoptic.json'} cannot be read (FileNotFoundError" in self.refusal()
 

@@ -24,6 +24,7 @@ from projects.mask2former import (  # noqa: E402
     rename_weights,
     semantic_inference,
 )
+from projects.mask2former.inference import tight_boxes  # noqa: E402
 
 IMAGES = ["mask2former_tiny_io0", "mask2former_tiny_io1"]
 
@@ -194,6 +195,13 @@ class TestInference:
         found = instance_inference(self.classes, self.masks, 1, things={1})
         assert len(found) == 0 and found.pred_masks.shape == (0, 2, 4) and found.pred_boxes.tensor.shape == (0, 4)
 
+    def test_boxes_are_detectron2s(self):
+        masks = (
+            torch.rand(20, 7, 5, generator=torch.Generator().manual_seed(0)) > torch.linspace(0, 1, 20)[:, None, None]
+        )
+        assert not masks[-1].any() and masks[0].all()
+        assert torch.equal(tight_boxes(masks), BitMasks(masks).get_bounding_boxes().tensor)
+
     def test_many_queries_do_not_depend_on_the_chunks(self, monkeypatch):
         torch.manual_seed(0)
         classes, masks = torch.randn(40, 4), torch.randn(40, 5, 6)
@@ -217,6 +225,12 @@ class TestModel:
             assert result["panoptic_seg"][0].shape == size
             assert result["instances"].pred_masks.shape[1:] == size
             assert len(result["instances"].pred_boxes) == len(result["instances"])
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_a_converted_model_runs(self, dtype):
+        result = small().to(dtype)([image(40, 50)])[0]
+        assert result["panoptic_seg"][0].shape == (40, 50)
 
     @torch.no_grad()
     def test_bfloat16_is_close(self):

@@ -93,7 +93,7 @@ def test_a_png_that_cannot_be_read_is_refused(record, content, tmp_path):
     [
         (SEGMENTS[:2], r"has a segment 70000 that its annotation does not list among \[7, 300\]"),
         (
-            [*SEGMENTS, {"id": 9, "category_id": 1}],
+            [*SEGMENTS, {"id": 9, "category_id": 1, "isthing": True}],
             r"has no pixel of segment 9 that its annotation lists, only of \[0, 7",
         ),
     ],
@@ -101,6 +101,12 @@ def test_a_png_that_cannot_be_read_is_refused(record, content, tmp_path):
 def test_other_segments_are_refused(record, segments, message):
     with pytest.raises(InputError, match=message):
         PanopticMapper([])({**record, "segments_info": segments})
+
+
+def test_stuff_may_be_hidden_by_things(record):
+    hidden = {"id": 9, "category_id": 3, "isthing": False, "iscrowd": 0}
+    instances = PanopticMapper([])({**record, "segments_info": [*SEGMENTS, hidden]})["instances"]
+    assert instances.gt_classes.tolist() == [2, 4]
 
 
 def test_a_png_of_another_size_is_refused(record, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hourglass.reduction import TokenClustering
+from hourglass.errors import InputError
+from hourglass.reduction import AveragePooling, TokenClustering
 from hourglass.reduction.clustering import AUTO_TEMPERATURE, mixture
 from hourglass.reduction.neighborhoods import neighborhoods
 from hourglass.reduction.pooling import average_pool
@@ -148,3 +149,14 @@ def test_the_work_is_linear_in_the_tokens():
     neighborhoods.cache_clear()
     TokenClustering(0.72)(torch.randn(1, 128, 128, 2))
     assert neighborhoods.cache_info().currsize == 1
+
+
+def test_the_published_form_keeps_what_was_chosen():
+    """All that is at the constructor's defaults becomes as published; a published reducer is its own form."""
+    assert TokenClustering((3, 3)).published_form().describe() == TokenClustering.published((3, 3)).describe()
+    chosen = dict(iterations=4, neighborhood=11, temperature=0.01, restore_temperature=0.02, k=49)
+    expected = TokenClustering.published((3, 3), **chosen)
+    assert TokenClustering((3, 3), **chosen).published_form().describe() == expected.describe()
+    assert expected.published_form() is expected
+    with pytest.raises(InputError, match="published form"):
+        AveragePooling((3, 3)).published_form()
