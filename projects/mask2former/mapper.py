@@ -21,11 +21,21 @@ class PanopticMapper:
     Args:
         augmentations: Detectron2's, applied to the image and the segments.
         image_format: "RGB" or "BGR".
+        semantic: also give ``sem_seg``, for Detectron2's semantic heads.
+        ignore_label: the class of ``sem_seg`` where nothing is annotated, or a crowd.
     """
 
-    def __init__(self, augmentations: list[T.Augmentation | T.Transform], image_format: str = "RGB"):
+    def __init__(
+        self,
+        augmentations: list[T.Augmentation | T.Transform],
+        image_format: str = "RGB",
+        semantic: bool = False,
+        ignore_label: int = 255,
+    ):
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
+        self.semantic = semantic
+        self.ignore_label = ignore_label
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         """
@@ -35,7 +45,7 @@ class PanopticMapper:
 
         Returns:
             the record with ``image`` (3, H, W) uint8 and ``instances``: ``gt_classes`` (N,) int64 and ``gt_masks``,
-            ``BitMasks`` (N, H, W); N is 0 where nothing is annotated.
+            ``BitMasks`` (N, H, W); N is 0 where nothing is annotated. With ``semantic``, ``sem_seg``: (H, W) int64.
 
         Raises:
             InputError: for a PNG that is missing or cannot be read, or whose segments are not those of the record.
@@ -87,6 +97,11 @@ class PanopticMapper:
         instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
         instances.gt_masks = BitMasks(np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool))
         record["instances"] = instances
+        if self.semantic:
+            sem_seg = torch.full(image.shape[:2], self.ignore_label)
+            for mask, category in zip(masks, classes):
+                sem_seg[torch.from_numpy(mask)] = category
+            record["sem_seg"] = sem_seg
         return record
 
 

@@ -50,6 +50,14 @@ def test_things_and_stuff_but_no_crowd(record):
     ]
 
 
+def test_classes_of_pixels(record):
+    assert "sem_seg" not in PanopticMapper([])(record)
+    sem_seg = PanopticMapper([], semantic=True, ignore_label=99)(record)["sem_seg"]
+    assert sem_seg.dtype == torch.int64
+    # Neither the crowd nor the row without a label has a class.
+    assert sem_seg.tolist() == [[2, 2, 4, 4, 99, 99]] * 3 + [[99] * 6]
+
+
 def test_image_format(record):
     rgb, bgr = (PanopticMapper([], image_format=name)(record)["image"] for name in ("RGB", "BGR"))
     assert torch.equal(rgb, bgr.flip(0))
