@@ -13,8 +13,9 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.logger import setup_logger
+from PIL import Image
 
-import hourglass.data
+import hourglass.data.panoptic
 import train_net
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +117,105 @@ def test_a_list_of_evaluators(tmp_path):
     content = read(tmp_path)
     assert content["dataset"] == "hourglass_demo_panoptic_val"
     assert list(content["models"]["unmodified"]["accuracy"]) == ["bbox", "segm"]
+
+
+# The panoptic demo, small and untrained, so that it finds a few segments and none of them right.
+PANOPTIC = [
+    "--config-file",
+    str(train_net.CONFIGS / "demo" / "mask2former_panoptic.py"),
+    "model.backbone.embed_dim=16",
+    "model.backbone.num_heads=[1,1,1,1]",
+    "model.encoder_layers=1",
+    "model.decoder_layers=2",
+    "model.object_mask_threshold=0.05",
+    "dataloader.test.num_workers=0",
+    "evaluation.warmup=0",
+    "evaluation.max_images=2",
+]
+PANOPTIC_UNTRAINED = [*PANOPTIC, "train.init_checkpoint="]
+
+
+def test_instances_and_panoptic_quality_in_one_run(tmp_path, capsys):
+    run("--eval-only", "--control", *PANOPTIC_UNTRAINED, f"train.output_dir={tmp_path}")
+    content = read(tmp_path)
+    assert list(content["models"]) == ["unmodified", "expedited", "control"]
+    for model in content["models"].values():
+        assert set(model["accuracy"]) == {"panoptic_seg", "segm"}
+        assert set(model["accuracy"]["panoptic_seg"]) == {
+            f"{figure}{group}" for figure in ("PQ", "SQ", "RQ") for group in ("", "_th", "_st")
+        }
+    assert content["retention"].keys() == {"panoptic_seg.PQ", "segm.AP"}
+    printed = capsys.readouterr().out
+    assert "PQ things" in printed and "mask AP75" in printed
+
+
+def test_a_panoptic_model_trains(tmp_path):
+    run(
+        *PANOPTIC_UNTRAINED,
+        f"train.output_dir={tmp_path}",
+        "train.max_iter=1",
+        "train.eval_period=0",
+        "dataloader.train.total_batch_size=2",
+        "dataloader.train.num_workers=0",
+    )
+    # What it wrote is a checkpoint; one of another width is refused.
+    weights = f"train.init_checkpoint={tmp_path}/model_final.pth"
+    run("--eval-only", "--only", "unmodified", *PANOPTIC, weights, f"train.output_dir={tmp_path}/again")
+
+
+@pytest.fixture
+def panoptic_copy(tmp_path, datasets):
+    """The demo's panoptic images as a data set of the user's own."""
+    train_net.load_config(PANOPTIC[1], [])
+    folder = DatasetCatalog.get("hourglass_demo_panoptic_val") and datasets / "hourglass_demo"
+    shutil.copytree(folder, tmp_path / "copy")
+    annotations = tmp_path / "copy" / "annotations"
+    hourglass.data.panoptic.register_panoptic(
+        "panoptic_copy",
+        tmp_path / "copy" / "val",
+        annotations / "panoptic_val.json",
+        annotations / "panoptic_val",
+        annotations / "instances_val.json",
+    )
+    yield annotations
+    DatasetCatalog.remove("panoptic_copy")
+    MetadataCatalog.remove("panoptic_copy")
+
+
+def test_wrong_panoptic_data_is_refused(panoptic_copy, tmp_path, capsys):
+    arguments = ["--eval-only", "--only", "unmodified", *PANOPTIC_UNTRAINED, f"train.output_dir={tmp_path}/o"]
+    arguments.append("dataloader.test.dataset.names=panoptic_copy")
+    png = panoptic_copy / "panoptic_val" / "000000000001.png"
+    whole = png.read_bytes()
+    Image.new("RGB", (512, 512), (200, 0, 0)).save(png)
+    assert f"panoptic PNG {png} has 1 segment ids that its segments_info lacks, such as 200" in refusal(
+        capsys, *arguments
+    )
+    png.unlink()
+    assert f"1 of the 2 panoptic PNGs of data set 'panoptic_copy' are missing, such as {png}" in refusal(
+        capsys, *arguments
+    )
+    png.write_bytes(whole)
+    (panoptic_copy / "panoptic_val.json").write_text("{}")
+    assert "has no list 'annotations'" in refusal(capsys, *arguments)
+    assert not (tmp_path / "o").exists()
+
+
+def test_other_checkpoints_and_evaluators_are_refused(tmp_path, capsys):
+    arguments = ["--eval-only", *PANOPTIC, f"train.output_dir={tmp_path}/o"]
+    line = refusal(capsys, *arguments, f"train.init_checkpoint={train_net.DEMO.parent / 'vitdet.pth'}")
+    assert "does not fit the model" in line
+    # No semantic ground truth.
+    target = "dataloader.evaluator.0._target_=detectron2.evaluation.SemSegEvaluator"
+    line = refusal(capsys, *arguments, "train.init_checkpoint=", target)
+    assert "dataloader.evaluator cannot be built for data set 'hourglass_demo_panoptic_val'" in line
+
+
+def test_missing_packages_are_said(capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("projects")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "Mask2Former needs transformers: pip install scipy transformers" in refusal(capsys, "--eval-only", *PANOPTIC)
 
 
 @pytest.mark.parametrize("side", ["unmodified", "expedited"])
