@@ -84,11 +84,11 @@ optimizer.weight_decay = 0.05
 
 train.output_dir = "output/demo_panoptic"
 train.init_checkpoint = str(Path(__file__).parent / "mask2former_panoptic.pth")
-train.max_iter = 1600
+train.max_iter = 1500
 train.amp.enabled = True
 train.clip_gradient = 1.0
-train.checkpointer.period = 400
-train.eval_period = 1600
+train.checkpointer.period = 500
+train.eval_period = 1500
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.005),
     warmup_length=100 / train.max_iter,
@@ -96,4 +96,4 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 
 # Chosen on training images, see the README.
-plan = L(Plan)(reducer=L(TokenClustering)(grid=[6, 6]), start=2, stop=11, scope="window")
+plan = L(Plan)(reducer=L(TokenClustering)(grid=[5, 5]), start=2, stop=11, scope="window")
