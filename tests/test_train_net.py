@@ -145,6 +145,9 @@ def test_instances_and_panoptic_quality_in_one_run(tmp_path, capsys):
             f"{figure}{group}" for figure in ("PQ", "SQ", "RQ") for group in ("", "_th", "_st")
         }
     assert content["retention"].keys() == {"panoptic_seg.PQ", "segm.AP"}
+    # Of the stage that the plan is in: 64 windows of 8 x 8 tokens.
+    tokens = {name: tuple(model["tokens"].values()) for name, model in content["models"].items()}
+    assert tokens == {"unmodified": (4096, 4096), "expedited": (4096, 1600), "control": (4096, 0)}
     printed = capsys.readouterr().out
     assert "PQ things" in printed and "mask AP75" in printed
 

@@ -1,9 +1,4 @@
-"""
-What the panoptic demo's encoder learns first: the class of every pixel, with Detectron2's semantic head. Then
-
-    python train_net.py --config-file configs/demo/mask2former_panoptic.py \
-        train.init_checkpoint=output/demo_semantic/model_final.pth train.allow_partial_checkpoint=true
-"""
+"""What the panoptic demo's encoder learns first: the class of every pixel, with Detectron2's semantic head."""
 
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec

@@ -42,6 +42,8 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
     """
     models = comparison.models
     first = next(iter(models.values()))
+    full = [measurement.runs["full"] for measurement in models.values()]
+    reduced = next((tokens for tokens in full if tokens.any()), None)
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "dataset": about["dataset"],
@@ -58,7 +60,7 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "plan": about["plan"],
-        "models": {name: _model(measurement) for name, measurement in models.items()},
+        "models": {name: _model(measurement, reduced) for name, measurement in models.items()},
     }
     if "unmodified" in models and "expedited" in models:
         document["speedup"] = {part: comparison.speedup("expedited", part)._asdict() for part in ("encoder", "total")}
@@ -70,9 +72,10 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
     return _without_nan(document)
 
 
-def _model(measurement: Measurement) -> dict[str, Any]:
+def _model(measurement: Measurement, reduced: np.ndarray | None) -> dict[str, Any]:
+    """``reduced``: the tokens, image by image, that a plan reduces in this or another of the models."""
     runs = measurement.runs
-    full = runs["full"] if runs["full"].any() else runs["size"]
+    full = runs["size"] if reduced is None else reduced
     middle = runs["middle"] if runs["full"].any() else full
     return {
         "accuracy": {
