@@ -31,7 +31,7 @@ from hourglass.checkpoint import load_checkpoint
 from hourglass.compat import init_process_group
 from hourglass.data.loading import build_loader
 from hourglass.encoders import find_encoder
-from hourglass.evaluation import Subject, compare, describe, to_json, to_table, write_report
+from hourglass.evaluation import Subject, check_folder, compare, describe, to_json, to_table, write_report
 from hourglass.overrides import apply_overrides
 from hourglass.reduction.reducer import check_count
 from hourglass.training import train
@@ -88,6 +88,7 @@ def check_options(train: DictConfig, evaluation: DictConfig) -> None:
         raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
     if evaluation.dtype not in ("float32", "bfloat16"):
         raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {evaluation.dtype!r}')
+    check_folder("train.output_dir", train.output_dir)
     check_count("evaluation.warmup", evaluation.warmup, 0)
     if evaluation.max_images is not None:
         check_count("evaluation.max_images", evaluation.max_images, 1)
@@ -140,8 +141,8 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
         dtype=cfg.evaluation.dtype,
         plan=plan.describe(),
     )
-    write_report(document, cfg.train.output_dir)
     print(f"\n{describe(document)}\n\n{to_table(document)}\n")
+    write_report(document, cfg.train.output_dir)
     print(f"written to {os.path.join(cfg.train.output_dir, 'comparison.json')} and comparison.md", flush=True)
     return document
 

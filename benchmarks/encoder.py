@@ -28,6 +28,7 @@ from tqdm import tqdm  # noqa: E402
 from hourglass import InputError, Plan  # noqa: E402
 from hourglass.encoders import find_encoder  # noqa: E402
 from hourglass.evaluation.cost import PeakMemory, count_gflops  # noqa: E402
+from hourglass.evaluation.report import check_folder, spread, write_whole  # noqa: E402
 from hourglass.evaluation.timing import Clock, Stopwatch, ratio_of_medians  # noqa: E402
 from hourglass.reduction import Reducer  # noqa: E402
 from hourglass.reduction.reducer import check_count  # noqa: E402
@@ -121,12 +122,11 @@ def to_document(results: dict[str, Any], plan: Plan, args: argparse.Namespace) -
     encoders = {}
     for name, result in results.items():
         times, reduction = np.array(result["ms"]), np.array(result["reduction_ms"])
-        p10, median, p90 = np.percentile(times, [10, 50, 90])
         encoders[name] = {
-            "latency_ms": {"median": median, "p10": p10, "p90": p90},
+            "latency_ms": spread(times),
             "speedup": ratio_of_medians(first, times)._asdict(),
             "reduction_ms": float(np.median(reduction)),
-            "efficiency": float(np.median(times - reduction) / median),
+            "efficiency": float(np.median(times - reduction) / np.median(times)),
             "gflops": result["gflops"],
             "reduction_gflops": result["reduction_gflops"],
             "peak_memory_mb": result["peak_memory_mb"],
@@ -160,8 +160,9 @@ def to_table(document: dict[str, Any]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    for name, smallest in (("size", 1), ("batch", 1), ("repeats", 1)):
-        check_count(f"--{name}", getattr(args, name), smallest)
+    for name in ("size", "batch", "repeats"):
+        check_count(f"--{name}", getattr(args, name), 1)
+    check_folder("--output", args.output)
     encoder, plan = load_encoder(args)
     plans = {"unmodified": Plan(), "expedited": plan, "control": plan.control()}
     if args.published:
@@ -170,15 +171,16 @@ def main(args: argparse.Namespace) -> None:
     image = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
     document = to_document(measure(encoders, image, args), plan, args)
     table = to_table(document)
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"{args.model}_{args.size}_{args.device}_{args.dtype}"
-    (folder / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")
-    (folder / f"{name}.md").write_text(table + "\n")
     print(
         f"\n{args.model}, {args.size} x {args.size} pixels, {args.device} ({document['threads']} threads), {args.dtype}"
     )
-    print(f"plan: {plan!r}\n\n{table}\n\nwritten to {folder / name}.json and .md")
+    print(f"plan: {plan!r}\n\n{table}\n")
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{name}.json", json.dumps(document, indent=2) + "\n")
+    write_whole(folder / f"{name}.md", table + "\n")
+    print(f"written to {folder / name}.json and .md")
 
 
 if __name__ == "__main__":

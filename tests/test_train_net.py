@@ -214,6 +214,12 @@ def test_other_checkpoints_and_evaluators_are_refused(tmp_path, capsys):
     assert "dataloader.evaluator cannot be built for data set 'hourglass_demo_panoptic_val'" in line
 
 
+def test_an_output_that_is_no_folder_is_refused_before_measuring(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    line = refusal(capsys, "--eval-only", *PANOPTIC_UNTRAINED, f"train.output_dir={tmp_path}/file/results")
+    assert "train.output_dir takes a folder that can be written to, got" in line
+
+
 def test_missing_packages_are_said(capsys, monkeypatch):
     for name in [name for name in sys.modules if name.startswith("projects")]:
         monkeypatch.delitem(sys.modules, name)

@@ -37,6 +37,7 @@ train.output_dir = "output/demo_semantic"
 train.init_checkpoint = ""
 train.max_iter = 1300
 train.checkpointer.period = 325
+train.eval_period = 0
 lr_multiplier = L(WarmupParamScheduler)(
     scheduler=L(CosineParamScheduler)(start_value=1.0, end_value=0.01),
     warmup_length=100 / train.max_iter,

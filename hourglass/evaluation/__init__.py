@@ -1,5 +1,15 @@
 from hourglass.evaluation.compare import Comparison, Subject, compare
 from hourglass.evaluation.panoptic import PanopticEvaluator
-from hourglass.evaluation.report import describe, to_json, to_table, write_report
+from hourglass.evaluation.report import check_folder, describe, to_json, to_table, write_report
 
-__all__ = ["Comparison", "PanopticEvaluator", "Subject", "compare", "describe", "to_json", "to_table", "write_report"]
+__all__ = [
+    "Comparison",
+    "PanopticEvaluator",
+    "Subject",
+    "check_folder",
+    "compare",
+    "describe",
+    "to_json",
+    "to_table",
+    "write_report",
+]

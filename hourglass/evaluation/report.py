@@ -14,6 +14,7 @@ import torch
 import torchvision
 from tabulate import tabulate
 
+from hourglass.errors import InputError
 from hourglass.evaluation.compare import Comparison, Measurement
 from hourglass.version import __version__
 
@@ -82,7 +83,7 @@ def _model(measurement: Measurement, reduced: np.ndarray | None) -> dict[str, An
             task: {metric: value for metric, value in metrics.items() if _is_reported(task, metric)}
             for task, metrics in measurement.accuracy.items()
         },
-        "latency_ms": {part: _spread(runs[part]) for part in ("encoder", "total")},
+        "latency_ms": {part: spread(runs[part]) for part in ("encoder", "total")},
         "encoder_gflops": measurement.encoder_gflops,
         "tokens": {"full": float(np.median(full)), "middle": float(np.median(middle))},
         "peak_memory_mb": measurement.peak_memory_mb,
@@ -95,7 +96,8 @@ def _is_reported(task: str, metric: str) -> bool:
     return metric.startswith("AP") and "-" not in metric  # not "AP-person"
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Median, 10th and 90th percentile."""
     p10, median, p90 = np.percentile(values, [10, 50, 90])
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
@@ -174,11 +176,21 @@ def write_report(document: dict[str, Any], folder: str | os.PathLike) -> None:
     """Write ``comparison.json`` and ``comparison.md`` into ``folder``, each whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "comparison.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
-    _write(folder / "comparison.md", f"{describe(document)}\n\n{to_table(document, 'github')}\n")
+    write_whole(folder / "comparison.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_whole(folder / "comparison.md", f"{describe(document)}\n\n{to_table(document, 'github')}\n")
 
 
-def _write(path: Path, text: str) -> None:
+def check_folder(name: str, folder: str | os.PathLike) -> None:
+    """Raise InputError if ``folder``, which the option ``name`` gives, can neither be written to nor made."""
+    nearest = Path(folder).absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{name} takes a folder that can be written to, got {str(folder)!r}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write the file whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         whole = Path(folder) / path.name
         whole.write_text(text)

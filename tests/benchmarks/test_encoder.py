@@ -36,3 +36,9 @@ def test_the_plan_can_be_overridden(tmp_path):
 def test_wrong_options_are_refused():
     with pytest.raises(InputError, match="--size takes a whole number of at least 1, got 0"):
         main(parse(["--size", "0"]))
+
+
+def test_an_output_that_is_no_folder_is_refused_before_measuring(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--output takes a folder that can be written to, got '.*file/results'"):
+        run(tmp_path / "file" / "results")
