@@ -3,12 +3,26 @@ Attention with relative positions, on maps whose tokens may stand for several an
 original token: decomposed positions (MViTv2, arXiv 2112.01526, as ViTDet uses them) and the bias of a window's
 attention (Swin, arXiv 2103.14030).
 
-Letters: B batch (or batch x windows), N heads, h x w tokens, C channels a head.
+Each comes as the plain formula, which materialises the scores of all pairs, and fast, with the same result to float32's
+rounding. Fast is an operator of torch's, so that tracing and compiling take it as one step, with a kernel for each
+device (measured in benchmarks/README.md):
+
+- CPU: the plain formula on so few scores at a time that they stay in the caches. It has no backward pass: with
+  gradients, and on CUDA, the next.
+- CUDA: torch's fused attention. Decomposed positions are part of its dot products: the query gets its scores with all
+  rows and columns appended, and the key its own row and column, one-hot.
+
+Letters: B batch (or batch x windows), N heads, h x w tokens, L = h w, C channels a head.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Scores of a chunk on CPUs: in float32 2 MiB, which a core's cache holds next to keys and values.
+CHUNK = 1 << 19
 
 
 def resize_table(table: Tensor, extent: int) -> Tensor:
@@ -60,6 +74,7 @@ def attend(
     rel_h: Tensor | None = None,
     rel_w: Tensor | None = None,
     log_sizes: Tensor | None = None,
+    fast: bool = False,
 ) -> Tensor:
     """
     Softmax attention. The relative positions see the query as it is, the content its ``C ** -0.5``.
@@ -69,22 +84,181 @@ def attend(
         rel_h: (h, h, C) embeddings along the rows, from :func:`read_table`.
         rel_w: (w, w, C) embeddings along the columns.
         log_sizes: (B, h, w), added to the score of each key: proportional attention (ToMe, arXiv 2210.09461).
+        fast: the fast way in place of the plain formula.
 
     Returns:
         (B, N, h, w, C)
     """
     batch, heads, h, w, channels = q.shape
-    queries, keys, values = (x.reshape(batch * heads, h * w, channels) for x in (q, k, v))
-    scores = (queries * channels**-0.5) @ keys.transpose(-2, -1)
-    if rel_h is not None:
-        grid = queries.view(batch * heads, h, w, channels)
-        rows = torch.einsum("bhwc,hkc->bhwk", grid, rel_h.to(q.dtype))
-        columns = torch.einsum("bhwc,wkc->bhwk", grid, rel_w.to(q.dtype))
-        scores = scores.view(batch * heads, h, w, h, w) + rows[..., :, None] + columns[..., None, :]
+    if not fast:
+        scores = (q.flatten(2, 3) * channels**-0.5) @ k.flatten(2, 3).transpose(-2, -1)
+        if rel_h is not None:
+            rows, columns = _relative_scores(q, rel_h, rel_w)
+            scores = scores.view(batch, heads, h, w, h, w) + rows[..., :, None] + columns[..., None, :]
+        scores = scores.view(batch, heads, h * w, h * w)
+        if log_sizes is not None:
+            scores = scores + log_sizes.reshape(batch, 1, 1, h * w).to(scores.dtype)
+        return (scores.softmax(dim=-1) @ v.flatten(2, 3)).view(batch, heads, h, w, channels)
+    if rel_h is None:
+        bias = None if log_sizes is None else log_sizes.reshape(batch, 1, 1, h * w).to(q.dtype)
+        mixed = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), bias)
+        return mixed.view(batch, heads, h, w, channels)
+    if _needs_gradient(q, k, v, rel_h, rel_w):
+        mixed = _attend_folded(q, k, v, rel_h, rel_w, log_sizes)
+    else:
+        mixed = torch.ops.hourglass.attend(q, k, v, rel_h, rel_w, log_sizes)
+    return mixed.permute(0, 3, 1, 2, 4)
+
+
+def attend_windows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    scale: float,
+    log_sizes: Tensor | None = None,
+    dropout: float = 0.0,
+    fast: bool = False,
+) -> Tensor:
+    """
+    Softmax attention in windows that share a bias.
+
+    Args:
+        q, k, v: (B, N, L, C), B windows.
+        bias: (N, L, L), added to the scores; -inf keeps a query from a key.
+        scale: of the scores.
+        log_sizes: (B, L), added to the score of each key.
+        dropout: share of the attention weights that are dropped.
+        fast: the fast way in place of the plain formula.
+
+    Returns:
+        (B, N, L, C)
+    """
+    bias = bias.to(q.dtype)
+    # Torch's fused attention has no gradient of the bias on CPUs: there training takes the plain formula.
+    if fast and dropout == 0:
+        if not _needs_gradient(q, k, v, bias):
+            return torch.ops.hourglass.attend_windows(q, k, v, bias, scale, log_sizes).transpose(1, 2)
+        if q.is_cuda:
+            return _attend_windows_fused(q, k, v, bias, scale, log_sizes).transpose(1, 2)
+    scores = (q * scale) @ k.transpose(-2, -1) + bias
     if log_sizes is not None:
-        scores = scores.view(batch, heads, h * w, h * w) + log_sizes.reshape(batch, 1, 1, h * w).to(scores.dtype)
-    scores = scores.view(batch * heads, h * w, h * w)
-    return (scores.softmax(dim=-1) @ values).view(batch, heads, h, w, channels)
+        scores = scores + log_sizes[:, None, None].to(scores.dtype)
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _relative_scores(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, N, h, w, C) -> the scores of each query with all rows (B, N, h, w, h) and all columns (B, N, h, w, w)."""
+    rows = torch.einsum("bnhwc,hkc->bnhwk", q, rel_h.to(q.dtype))
+    columns = torch.einsum("bnhwc,wkc->bnhwk", q, rel_w.to(q.dtype))
+    return rows, columns
+
+
+def _attend_in_chunks(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, start: Callable[[slice, slice, slice], Tensor]
+) -> Tensor:
+    """
+    Args:
+        q, k, v: (B, N, L, C).
+        scale: of the scores.
+        start: what scores are added to, a tensor of its own for some of the batch, heads and queries: (b, n, l, L).
+
+    Returns:
+        (B, L, N, C)
+    """
+    batch, heads, length, channels = q.shape
+    out = q.new_empty(batch, length, heads, channels)
+    queries = max(1, min(length, CHUNK // length))
+    heads_at_once = max(1, min(heads, CHUNK // (queries * length)))
+    images_at_once = max(1, min(batch, CHUNK // (heads_at_once * queries * length))) if heads_at_once == heads else 1
+    for b in _slices(batch, images_at_once):
+        for n in _slices(heads, heads_at_once):
+            keys = k[b, n].reshape(-1, length, channels).transpose(1, 2)
+            values = v[b, n].reshape(-1, length, channels)
+            for i in _slices(length, queries):
+                scores = start(b, n, i)
+                shape = scores.shape
+                scores = scores.view(-1, *shape[2:])
+                scores.baddbmm_(q[b, n, i].reshape(-1, shape[2], channels), keys, alpha=scale)
+                mixed = torch.bmm(torch.softmax(scores, -1), values)
+                out[b, i, n] = mixed.view(*shape[:3], channels).transpose(1, 2)
+    return out
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(first, first + step) for first in range(0, length, step)]
+
+
+def _attend_chunked(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, log_sizes: Tensor | None) -> Tensor:
+    """:func:`attend` for CPUs, without a backward pass. Returns (B, h, w, N, C)."""
+    batch, heads, h, w, channels = q.shape
+    rows, columns = (scores.flatten(2, 3) for scores in _relative_scores(q, rel_h, rel_w))
+    sizes = None if log_sizes is None else log_sizes.to(q.dtype)[:, None, None]
+
+    def start(b: slice, n: slice, i: slice) -> Tensor:
+        scores = rows[b, n, i, :, None] + columns[b, n, i, None, :]
+        if sizes is not None:
+            scores += sizes[b]
+        return scores.flatten(3)
+
+    q, k, v = (x.flatten(2, 3) for x in (q, k, v))
+    return _attend_in_chunks(q, k, v, channels**-0.5, start).view(batch, h, w, heads, channels)
+
+
+def _attend_folded(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, log_sizes: Tensor | None) -> Tensor:
+    """:func:`attend` by torch's fused attention. Returns (B, h, w, N, C)."""
+    batch, heads, h, w, channels = q.shape
+    row, column = (torch.eye(side, dtype=q.dtype, device=q.device) for side in (h, w))
+    query = [q * channels**-0.5, *_relative_scores(q, rel_h, rel_w)]
+    key = [k, row[:, None].expand(*k.shape[:4], h), column.expand(*k.shape[:4], w)]
+    if log_sizes is not None:
+        query.append(torch.ones_like(q[..., :1]))
+        key.append(log_sizes[:, None, ..., None].to(k.dtype).expand(*k.shape[:4], 1))
+    query, key = (torch.cat(parts, dim=-1).flatten(2, 3) for parts in (query, key))
+    return _fused(query, key, v.flatten(2, 3)).transpose(1, 2).view(batch, h, w, heads, channels)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Torch's fused attention without a scale, for values (B, N, L, C) of fewer channels than queries and keys."""
+    channels, wide = v.shape[-1], q.shape[-1]
+    aligned = -wide % 8
+    if aligned:
+        q, k = F.pad(q, (0, aligned)), F.pad(k, (0, aligned))
+    # Flash attention takes values as wide as keys, up to 256; memory-efficient attention, which CUDA has too, any.
+    if not q.is_cuda or (q.dtype != torch.float32 and wide + aligned <= 256 and bias is None):
+        v = F.pad(v, (0, wide + aligned - channels))
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)[..., :channels]
+
+
+def _attend_windows_chunked(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, log_sizes: Tensor | None
+) -> Tensor:
+    """:func:`attend_windows` for CPUs, without a backward pass. Returns (B, L, N, C)."""
+    sizes = None if log_sizes is None else log_sizes.to(q.dtype)[:, None, None]
+
+    def start(b: slice, n: slice, i: slice) -> Tensor:
+        if sizes is not None:
+            return bias[n, i] + sizes[b]
+        return bias[n, i].expand(len(range(*b.indices(len(q)))), -1, -1, -1).clone()
+
+    return _attend_in_chunks(q, k, v, scale, start)
+
+
+def _attend_windows_fused(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, log_sizes: Tensor | None
+) -> Tensor:
+    """:func:`attend_windows` by torch's fused attention. Returns (B, L, N, C)."""
+    bias = bias.expand(len(q), -1, -1, -1)
+    if log_sizes is None:
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(1, 2)
+    # A channel more holds the sizes, so that windows still share the bias.
+    sizes = log_sizes[:, None, :, None].to(k.dtype).expand(*k.shape[:3], 1)
+    query, key = torch.cat([q * scale, torch.ones_like(q[..., :1])], dim=-1), torch.cat([k, sizes], dim=-1)
+    return _fused(query, key, v, bias).transpose(1, 2)
 
 
 def read_bias(
@@ -138,3 +312,28 @@ def _at_distances(grid: Tensor, axis: int, extent: int, length: int, step: float
     above = (below + 1).clamp(max=2 * extent - 2)
     fraction = (entry - below).to(grid.dtype).view([-1 if i == axis else 1 for i in range(grid.dim())])
     return torch.lerp(grid.index_select(axis, below), grid.index_select(axis, above), fraction)
+
+
+def _register(name: str, arguments: str, order: tuple[int, ...], cpu: Callable, cuda: Callable) -> None:
+    """``order``: of the query's dimensions in the result."""
+    _library.define(f"{name}({arguments}) -> Tensor")
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, lambda *tensors: cuda(*tensors).contiguous(), "CUDA")
+    _library.impl(name, lambda q, *_: q.new_empty([q.shape[i] for i in order]), "Meta")
+
+
+_library = torch.library.Library("hourglass", "DEF")
+_register(
+    "attend",
+    "Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, Tensor? log_sizes",
+    (0, 2, 3, 1, 4),
+    _attend_chunked,
+    _attend_folded,
+)
+_register(
+    "attend_windows",
+    "Tensor q, Tensor k, Tensor v, Tensor bias, float scale, Tensor? log_sizes",
+    (0, 2, 1, 3),
+    _attend_windows_chunked,
+    _attend_windows_fused,
+)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from hourglass.attention import attend, read_table, resize_table
+import hourglass.attention
+from hourglass.attention import attend, attend_windows, read_table, resize_table
 
 
 def draw(*shape, seed=0):
@@ -37,29 +38,94 @@ def test_a_table_is_resized_only_where_its_size_differs():
     assert torch.equal(resize_table(torch.tensor([[1.0], [3.0]]), 1), torch.tensor([[2.0]]))
 
 
-@pytest.mark.parametrize("relative", [True, False])
-@pytest.mark.parametrize("proportional", [True, False])
-def test_attention_equals_plain_loops(relative, proportional):
-    batch, heads, h, w, channels = 2, 2, 3, 2, 4
-    q, k, v = (draw(batch, heads, h, w, channels, seed=i) for i in range(3))
-    rel_h, rel_w = (draw(h, h, channels, seed=3), draw(w, w, channels, seed=4)) if relative else (None, None)
-    log_sizes = draw(batch, h, w, seed=5) if proportional else None
-    out = attend(q, k, v, rel_h, rel_w, log_sizes)
-    places = [(y, x) for y in range(h) for x in range(w)]
+def plain_loops(q, k, v, bias):
+    """Softmax attention of (B, N, L, C), ``bias(b, n, query, key)`` added to the scores."""
+    out = torch.empty_like(q)
+    batch, heads, length, channels = q.shape
     for b in range(batch):
         for n in range(heads):
-            for y, x in places:
-                scores = []
-                for i, j in places:
-                    score = q[b, n, y, x] @ k[b, n, i, j] / channels**0.5
-                    if relative:
-                        score += q[b, n, y, x] @ (rel_h[y, i] + rel_w[x, j])
-                    if proportional:
-                        score += log_sizes[b, i, j]
-                    scores.append(score)
-                weights = torch.stack(scores).softmax(0)
-                expected = sum(weight * v[b, n, i, j] for weight, (i, j) in zip(weights, places, strict=True))
-                torch.testing.assert_close(out[b, n, y, x], expected)
+            for i in range(length):
+                scores = [q[b, n, i] @ k[b, n, j] / channels**0.5 + bias(b, n, i, j) for j in range(length)]
+                out[b, n, i] = torch.stack(scores).softmax(0) @ v[b, n]
+    return out
+
+
+@pytest.fixture(params=[1 << 19, 30, 7, 1], ids="{} scores at a time".format)
+def chunk(request, monkeypatch):
+    """Chunks of everything, of some heads, of some queries, and of a query."""
+    monkeypatch.setattr(hourglass.attention, "CHUNK", request.param)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("proportional", [True, False])
+def test_attention_equals_plain_loops(relative, proportional, gradient, fast, chunk):
+    batch, heads, h, w, channels = 2, 2, 3, 2, 4
+    q, k, v = (draw(batch, heads, h, w, channels, seed=i).requires_grad_(gradient) for i in range(3))
+    rel_h, rel_w = (draw(h, h, channels, seed=3), draw(w, w, channels, seed=4)) if relative else (None, None)
+    log_sizes = draw(batch, h, w, seed=5) if proportional else None
+
+    def bias(b, n, query, key):
+        (y, x), (i, j) = divmod(query, w), divmod(key, w)
+        of_place = q[b, n, y, x] @ (rel_h[y, i] + rel_w[x, j]) if relative else 0
+        return of_place + (log_sizes[b, i, j] if proportional else 0)
+
+    out = attend(q, k, v, rel_h, rel_w, log_sizes, fast)
+    expected = plain_loops(*(x.flatten(2, 3) for x in (q, k, v)), bias).view_as(out)
+    torch.testing.assert_close(out, expected)
+    assert out.requires_grad == gradient
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("proportional", [True, False])
+def test_attention_in_windows_equals_plain_loops(proportional, fast, chunk):
+    count, heads, length, channels = 3, 2, 5, 4
+    q, k, v = (draw(count, heads, length, channels, seed=i) for i in range(3))
+    bias = draw(heads, length, length, seed=3)
+    bias[:, 0, 2:] = -torch.inf
+    log_sizes = draw(count, length, seed=5) if proportional else None
+    out = attend_windows(q, k, v, bias, channels**-0.5, log_sizes, fast=fast)
+    expected = plain_loops(q, k, v, lambda b, n, i, j: bias[n, i, j] + (log_sizes[b, j] if proportional else 0))
+    torch.testing.assert_close(out, expected)
+
+
+def test_gradients_of_fast_attention_are_those_of_the_formula():
+    inputs = [draw(2, 2, 3, 4, 8, seed=i) for i in range(3)] + [draw(3, 3, 8, seed=3), draw(4, 4, 8, seed=4)]
+    gradients = []
+    for fast in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        attend(*leaves, draw(2, 3, 4, seed=5), fast).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for plain, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+def test_training_drops_attention_weights_in_either_way():
+    q, k, v = (draw(1, 1, 4, 2, seed=i) for i in range(3))
+    for fast in (False, True):
+        torch.manual_seed(0)
+        assert attend_windows(q, k, v, torch.zeros(1, 4, 4), 1.0, dropout=1.0, fast=fast).abs().max() == 0
+
+
+def test_fast_attention_never_holds_the_scores_of_all_pairs():
+    """Of 2 heads x 1,024 tokens they would be 2 M; no tensor that is made is a quarter of that."""
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.largest = max(self.largest, tensor.numel())
+            return out
+
+    q, k, v = (torch.randn(1, 2, 32, 32, 8) for _ in range(3))
+    rel_h, rel_w = torch.randn(32, 32, 8), torch.randn(32, 32, 8)
+    with Sizes() as seen:
+        hourglass.attention._attend_chunked(q, k, v, rel_h, rel_w, torch.zeros(1, 32, 32))
+    assert 0 < seen.largest <= hourglass.attention.CHUNK
 
 
 def test_a_key_of_size_two_counts_as_two_equal_keys():

@@ -108,14 +108,17 @@ class HourglassSwin(Backbone):
         return features
 
     def _run_stage(self, stage: nn.Module, tokens: Tensor, planned: range) -> tuple[Tensor, Tensor | None]:
-        if not planned:
+        fast = self.plan.fast
+        if not planned and not fast:
             return stage(tokens) if isinstance(stage, Stage) else _run_detectron2_stage(stage, tokens)
         windows = Windows.full(stage.window_size)
+        planned = planned or range(0)
         for block in stage.blocks[: planned.start]:
-            tokens = run_checkpointed(stage, block, tokens, windows)
-        tokens = self._run_planned(stage, tokens, planned)
+            tokens = run_checkpointed(stage, block, tokens, windows, fast=fast)
+        if planned:
+            tokens = self._run_planned(stage, tokens, planned)
         for block in stage.blocks[planned.stop :]:
-            tokens = run_checkpointed(stage, block, tokens, windows)
+            tokens = run_checkpointed(stage, block, tokens, windows, fast=fast)
         return tokens, None if stage.downsample is None else merge_patches(stage.downsample, tokens)
 
     def _run_planned(self, stage: nn.Module, tokens: Tensor, planned: range) -> Tensor:
@@ -124,7 +127,7 @@ class HourglassSwin(Backbone):
         def blocks(refined: Tensor, sizes: Tensor | None) -> Tensor:
             windows = self._windows(stage.window_size, full, map_size(refined))
             for block in stage.blocks[planned.start : planned.stop]:
-                refined = run_checkpointed(stage, block, refined, windows, sizes)
+                refined = run_checkpointed(stage, block, refined, windows, sizes, self.plan.fast)
             return refined
 
         return self.plan.run(self.reducer, tokens, blocks)

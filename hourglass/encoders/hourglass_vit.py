@@ -1,7 +1,7 @@
 """The hourglass around ViTDet's plain vision transformer."""
 
 from detectron2.modeling import Backbone
-from torch import Tensor
+from torch import Tensor, nn
 
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.vit import embed, run_block
@@ -76,19 +76,23 @@ class HourglassViT(Backbone):
         tokens = embed(self, image)
         planned = self._planned
         for block in self.blocks[: planned.start]:
-            tokens = block(tokens)
+            tokens = self._run_whole(block, tokens)
         if planned:
             tokens = self._run_planned(tokens)
         for block in self.blocks[planned.stop :]:
-            tokens = block(tokens)
+            tokens = self._run_whole(block, tokens)
         return {self._out_features[0]: tokens.permute(0, 3, 1, 2)}
+
+    def _run_whole(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """A block on the full map: its own forward pass, to the bit, or fast."""
+        return run_block(block, tokens, map_size(tokens), fast=True) if self.plan.fast else block(tokens)
 
     def _run_planned(self, tokens: Tensor) -> Tensor:
         full = map_size(tokens)
 
         def blocks(refined: Tensor, sizes: Tensor | None) -> Tensor:
             for block in self.blocks[self._planned.start : self._planned.stop]:
-                refined = run_block(block, refined, full, sizes, self._window)
+                refined = run_block(block, refined, full, sizes, self._window, self.plan.fast)
             return refined
 
         return self.plan.run(self.reducer, tokens, blocks)

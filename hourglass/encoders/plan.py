@@ -9,6 +9,7 @@ from hourglass.reduction import Reducer, SkipBlocks
 from hourglass.reduction.reducer import check_choice, check_count
 
 SCOPES = ("map", "window")
+ATTENTION = ("plain", "fast")
 
 
 class Plan:
@@ -25,6 +26,9 @@ class Plan:
         published: compute as the papers' own code does, for comparison with their figures: with the reducer's
             published form (:meth:`Reducer.published_form`) and without proportional attention. In Swin all else is as
             the authors' code has it too, see :class:`~hourglass.HourglassSwin`; in a ViT the reducer alone.
+        attention: of every block, "fast" or by the "plain" formula, which materialises all scores as the published
+            encoders do; the result is the same to float32's rounding (:mod:`hourglass.attention`). None: "fast" under a
+            reducer that is not run as published, else "plain".
 
     Raises:
         InputError: for an argument out of range.
@@ -38,6 +42,7 @@ class Plan:
         scope: str = "map",
         proportional: bool = True,
         published: bool = False,
+        attention: str | None = None,
     ):
         if reducer is not None and not isinstance(reducer, Reducer):
             raise InputError(f"reducer takes a hourglass.Reducer or None, got {reducer!r}")
@@ -48,6 +53,8 @@ class Plan:
         for name, value in (("proportional", proportional), ("published", published)):
             if not isinstance(value, bool):
                 raise InputError(f"{name} takes True or False, got {value!r}")
+        if attention is not None:
+            check_choice("attention", attention, ATTENTION)
         if isinstance(reducer, SkipBlocks) and scope != "map":
             raise InputError(f'SkipBlocks leaves out whole blocks and takes scope "map", got {scope!r}')
         self.reducer = reducer.published_form() if published and reducer is not None else reducer
@@ -56,6 +63,12 @@ class Plan:
         self.scope = scope
         self.proportional = proportional and not (published and reducer is not None)
         self.published = published
+        self.attention = attention or ("fast" if reducer is not None and not published else "plain")
+
+    @property
+    def fast(self) -> bool:
+        """Whether attention is the fast one."""
+        return self.attention == "fast"
 
     def blocks(self, depth: int) -> range:
         """
@@ -99,7 +112,7 @@ class Plan:
 
     def control(self) -> "Plan":
         """The same plan with its blocks left out: what the model owes to its other blocks."""
-        return Plan(SkipBlocks(), self.start, self.stop)
+        return Plan(SkipBlocks(), self.start, self.stop, attention=self.attention)
 
     def describe(self) -> dict[str, Any]:
         """The arguments, as plain values."""
@@ -111,10 +124,11 @@ class Plan:
             "scope": self.scope,
             "proportional": self.proportional,
             "published": self.published,
+            "attention": self.attention,
         }
 
     def __repr__(self) -> str:
         return (
             f"Plan({self.reducer!r}, {self.start}, {self.stop}, scope={self.scope!r}, "
-            f"proportional={self.proportional}, published={self.published})"
+            f"proportional={self.proportional}, published={self.published}, attention={self.attention!r})"
         )

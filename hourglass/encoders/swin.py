@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from hourglass.attention import bias_index, read_bias
+from hourglass.attention import attend_windows, bias_index, read_bias
 from hourglass.encoders.vit import Mlp
 from hourglass.encoders.windows import Strip, join, split
 from hourglass.errors import InputError
@@ -76,7 +76,9 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
 
-def run_attention(attn: nn.Module, tokens: Tensor, windows: Windows, shifted: bool, sizes: Tensor | None) -> Tensor:
+def run_attention(
+    attn: nn.Module, tokens: Tensor, windows: Windows, shifted: bool, sizes: Tensor | None, fast: bool
+) -> Tensor:
     """
     Run a block's attention, Detectron2's or ours, in the windows of a map.
 
@@ -86,6 +88,7 @@ def run_attention(attn: nn.Module, tokens: Tensor, windows: Windows, shifted: bo
         windows: where they lie.
         shifted: whether they are shifted. What the roll then brings together from opposite edges is kept apart.
         sizes: (B, h, w), the number of tokens that each stands for: its logarithm is added to a key's score.
+        fast: see :func:`hourglass.attention.attend_windows`.
 
     Returns:
         (B, h, w, C)
@@ -117,10 +120,7 @@ def run_attention(attn: nn.Module, tokens: Tensor, windows: Windows, shifted: bo
     for part, log_size, place in zip(parts, log_sizes, places):
         masks = [masked if last else 0 for masked, last in zip(masked_shift, place)]
         part_bias = bias.masked_fill(_apart(windows.size, masks, bias.device), -torch.inf) if any(masks) else bias
-        part_bias = part_bias[None]
-        if log_size is not None:
-            part_bias = part_bias + log_size.flatten(1)[:, None, None]
-        attended.append(_attend(attn, part, part_bias))
+        attended.append(_attend(attn, part, part_bias, log_size, fast))
     mixed = join(attended, rows, columns)
     if any(shift):
         mixed = torch.roll(mixed, shift, dims=(1, 2))
@@ -143,17 +143,18 @@ def _apart(window: tuple[int, int], shift: Sequence[int], device: torch.device) 
     return region[:, None] != region
 
 
-def _attend(attn: nn.Module, windows: Tensor, bias: Tensor) -> Tensor:
+def _attend(attn: nn.Module, windows: Tensor, bias: Tensor, log_sizes: Tensor | None, fast: bool) -> Tensor:
     """
     Args:
         windows: (B * n, wh, ww, C).
-        bias: (1 or B * n, N, tokens, tokens), added to the scores.
+        bias: (N, wh * ww, wh * ww), added to the scores.
+        log_sizes: (B * n, wh, ww, 1), added to the score of each key.
     """
     count, wh, ww, channels = windows.shape
     qkv = attn.qkv(windows).view(count, wh * ww, 3, attn.num_heads, channels // attn.num_heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    drop = attn.attn_drop.p if attn.training else 0.0
-    mixed = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout_p=drop, scale=attn.scale)
+    log_sizes = None if log_sizes is None else log_sizes.flatten(1)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    mixed = attend_windows(*qkv.permute(2, 0, 3, 1, 4), bias, attn.scale, log_sizes, dropout, fast)
     return mixed.transpose(1, 2).reshape(count, wh, ww, channels)
 
 
@@ -183,7 +184,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), nn.GELU, drop)
 
 
-def run_block(block: nn.Module, tokens: Tensor, windows: Windows, sizes: Tensor | None = None) -> Tensor:
+def run_block(
+    block: nn.Module, tokens: Tensor, windows: Windows, sizes: Tensor | None = None, fast: bool = False
+) -> Tensor:
     """
     Run a Swin block, Detectron2's or ours, on a full map or a reduced one.
 
@@ -192,11 +195,12 @@ def run_block(block: nn.Module, tokens: Tensor, windows: Windows, sizes: Tensor 
         tokens: (B, h, w, C).
         windows: the stage's, on this map.
         sizes: (B, h, w), see :func:`run_attention`.
+        fast: see there.
 
     Returns:
         (B, h, w, C)
     """
-    attended = run_attention(block.attn, block.norm1(tokens), windows, block.shift_size > 0, sizes)
+    attended = run_attention(block.attn, block.norm1(tokens), windows, block.shift_size > 0, sizes, fast)
     tokens = tokens + block.drop_path(attended)
     return tokens + block.drop_path(block.mlp(block.norm2(tokens)))
 
@@ -247,12 +251,17 @@ class Stage(nn.Module):
 
 
 def run_checkpointed(
-    stage: nn.Module, block: nn.Module, tokens: Tensor, windows: Windows, sizes: Tensor | None = None
+    stage: nn.Module,
+    block: nn.Module,
+    tokens: Tensor,
+    windows: Windows,
+    sizes: Tensor | None = None,
+    fast: bool = False,
 ) -> Tensor:
     """:func:`run_block`, recomputed in the backward pass where the stage asks for it."""
     if stage.use_checkpoint and stage.training:
-        return checkpoint(run_block, block, tokens, windows, sizes, use_reentrant=False)
-    return run_block(block, tokens, windows, sizes)
+        return checkpoint(run_block, block, tokens, windows, sizes, fast, use_reentrant=False)
+    return run_block(block, tokens, windows, sizes, fast)
 
 
 class PatchEmbed(nn.Module):

@@ -123,6 +123,7 @@ def run_attention(
     extent: tuple[int, int],
     step: tuple[float, float] = (1, 1),
     log_sizes: Tensor | None = None,
+    fast: bool = False,
 ) -> Tensor:
     """
     Run a block's attention, Detectron2's or ours, on a map whose tokens may lie apart.
@@ -133,6 +134,7 @@ def run_attention(
         extent: rows and columns, in original tokens, of the map or window that is attended in.
         step: distance of neighbouring tokens in original tokens, along rows and columns.
         log_sizes: (B, h, w), see :func:`hourglass.attention.attend`.
+        fast: see there.
 
     Returns:
         (B, h, w, C)
@@ -143,7 +145,7 @@ def run_attention(
     if attn.use_rel_pos:
         rel_h = read_table(attn.rel_pos_h, extent[0], h, step[0])
         rel_w = read_table(attn.rel_pos_w, extent[1], w, step[1])
-    mixed = attend(*qkv.unbind(0), rel_h, rel_w, log_sizes)
+    mixed = attend(*qkv.unbind(0), rel_h, rel_w, log_sizes, fast)
     return attn.proj(mixed.permute(0, 2, 3, 1, 4).reshape(batch, h, w, -1))
 
 
@@ -153,6 +155,7 @@ def run_block(
     full: tuple[int, int],
     sizes: Tensor | None = None,
     window: tuple[int, int] | None = None,
+    fast: bool = False,
 ) -> Tensor:
     """
     Run a ViT block, Detectron2's or ours, on a full map or a reduced one: windows shrink with the map, relative
@@ -165,13 +168,14 @@ def run_block(
         full: (H, W) of the full map; (h, w) where the map is the full one.
         sizes: (B, h, w), the number of tokens that each stands for: its logarithm is added to a key's score.
         window: (wh, ww), rows and columns of a windowed block's windows on this map; None: shrunk as the map is.
+        fast: attention, see :func:`hourglass.attention.attend`.
 
     Returns:
         (B, h, w, C)
     """
     if getattr(block, "use_act_checkpoint", False) and block.training:
-        return checkpoint(_run_block, block, tokens, full, sizes, window, use_reentrant=False)
-    return _run_block(block, tokens, full, sizes, window)
+        return checkpoint(_run_block, block, tokens, full, sizes, window, fast, use_reentrant=False)
+    return _run_block(block, tokens, full, sizes, window, fast)
 
 
 def _run_block(
@@ -180,6 +184,7 @@ def _run_block(
     full: tuple[int, int],
     sizes: Tensor | None,
     window: tuple[int, int] | None,
+    fast: bool,
 ) -> Tensor:
     h, w = map_size(tokens)
     step = (full[0] / h, full[1] / w)
@@ -197,7 +202,7 @@ def _run_block(
         attended = partition(attended, window)
     # The size of a centre that no token is near may be 0, and a window may hold only such.
     log_sizes = None if sizes is None else sizes.clamp(min=1e-6).log()
-    attended = run_attention(block.attn, attended, extent, step, log_sizes)
+    attended = run_attention(block.attn, attended, extent, step, log_sizes, fast)
     if block.window_size > 0:
         attended = unpartition(attended, (h, w))
     tokens = tokens + block.drop_path(attended)
@@ -244,7 +249,7 @@ class ResBottleneckBlock(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block; :func:`run_block` runs it, here on the full map."""
+    """A transformer block; :func:`run_block` runs it, here on the full map and by attention's plain formula."""
 
     def __init__(
         self,

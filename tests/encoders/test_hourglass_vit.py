@@ -69,8 +69,17 @@ def test_the_empty_plan_is_the_unmodified_model_bit_for_bit():
 @pytest.mark.parametrize("size", [(64, 64), (56, 104), (8, 8)])
 def test_keeping_every_token_is_the_unmodified_model_bit_for_bit(size):
     vit = tiny_vit()
-    expedited = hourglass.expedite(vit, Plan(KeepAll(), 1, 4))
+    expedited = hourglass.expedite(vit, Plan(KeepAll(), 1, 4, attention="plain"))
     assert torch.equal(last(expedited, image(2, *size)), last(vit, image(2, *size)))
+
+
+@pytest.mark.parametrize("plan", [Plan(attention="fast"), Plan(KeepAll(), 1, 4)], ids=["empty", "keeping every token"])
+@pytest.mark.parametrize("size", [(64, 64), (56, 104), (8, 8)])
+@pytest.mark.parametrize("use_rel_pos", [True, False])
+def test_fast_attention_is_the_unmodified_model_to_rounding(plan, size, use_rel_pos):
+    vit = tiny_vit(use_rel_pos=use_rel_pos)
+    expedited = hourglass.expedite(vit, plan)
+    torch.testing.assert_close(last(expedited, image(2, *size)), last(vit, image(2, *size)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -118,7 +127,8 @@ def test_published_is_the_reducers_published_form_without_proportional_attention
     vit = tiny_vit()
     published = Plan(TokenClustering((3, 3), temperature=0.2), 1, 4, scope="window", published=True)
     reducer = TokenClustering.published((3, 3), temperature=0.2)
-    expected = last(hourglass.expedite(vit, Plan(reducer, 1, 4, scope="window", proportional=False)), image(2, 56, 104))
+    same = Plan(reducer, 1, 4, scope="window", proportional=False, attention="plain")
+    expected = last(hourglass.expedite(vit, same), image(2, 56, 104))
     assert torch.equal(last(hourglass.expedite(vit, published), image(2, 56, 104)), expected)
 
 
@@ -128,9 +138,8 @@ def test_the_control_leaves_the_plans_blocks_out():
         tokens = embed(vit, image())
         for i in (0, 4):
             tokens = vit.blocks[i](tokens)
-    assert torch.equal(
-        last(hourglass.expedite(vit, PLANS["clustering"].control()), image()), tokens.permute(0, 3, 1, 2)
-    )
+    control = Plan(TokenClustering((5, 5)), 1, 4, attention="plain").control()
+    assert torch.equal(last(hourglass.expedite(vit, control), image()), tokens.permute(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("plan", [PLANS[name] for name in ("share", "window", "pooled windows", "control")])
