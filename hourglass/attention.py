@@ -4,13 +4,11 @@ original token: decomposed positions (MViTv2, arXiv 2112.01526, as ViTDet uses t
 attention (Swin, arXiv 2103.14030).
 
 Each comes as the plain formula, which materialises the scores of all pairs, and fast, with the same result to float32's
-rounding. Fast is an operator of torch's, so that tracing and compiling take it as one step, with a kernel for each
-device (measured in benchmarks/README.md):
+rounding, in one of two ways (measured in benchmarks/README.md):
 
-- CPU: the plain formula on so few scores at a time that they stay in the caches. It has no backward pass: with
-  gradients, and on CUDA, the next.
-- CUDA: torch's fused attention. Decomposed positions are part of its dot products: the query gets its scores with all
-  rows and columns appended, and the key its own row and column, one-hot.
+- in chunks, on CPUs: the plain formula on so few scores at a time that they stay in the caches. No backward pass.
+- fused, on CUDA and for gradients: torch's fused attention. Decomposed positions are part of its dot products: the
+  query gets its scores with all rows and columns appended, and the key its own row and column, one-hot.
 
 Letters: B batch (or batch x windows), N heads, h x w tokens, L = h w, C channels a head.
 """
@@ -20,6 +18,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hourglass.operators import needs_gradient
 
 # Scores of a chunk on CPUs: in float32 2 MiB, which a core's cache holds next to keys and values.
 CHUNK = 1 << 19
@@ -103,11 +103,8 @@ def attend(
         bias = None if log_sizes is None else log_sizes.reshape(batch, 1, 1, h * w).to(q.dtype)
         mixed = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), bias)
         return mixed.view(batch, heads, h, w, channels)
-    if _needs_gradient(q, k, v, rel_h, rel_w):
-        mixed = _attend_folded(q, k, v, rel_h, rel_w, log_sizes)
-    else:
-        mixed = torch.ops.hourglass.attend(q, k, v, rel_h, rel_w, log_sizes)
-    return mixed.permute(0, 3, 1, 2, 4)
+    way = _attend_chunked if _in_chunks(q, k, v, rel_h, rel_w) else _attend_folded
+    return way(q, k, v, rel_h, rel_w, log_sizes)
 
 
 def attend_windows(
@@ -135,20 +132,20 @@ def attend_windows(
         (B, N, L, C)
     """
     bias = bias.to(q.dtype)
-    # Torch's fused attention has no gradient of the bias on CPUs: there training takes the plain formula.
     if fast and dropout == 0:
-        if not _needs_gradient(q, k, v, bias):
-            return torch.ops.hourglass.attend_windows(q, k, v, bias, scale, log_sizes).transpose(1, 2)
-        if q.is_cuda:
-            return _attend_windows_fused(q, k, v, bias, scale, log_sizes).transpose(1, 2)
+        if _in_chunks(q, k, v, bias):
+            return _attend_windows_chunked(q, k, v, bias, scale, log_sizes)
+        if q.is_cuda:  # elsewhere fused attention has no gradient of the bias
+            return _attend_windows_fused(q, k, v, bias, scale, log_sizes)
     scores = (q * scale) @ k.transpose(-2, -1) + bias
     if log_sizes is not None:
         scores = scores + log_sizes[:, None, None].to(scores.dtype)
     return F.dropout(scores.softmax(dim=-1), dropout) @ v
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def _in_chunks(*tensors: Tensor) -> bool:
+    # A trace, by which operations are counted, has those of the formula on any device.
+    return not needs_gradient(*tensors) and (tensors[0].device.type == "cpu" or torch.jit.is_tracing())
 
 
 def _relative_scores(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,13 +165,14 @@ def _attend_in_chunks(
         start: what scores are added to, a tensor of its own for some of the batch, heads and queries: (b, n, l, L).
 
     Returns:
-        (B, L, N, C)
+        (B, N, L, C), laid out as (B, L, N, C).
     """
     batch, heads, length, channels = q.shape
+    chunk = CHUNK * 64 if torch.jit.is_tracing() else CHUNK  # a trace of fewer steps
     out = q.new_empty(batch, length, heads, channels)
-    queries = max(1, min(length, CHUNK // length))
-    heads_at_once = max(1, min(heads, CHUNK // (queries * length)))
-    images_at_once = max(1, min(batch, CHUNK // (heads_at_once * queries * length))) if heads_at_once == heads else 1
+    queries = max(1, min(length, chunk // length))
+    heads_at_once = max(1, min(heads, chunk // (queries * length)))
+    images_at_once = max(1, min(batch, chunk // (heads_at_once * queries * length))) if heads_at_once == heads else 1
     for b in _slices(batch, images_at_once):
         for n in _slices(heads, heads_at_once):
             keys = k[b, n].reshape(-1, length, channels).transpose(1, 2)
@@ -186,7 +184,7 @@ def _attend_in_chunks(
                 scores.baddbmm_(q[b, n, i].reshape(-1, shape[2], channels), keys, alpha=scale)
                 mixed = torch.bmm(torch.softmax(scores, -1), values)
                 out[b, i, n] = mixed.view(*shape[:3], channels).transpose(1, 2)
-    return out
+    return out.transpose(1, 2)
 
 
 def _slices(length: int, step: int) -> list[slice]:
@@ -194,7 +192,7 @@ def _slices(length: int, step: int) -> list[slice]:
 
 
 def _attend_chunked(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, log_sizes: Tensor | None) -> Tensor:
-    """:func:`attend` for CPUs, without a backward pass. Returns (B, h, w, N, C)."""
+    """:func:`attend` in chunks."""
     batch, heads, h, w, channels = q.shape
     rows, columns = (scores.flatten(2, 3) for scores in _relative_scores(q, rel_h, rel_w))
     sizes = None if log_sizes is None else log_sizes.to(q.dtype)[:, None, None]
@@ -206,11 +204,11 @@ def _attend_chunked(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tenso
         return scores.flatten(3)
 
     q, k, v = (x.flatten(2, 3) for x in (q, k, v))
-    return _attend_in_chunks(q, k, v, channels**-0.5, start).view(batch, h, w, heads, channels)
+    return _attend_in_chunks(q, k, v, channels**-0.5, start).unflatten(2, (h, w))
 
 
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, log_sizes: Tensor | None) -> Tensor:
-    """:func:`attend` by torch's fused attention. Returns (B, h, w, N, C)."""
+    """:func:`attend` by torch's fused attention."""
     batch, heads, h, w, channels = q.shape
     row, column = (torch.eye(side, dtype=q.dtype, device=q.device) for side in (h, w))
     query = [q * channels**-0.5, *_relative_scores(q, rel_h, rel_w)]
@@ -219,7 +217,7 @@ def _attend_folded(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor
         query.append(torch.ones_like(q[..., :1]))
         key.append(log_sizes[:, None, ..., None].to(k.dtype).expand(*k.shape[:4], 1))
     query, key = (torch.cat(parts, dim=-1).flatten(2, 3) for parts in (query, key))
-    return _fused(query, key, v.flatten(2, 3)).transpose(1, 2).view(batch, h, w, heads, channels)
+    return _fused(query, key, v.flatten(2, 3)).unflatten(2, (h, w))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -237,28 +235,24 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
 def _attend_windows_chunked(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, log_sizes: Tensor | None
 ) -> Tensor:
-    """:func:`attend_windows` for CPUs, without a backward pass. Returns (B, L, N, C)."""
-    sizes = None if log_sizes is None else log_sizes.to(q.dtype)[:, None, None]
-
-    def start(b: slice, n: slice, i: slice) -> Tensor:
-        if sizes is not None:
-            return bias[n, i] + sizes[b]
-        return bias[n, i].expand(len(range(*b.indices(len(q)))), -1, -1, -1).clone()
-
-    return _attend_in_chunks(q, k, v, scale, start)
+    """:func:`attend_windows` in chunks."""
+    if log_sizes is None:
+        return F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
+    sizes = log_sizes.to(q.dtype)[:, None, None]
+    return _attend_in_chunks(q, k, v, scale, lambda b, n, i: bias[n, i] + sizes[b])
 
 
 def _attend_windows_fused(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, log_sizes: Tensor | None
 ) -> Tensor:
-    """:func:`attend_windows` by torch's fused attention. Returns (B, L, N, C)."""
+    """:func:`attend_windows` by torch's fused attention."""
     bias = bias.expand(len(q), -1, -1, -1)
     if log_sizes is None:
-        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
     # A channel more holds the sizes, so that windows still share the bias.
     sizes = log_sizes[:, None, :, None].to(k.dtype).expand(*k.shape[:3], 1)
     query, key = torch.cat([q * scale, torch.ones_like(q[..., :1])], dim=-1), torch.cat([k, sizes], dim=-1)
-    return _fused(query, key, v, bias).transpose(1, 2)
+    return _fused(query, key, v, bias)
 
 
 def read_bias(
@@ -312,28 +306,3 @@ def _at_distances(grid: Tensor, axis: int, extent: int, length: int, step: float
     above = (below + 1).clamp(max=2 * extent - 2)
     fraction = (entry - below).to(grid.dtype).view([-1 if i == axis else 1 for i in range(grid.dim())])
     return torch.lerp(grid.index_select(axis, below), grid.index_select(axis, above), fraction)
-
-
-def _register(name: str, arguments: str, order: tuple[int, ...], cpu: Callable, cuda: Callable) -> None:
-    """``order``: of the query's dimensions in the result."""
-    _library.define(f"{name}({arguments}) -> Tensor")
-    _library.impl(name, cpu, "CPU")
-    _library.impl(name, lambda *tensors: cuda(*tensors).contiguous(), "CUDA")
-    _library.impl(name, lambda q, *_: q.new_empty([q.shape[i] for i in order]), "Meta")
-
-
-_library = torch.library.Library("hourglass", "DEF")
-_register(
-    "attend",
-    "Tensor q, Tensor k, Tensor v, Tensor rel_h, Tensor rel_w, Tensor? log_sizes",
-    (0, 2, 3, 1, 4),
-    _attend_chunked,
-    _attend_folded,
-)
-_register(
-    "attend_windows",
-    "Tensor q, Tensor k, Tensor v, Tensor bias, float scale, Tensor? log_sizes",
-    (0, 2, 1, 3),
-    _attend_windows_chunked,
-    _attend_windows_fused,
-)

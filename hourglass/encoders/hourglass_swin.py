@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from hourglass.compat import size_divisibility
 from hourglass.encoders.plan import Plan
-from hourglass.encoders.swin import Stage, Windows, embed, keep_frozen, merge_patches, run_checkpointed
+from hourglass.encoders.swin import Stage, embed, keep_frozen, merge_patches, run_checkpointed
 from hourglass.encoders.windows import EachWindow
 from hourglass.errors import InputError
 from hourglass.reduction import GridReducer
@@ -108,41 +108,32 @@ class HourglassSwin(Backbone):
         return features
 
     def _run_stage(self, stage: nn.Module, tokens: Tensor, planned: range) -> tuple[Tensor, Tensor | None]:
-        fast = self.plan.fast
-        if not planned and not fast:
+        if not planned and not self.plan.fast:
             return stage(tokens) if isinstance(stage, Stage) else _run_detectron2_stage(stage, tokens)
-        windows = Windows.full(stage.window_size)
         planned = planned or range(0)
         for block in stage.blocks[: planned.start]:
-            tokens = run_checkpointed(stage, block, tokens, windows, fast=fast)
+            tokens = self._run_whole(stage, block, tokens)
         if planned:
             tokens = self._run_planned(stage, tokens, planned)
         for block in stage.blocks[planned.stop :]:
-            tokens = run_checkpointed(stage, block, tokens, windows, fast=fast)
+            tokens = self._run_whole(stage, block, tokens)
         return tokens, None if stage.downsample is None else merge_patches(stage.downsample, tokens)
 
+    def _run_whole(self, stage: nn.Module, block: nn.Module, tokens: Tensor) -> Tensor:
+        return run_checkpointed(stage, block, tokens, map_size(tokens), None, None, False, self.plan.fast)
+
     def _run_planned(self, stage: nn.Module, tokens: Tensor, planned: range) -> Tensor:
-        full = map_size(tokens)
+        plan, full = self.plan, map_size(tokens)
+        window = None
+        if plan.scope == "window" and isinstance(plan.reducer, GridReducer):
+            window = plan.reducer.cells((stage.window_size, stage.window_size))
 
         def blocks(refined: Tensor, sizes: Tensor | None) -> Tensor:
-            windows = self._windows(stage.window_size, full, map_size(refined))
             for block in stage.blocks[planned.start : planned.stop]:
-                refined = run_checkpointed(stage, block, refined, windows, sizes, self.plan.fast)
+                refined = run_checkpointed(stage, block, refined, full, sizes, window, plan.published, plan.fast)
             return refined
 
-        return self.plan.run(self.reducer, tokens, blocks)
-
-    def _windows(self, window: int, full: tuple[int, int], reduced: tuple[int, int]) -> Windows:
-        """The windows on a map of ``reduced`` tokens that stands for one of ``full``."""
-        if self.plan.scope == "window" and isinstance(self.plan.reducer, GridReducer):
-            size = self.plan.reducer.cells((window, window))
-            step = (window / size[0], window / size[1])
-        else:
-            step = (full[0] / reduced[0], full[1] / reduced[1])
-            size = tuple(max(1, round(window / apart)) for apart in step)
-        shift = (size[0] // 2, size[1] // 2)
-        masked_shift = (window // 2, window // 2) if self.plan.published else shift
-        return Windows(size, step, shift, masked_shift, resize_bias=self.plan.published)
+        return plan.run(self.reducer, tokens, blocks)
 
 
 def _run_detectron2_stage(stage: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:

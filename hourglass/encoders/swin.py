@@ -6,7 +6,7 @@ Letters: B batch, H x W tokens of the full map, h x w tokens of the map at hand,
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,35 +17,10 @@ from torchvision.ops import StochasticDepth
 
 from hourglass.attention import attend_windows, bias_index, read_bias
 from hourglass.encoders.vit import Mlp
-from hourglass.encoders.windows import Strip, join, split
+from hourglass.encoders.windows import Strip, join, pad, split
 from hourglass.errors import InputError
+from hourglass.operators import operator
 from hourglass.reduction.reducer import map_size
-
-
-class Windows(NamedTuple):
-    """
-    The windows of a stage on the map at hand.
-
-    Attributes:
-        size: (wh, ww), rows and columns of a window.
-        step: distance of neighbouring tokens in original tokens, along rows and columns.
-        shift: by how many tokens the windows of shifted blocks are moved.
-        masked_shift: the shift that the mask of shifted blocks is made for. The same, but in Expedit's code, where
-            it stays that of the full map.
-        resize_bias: see :func:`hourglass.attention.read_bias`.
-    """
-
-    size: tuple[int, int]
-    step: tuple[float, float]
-    shift: tuple[int, int]
-    masked_shift: tuple[int, int]
-    resize_bias: bool = False
-
-    @classmethod
-    def full(cls, window: int) -> "Windows":
-        """Those of the full map, ``window`` tokens a side."""
-        shift = (window // 2, window // 2)
-        return cls((window, window), (1, 1), shift, shift)
 
 
 class WindowAttention(nn.Module):
@@ -76,8 +51,51 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
 
+class _Place(NamedTuple):
+    """
+    The windows of a block on the map at hand, each along rows and columns.
+
+    Attributes:
+        window: tokens of a window.
+        step: original tokens from one token to the next.
+        shift: by how many tokens the windows are moved.
+        masked_shift: the shift that their mask is made for. The same, but in Expedit's code, where it stays that of the
+            full map.
+    """
+
+    window: tuple[int, int]
+    step: tuple[float, float]
+    shift: tuple[int, int]
+    masked_shift: tuple[int, int]
+
+
+def _place(
+    size: tuple[int, int],
+    full: tuple[int, int],
+    window_size: int,
+    window: tuple[int, int] | None,
+    shifted: bool,
+    published: bool,
+) -> _Place:
+    if window is None:
+        step = (full[0] / size[0], full[1] / size[1])
+        window = tuple(max(1, round(window_size / apart)) for apart in step)
+    else:
+        step = (window_size / window[0], window_size / window[1])
+    shift = (window[0] // 2, window[1] // 2) if shifted else (0, 0)
+    masked_shift = (window_size // 2, window_size // 2) if published and shifted else shift
+    return _Place(window, step, shift, masked_shift)
+
+
 def run_attention(
-    attn: nn.Module, tokens: Tensor, windows: Windows, shifted: bool, sizes: Tensor | None, fast: bool
+    attn: nn.Module,
+    tokens: Tensor,
+    full: tuple[int, int],
+    shifted: bool,
+    sizes: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    published: bool = False,
+    fast: bool = False,
 ) -> Tensor:
     """
     Run a block's attention, Detectron2's or ours, in the windows of a map.
@@ -85,54 +103,137 @@ def run_attention(
     Args:
         attn: module with the parameters of :class:`WindowAttention`.
         tokens: (B, h, w, C).
-        windows: where they lie.
-        shifted: whether they are shifted. What the roll then brings together from opposite edges is kept apart.
-        sizes: (B, h, w), the number of tokens that each stands for: its logarithm is added to a key's score.
-        fast: see :func:`hourglass.attention.attend_windows`.
+        shifted: whether windows are shifted. What the roll then brings together from opposite edges is kept apart.
+        full, sizes, window, published, fast: as in :func:`run_block`.
 
     Returns:
         (B, h, w, C)
     """
-    h, w = map_size(tokens)
-    wh, ww = windows.size
-    shift = windows.shift if shifted else (0, 0)
-    masked_shift = windows.masked_shift if shifted else (0, 0)
-    tokens = _pad_and_roll(tokens, windows.size, shift)
+    window_size = attn.window_size[0]
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    table = attn.relative_position_bias_table
+    if fast:
+        mixed = _swin_attention(
+            attn.qkv(tokens),
+            attn.qkv.bias,
+            table,
+            sizes,
+            attn.num_heads,
+            attn.scale,
+            shifted,
+            window_size,
+            *full,
+            *(window or (0, 0)),
+            published,
+            dropout,
+        )
+        return attn.proj_drop(attn.proj(mixed))
+    size = map_size(tokens)
+    place = _place(size, full, window_size, window, shifted, published)
+    qkv = attn.qkv(_pad_and_roll(tokens, place))
+    mixed = _attend(qkv, size, table, sizes, attn.num_heads, attn.scale, window_size, place, published, dropout)
+    return attn.proj_drop(attn.proj(mixed))
+
+
+@operator(
+    "Tensor qkv, Tensor? bias, Tensor table, Tensor? sizes, int heads, float scale, bool shifted, int window_size, "
+    "SymInt full_h, SymInt full_w, int window_h, int window_w, bool published, float dropout",
+    lambda qkv, *_: [*qkv.shape[:3], qkv.shape[3] // 3],
+)
+def _swin_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    sizes: Tensor | None,
+    heads: int,
+    scale: float,
+    shifted: bool,
+    window_size: int,
+    full_h: int,
+    full_w: int,
+    window_h: int,
+    window_w: int,
+    published: bool,
+    dropout: float,
+) -> Tensor:
+    """
+    Fast attention between the projections. Tokens of zeros, which fill cut windows, are projected to the bias: they
+    join here, and nothing is spent on projecting them.
+
+    Args:
+        qkv: (B, h, w, 3 C).
+        bias: (3 C,), of the projection to it.
+        table: see :func:`hourglass.attention.read_bias`.
+        window_h, window_w: 0 where windows shrink as the map does.
+
+    Returns:
+        (B, h, w, C)
+    """
+    size = map_size(qkv)
+    window = (window_h, window_w) if window_h else None
+    place = _place(size, (full_h, full_w), window_size, window, shifted, published)
+    qkv = _pad_and_roll(qkv, place, 0.0 if bias is None else bias)
+    return _attend(qkv, size, table, sizes, heads, scale, window_size, place, published, dropout, fast=True)
+
+
+def _attend(
+    qkv: Tensor,
+    size: tuple[int, int],
+    table: Tensor,
+    sizes: Tensor | None,
+    heads: int,
+    scale: float,
+    window_size: int,
+    place: _Place,
+    published: bool,
+    dropout: float,
+    fast: bool = False,
+) -> Tensor:
+    """
+    Args:
+        qkv: (B, H, W, 3 C), padded and rolled.
+        size: (h, w) of the map.
+        sizes: (B, h, w).
+
+    Returns:
+        (B, h, w, C)
+    """
     # Only the last row and column of windows hold what the roll moved: the others share one bias.
-    counts = (tokens.shape[1] // wh, tokens.shape[2] // ww)
+    counts = [length // side for length, side in zip(map_size(qkv), place.window)]
     rows, columns = (
         [Strip(count - 1, side), Strip(1, side)] if masked else [Strip(count, side)]
-        for count, side, masked in zip(counts, windows.size, masked_shift)
+        for count, side, masked in zip(counts, place.window, place.masked_shift)
     )
     rows, columns = ([strip for strip in strips if strip.windows] for strips in (rows, columns))
-    parts = split(tokens, rows, columns)
+    parts = split(qkv, rows, columns)
     log_sizes = [None] * len(parts)
     if sizes is not None:
         # A padded key is there in the full map too: it stands for as many as a token does on average.
-        sizes = _pad_and_roll(sizes[..., None], windows.size, shift, value=windows.step[0] * windows.step[1])
+        sizes = _pad_and_roll(sizes[..., None], place, value=place.step[0] * place.step[1])
         # The size of a centre that no token is near may be 0.
-        log_sizes = split(sizes.clamp(min=1e-6).log(), rows, columns)
+        log_sizes = [part.flatten(1) for part in split(sizes.clamp(min=1e-6).log(), rows, columns)]
 
-    table = attn.relative_position_bias_table
-    bias = read_bias(table, attn.window_size, windows.size, windows.step, windows.resize_bias)
-    places = [(row is rows[-1], column is columns[-1]) for row in rows for column in columns]
-    attended = []
-    for part, log_size, place in zip(parts, log_sizes, places):
-        masks = [masked if last else 0 for masked, last in zip(masked_shift, place)]
-        part_bias = bias.masked_fill(_apart(windows.size, masks, bias.device), -torch.inf) if any(masks) else bias
-        attended.append(_attend(attn, part, part_bias, log_size, fast))
-    mixed = join(attended, rows, columns)
-    if any(shift):
-        mixed = torch.roll(mixed, shift, dims=(1, 2))
-    return attn.proj_drop(attn.proj(mixed[:, :h, :w]))
+    extent = (window_size, window_size)
+    bias = read_bias(table, extent, place.window, place.step, resize=published)
+    lasts = [(row is rows[-1], column is columns[-1]) for row in rows for column in columns]
+    mixed = []
+    for part, log_size, last in zip(parts, log_sizes, lasts):
+        masks = [masked if is_last else 0 for masked, is_last in zip(place.masked_shift, last)]
+        part_bias = bias.masked_fill(_apart(place.window, masks, bias.device), -torch.inf) if any(masks) else bias
+        q, k, v = part.reshape(*part.shape[:1], -1, 3, heads, part.shape[3] // (3 * heads)).permute(2, 0, 3, 1, 4)
+        attended = attend_windows(q, k, v, part_bias, scale, log_size, dropout, fast)
+        mixed.append(attended.transpose(1, 2).reshape(*part.shape[:3], -1))
+    mixed = join(mixed, rows, columns)
+    if any(place.shift):
+        mixed = torch.roll(mixed, place.shift, dims=(1, 2))
+    return mixed[:, : size[0], : size[1]]
 
 
-def _pad_and_roll(tokens: Tensor, window: tuple[int, int], shift: tuple[int, int], value: float = 0.0) -> Tensor:
-    h, w = map_size(tokens)
-    bottom, right = -h % window[0], -w % window[1]
+def _pad_and_roll(tokens: Tensor, place: _Place, value: float | Tensor = 0.0) -> Tensor:
+    bottom, right = (-length % side for length, side in zip(map_size(tokens), place.window))
     if bottom or right:
-        tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom), value=value)
-    return torch.roll(tokens, (-shift[0], -shift[1]), dims=(1, 2)) if any(shift) else tokens
+        tokens = pad(tokens, bottom, right, value)
+    return torch.roll(tokens, [-shift for shift in place.shift], dims=(1, 2)) if any(place.shift) else tokens
 
 
 def _apart(window: tuple[int, int], shift: Sequence[int], device: torch.device) -> Tensor:
@@ -141,21 +242,6 @@ def _apart(window: tuple[int, int], shift: Sequence[int], device: torch.device) 
     rows, columns = moved
     region = (2 * rows[:, None].long() + columns).flatten()
     return region[:, None] != region
-
-
-def _attend(attn: nn.Module, windows: Tensor, bias: Tensor, log_sizes: Tensor | None, fast: bool) -> Tensor:
-    """
-    Args:
-        windows: (B * n, wh, ww, C).
-        bias: (N, wh * ww, wh * ww), added to the scores.
-        log_sizes: (B * n, wh, ww, 1), added to the score of each key.
-    """
-    count, wh, ww, channels = windows.shape
-    qkv = attn.qkv(windows).view(count, wh * ww, 3, attn.num_heads, channels // attn.num_heads)
-    log_sizes = None if log_sizes is None else log_sizes.flatten(1)
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    mixed = attend_windows(*qkv.permute(2, 0, 3, 1, 4), bias, attn.scale, log_sizes, dropout, fast)
-    return mixed.transpose(1, 2).reshape(count, wh, ww, channels)
 
 
 class Block(nn.Module):
@@ -185,22 +271,33 @@ class Block(nn.Module):
 
 
 def run_block(
-    block: nn.Module, tokens: Tensor, windows: Windows, sizes: Tensor | None = None, fast: bool = False
+    block: nn.Module,
+    tokens: Tensor,
+    full: tuple[int, int],
+    sizes: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    published: bool = False,
+    fast: bool = False,
 ) -> Tensor:
     """
-    Run a Swin block, Detectron2's or ours, on a full map or a reduced one.
+    Run a Swin block, Detectron2's or ours, on a full map or a reduced one: windows and their shift shrink with the map,
+    the bias is read at the distances of the original tokens.
 
     Args:
         block: module with ``norm1``, ``attn``, ``norm2``, ``mlp``, ``drop_path`` and ``shift_size``.
         tokens: (B, h, w, C).
-        windows: the stage's, on this map.
-        sizes: (B, h, w), see :func:`run_attention`.
-        fast: see there.
+        full: (H, W) of the full map; (h, w) where the map is the full one.
+        sizes: (B, h, w), the number of tokens that each stands for: its logarithm is added to a key's score.
+        window: (wh, ww), rows and columns of the windows on this map; None: shrunk as the map is.
+        published: as in Expedit's code, the bias's table is stretched to the window
+            (:func:`hourglass.attention.read_bias`) and the mask of shifted windows stays that of the full map.
+        fast: attention, see :func:`hourglass.attention.attend_windows`.
 
     Returns:
         (B, h, w, C)
     """
-    attended = run_attention(block.attn, block.norm1(tokens), windows, block.shift_size > 0, sizes, fast)
+    attended = block.norm1(tokens)
+    attended = run_attention(block.attn, attended, full, block.shift_size > 0, sizes, window, published, fast)
     tokens = tokens + block.drop_path(attended)
     return tokens + block.drop_path(block.mlp(block.norm2(tokens)))
 
@@ -244,24 +341,16 @@ class Stage(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, C) -> the stage's own map (B, H, W, C), and the next one's; None after the last stage."""
-        windows = Windows.full(self.window_size)
         for block in self.blocks:
-            tokens = run_checkpointed(self, block, tokens, windows)
+            tokens = run_checkpointed(self, block, tokens, map_size(tokens))
         return tokens, None if self.downsample is None else merge_patches(self.downsample, tokens)
 
 
-def run_checkpointed(
-    stage: nn.Module,
-    block: nn.Module,
-    tokens: Tensor,
-    windows: Windows,
-    sizes: Tensor | None = None,
-    fast: bool = False,
-) -> Tensor:
+def run_checkpointed(stage: nn.Module, block: nn.Module, tokens: Tensor, *arguments: Any) -> Tensor:
     """:func:`run_block`, recomputed in the backward pass where the stage asks for it."""
     if stage.use_checkpoint and stage.training:
-        return checkpoint(run_block, block, tokens, windows, sizes, fast, use_reentrant=False)
-    return run_block(block, tokens, windows, sizes, fast)
+        return checkpoint(run_block, block, tokens, *arguments, use_reentrant=False)
+    return run_block(block, tokens, *arguments)
 
 
 class PatchEmbed(nn.Module):

@@ -8,6 +8,7 @@ Letters: B batch, H x W tokens of the full map, h x w tokens of the map at hand,
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torchvision.ops import StochasticDepth
 
 from hourglass.attention import attend, read_table
 from hourglass.encoders.windows import partition, unpartition
+from hourglass.operators import operator
 from hourglass.reduction.reducer import map_size
 
 
@@ -120,9 +122,10 @@ class Attention(nn.Module):
 def run_attention(
     attn: nn.Module,
     tokens: Tensor,
-    extent: tuple[int, int],
-    step: tuple[float, float] = (1, 1),
-    log_sizes: Tensor | None = None,
+    full: tuple[int, int],
+    window_size: int,
+    sizes: Tensor | None = None,
+    window: tuple[int, int] | None = None,
     fast: bool = False,
 ) -> Tensor:
     """
@@ -131,22 +134,109 @@ def run_attention(
     Args:
         attn: module with ``qkv``, ``proj``, ``num_heads``, ``use_rel_pos`` and, if so, ``rel_pos_h`` and ``rel_pos_w``.
         tokens: (B, h, w, C).
-        extent: rows and columns, in original tokens, of the map or window that is attended in.
-        step: distance of neighbouring tokens in original tokens, along rows and columns.
-        log_sizes: (B, h, w), see :func:`hourglass.attention.attend`.
-        fast: see there.
+        full, sizes, window, fast: as in :func:`run_block`.
+        window_size: the block's, in original tokens; 0: attention is global.
 
     Returns:
         (B, h, w, C)
     """
-    batch, (h, w) = tokens.shape[0], map_size(tokens)
-    qkv = attn.qkv(tokens).reshape(batch, h, w, 3, attn.num_heads, -1).permute(3, 0, 4, 1, 2, 5)
-    rel_h = rel_w = None
-    if attn.use_rel_pos:
-        rel_h = read_table(attn.rel_pos_h, extent[0], h, step[0])
-        rel_w = read_table(attn.rel_pos_w, extent[1], w, step[1])
-    mixed = attend(*qkv.unbind(0), rel_h, rel_w, log_sizes, fast)
-    return attn.proj(mixed.permute(0, 2, 3, 1, 4).reshape(batch, h, w, -1))
+    tables = (attn.rel_pos_h, attn.rel_pos_w) if attn.use_rel_pos else (None, None)
+    if fast:
+        window = (0, 0) if window is None else window
+        mixed = _vit_attention(
+            attn.qkv(tokens), attn.qkv.bias, *tables, sizes, attn.num_heads, window_size, *full, *window
+        )
+        return attn.proj(mixed)
+    place = _place(map_size(tokens), full, window_size, window)
+    qkv = attn.qkv(partition(tokens, place.window))
+    return unpartition(attn.proj(_attend(qkv, tables, sizes, attn.num_heads, place, fast=False)), map_size(tokens))
+
+
+class _Place(NamedTuple):
+    """
+    Where attention looks: the window of the map at hand, the original tokens that it covers, and their number
+    from one of its tokens to the next, each along rows and columns.
+    """
+
+    window: tuple[int, int]
+    extent: tuple[int, int]
+    step: tuple[float, float]
+
+
+def _place(size: tuple[int, int], full: tuple[int, int], window_size: int, window: tuple[int, int] | None) -> _Place:
+    step = (full[0] / size[0], full[1] / size[1])
+    if window_size == 0:
+        return _Place(size, full, step)
+    extent = (window_size, window_size)
+    if window is None:
+        return _Place(tuple(max(1, round(window_size / apart)) for apart in step), extent, step)
+    return _Place(window, extent, (window_size / window[0], window_size / window[1]))
+
+
+@operator(
+    "Tensor qkv, Tensor? bias, Tensor? table_h, Tensor? table_w, Tensor? sizes, int heads, int window_size, "
+    "SymInt full_h, SymInt full_w, int window_h, int window_w",
+    lambda qkv, *_: [*qkv.shape[:3], qkv.shape[3] // 3],
+)
+def _vit_attention(
+    qkv: Tensor,
+    bias: Tensor | None,
+    table_h: Tensor | None,
+    table_w: Tensor | None,
+    sizes: Tensor | None,
+    heads: int,
+    window_size: int,
+    full_h: int,
+    full_w: int,
+    window_h: int,
+    window_w: int,
+) -> Tensor:
+    """
+    Fast attention between the projections. Tokens of zeros, which fill cut windows, are projected to the bias: they
+    join here, and nothing is spent on projecting them.
+
+    Args:
+        qkv: (B, h, w, 3 C).
+        bias: (3 C,), of the projection to it.
+        window_h, window_w: 0 where windows shrink as the map does.
+
+    Returns:
+        (B, h, w, C)
+    """
+    size = map_size(qkv)
+    place = _place(size, (full_h, full_w), window_size, (window_h, window_w) if window_h else None)
+    windows = partition(qkv, place.window, 0.0 if bias is None else bias)
+    return unpartition(_attend(windows, (table_h, table_w), sizes, heads, place, fast=True), size)
+
+
+def _attend(
+    qkv: Tensor,
+    tables: tuple[Tensor | None, Tensor | None],
+    sizes: Tensor | None,
+    heads: int,
+    place: _Place,
+    fast: bool,
+) -> Tensor:
+    """
+    Args:
+        qkv: (B * n, wh, ww, 3 C), of windows.
+        sizes: (B, h, w), of the map.
+
+    Returns:
+        (B * n, wh, ww, C)
+    """
+    count, (h, w) = qkv.shape[0], map_size(qkv)
+    log_sizes = rel_h = rel_w = None
+    if tables[0] is not None:
+        rel_h, rel_w = (read_table(*axis) for axis in zip(tables, place.extent, place.window, place.step))
+    if sizes is not None:
+        # A padded key is there in the full map too: it stands for as many as a token does on average.
+        sizes = partition(sizes[..., None], place.window, value=place.step[0] * place.step[1])[..., 0]
+        # The size of a centre that no token is near may be 0, and a window may hold only such.
+        log_sizes = sizes.clamp(min=1e-6).log()
+    q, k, v = qkv.reshape(count, h, w, 3, heads, -1).permute(3, 0, 4, 1, 2, 5)
+    mixed = attend(q, k, v, rel_h, rel_w, log_sizes, fast)
+    return mixed.permute(0, 2, 3, 1, 4).reshape(count, h, w, -1)
 
 
 def run_block(
@@ -186,25 +276,7 @@ def _run_block(
     window: tuple[int, int] | None,
     fast: bool,
 ) -> Tensor:
-    h, w = map_size(tokens)
-    step = (full[0] / h, full[1] / w)
-    extent = full
-    attended = block.norm1(tokens)
-    if block.window_size > 0:
-        extent = (block.window_size, block.window_size)
-        if window is None:
-            window = tuple(max(1, round(length / apart)) for length, apart in zip(extent, step))
-        else:
-            step = (extent[0] / window[0], extent[1] / window[1])
-        if sizes is not None:
-            # A padded key is there in the full map too: it stands for as many as a token does on average.
-            sizes = partition(sizes[..., None], window, value=step[0] * step[1])[..., 0]
-        attended = partition(attended, window)
-    # The size of a centre that no token is near may be 0, and a window may hold only such.
-    log_sizes = None if sizes is None else sizes.clamp(min=1e-6).log()
-    attended = run_attention(block.attn, attended, extent, step, log_sizes, fast)
-    if block.window_size > 0:
-        attended = unpartition(attended, (h, w))
+    attended = run_attention(block.attn, block.norm1(tokens), full, block.window_size, sizes, window, fast)
     tokens = tokens + block.drop_path(attended)
     tokens = tokens + block.drop_path(block.mlp(block.norm2(tokens)))
     if block.use_residual_block:

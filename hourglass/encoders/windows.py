@@ -10,14 +10,14 @@ from hourglass.reduction import Reducer, Reduction
 from hourglass.reduction.reducer import map_size
 
 
-def partition(tokens: Tensor, window: tuple[int, int], value: float = 0.0) -> Tensor:
+def partition(tokens: Tensor, window: tuple[int, int], value: float | Tensor = 0.0) -> Tensor:
     """
     Cut a map into windows that do not overlap, padded at the bottom and the right where it is no multiple of them.
 
     Args:
         tokens: (B, H, W, C).
         window: (wh, ww), rows and columns of a window.
-        value: what the padding holds.
+        value: what the padding holds, a number or (C,).
 
     Returns:
         (B * n, wh, ww, C)
@@ -27,10 +27,22 @@ def partition(tokens: Tensor, window: tuple[int, int], value: float = 0.0) -> Te
     wh, ww = window
     bottom, right = -height % wh, -width % ww
     if bottom or right:
-        tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom), value=value)
+        tokens = pad(tokens, bottom, right, value)
     rows, columns = (height + bottom) // wh, (width + right) // ww
     tokens = tokens.reshape(batch, rows, wh, columns, ww, channels)
     return tokens.transpose(2, 3).reshape(-1, wh, ww, channels)
+
+
+def pad(tokens: Tensor, bottom: int, right: int, value: float | Tensor = 0.0) -> Tensor:
+    """(B, H, W, C) -> (B, H + bottom, W + right, C), filled with ``value``, a number or (C,)."""
+    height, width = map_size(tokens)
+    if not isinstance(value, Tensor):
+        return F.pad(tokens, (0, 0, 0, right, 0, bottom), value=value)
+    tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom))
+    value = value.to(tokens.dtype)
+    tokens[:, height:] = value
+    tokens[:, :, width:] = value
+    return tokens
 
 
 def unpartition(windows: Tensor, size: tuple[int, int]) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hourglass.errors import InputError
+from hourglass.operators import operator
 from hourglass.reduction.neighborhoods import Neighborhoods, at_home, neighborhoods
 from hourglass.reduction.pooling import average_pool
 from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction, check_choice, check_count, map_size
@@ -18,6 +19,9 @@ CANDIDATES = ("neighborhood", "all")
 
 # "auto" is this over the mean squared distance of tokens and their home centres.
 AUTO_TEMPERATURE = 8.0
+
+# Tokens x centres that are compared at a time where all centres are candidates: 16 MiB of scores.
+PAIRS = 1 << 22
 
 # A centre that stands for less than this share of a token stays where it was.
 EMPTY = 1e-30
@@ -41,17 +45,32 @@ def cluster(
     Returns:
         centres (B, h, w, C), and how many tokens each stands for (B, h, w), None after no iteration.
     """
-    centers, sizes = average_pool(tokens, grid), None
-    if iterations > 0:
-        near = neighborhoods(map_size(tokens), grid, neighborhood // 2, tokens.device)
-        tiles = near.tile_tokens(tokens)
+    if iterations == 0:
+        return average_pool(tokens, grid), None
+    clustered = _cluster(tokens, *grid, iterations, neighborhood, _as_tensor(temperature, tokens))
+    return clustered[..., :-1], clustered[..., -1]
+
+
+def _as_tensor(temperature: float | Tensor, like: Tensor) -> Tensor:
+    return temperature if isinstance(temperature, Tensor) else like.new_full((1, 1, 1, 1), temperature)
+
+
+@operator(
+    "Tensor tokens, SymInt h, SymInt w, int iterations, int neighborhood, Tensor temperature",
+    lambda tokens, h, w, *_: [tokens.shape[0], h, w, tokens.shape[3] + 1],
+)
+def _cluster(tokens: Tensor, h: int, w: int, iterations: int, neighborhood: int, temperature: Tensor) -> Tensor:
+    """(B, h, w, C + 1): centres, and in the last channel their sizes."""
+    near = neighborhoods(map_size(tokens), (h, w), neighborhood // 2, tokens.device)
+    tiles = near.tile_tokens(tokens)
+    centers = average_pool(tokens, (h, w))
     for _ in range(iterations):
         with torch.no_grad():
             affinity = _scores(tiles, centers, near, temperature).softmax(-1) * near.real
             sizes = near.sum_patches(affinity.sum(-2)[..., None])
         means = near.sum_patches(affinity.transpose(-2, -1) @ tiles) / sizes.clamp(min=EMPTY)
         centers = torch.where(sizes > EMPTY, means, centers)
-    return centers, None if sizes is None else sizes[..., 0]
+    return torch.cat([centers, sizes], dim=-1)
 
 
 def mixture(
@@ -79,27 +98,52 @@ def mixture(
     Returns:
         a function (B, h, w, D) -> (B, H, W, D), for any D.
     """
-    radius = None if neighborhood is None else neighborhood // 2
-    near = neighborhoods(map_size(tokens), map_size(centers), radius, tokens.device)
+    temperature = _as_tensor(temperature, tokens)
+    return lambda refined: _mix(tokens, centers, refined, temperature, k, neighborhood or 0, weights)
+
+
+@operator(
+    "Tensor tokens, Tensor centers, Tensor refined, Tensor temperature, int k, int neighborhood, str weights",
+    lambda tokens, centers, refined, *_: [*tokens.shape[:3], refined.shape[3]],
+)
+def _mix(
+    tokens: Tensor, centers: Tensor, refined: Tensor, temperature: Tensor, k: int, neighborhood: int, weights: str
+) -> Tensor:
+    """See :func:`mixture`; ``neighborhood`` 0 is None there."""
+    if neighborhood == 0:
+        return _mix_all(tokens, centers, refined, temperature, k, weights)
+    near = neighborhoods(map_size(tokens), map_size(centers), neighborhood // 2, tokens.device)
     with torch.no_grad():
         tiles = near.tile_tokens(tokens)
-        scores = _scores(tiles, centers, near, temperature)
-        if k < scores.shape[-1]:
-            smallest = scores.topk(k, dim=-1).values[..., -1:]
-            scores = scores.masked_fill(scores < smallest, -torch.inf)
-        if weights == "sum":
-            shares = scores.softmax(-1)
-        else:
-            scores = scores - tiles.square().sum(-1, keepdim=True) * temperature
-            shares = F.normalize(scores.clamp(max=0).exp(), p=2, dim=-1, eps=1e-12)
-
-    def mix(refined: Tensor) -> Tensor:
-        return near.untile_tokens(shares.to(refined.dtype) @ near.patches(refined))
-
-    return mix
+        shares = _shares(tiles, _scores(tiles, centers, near, temperature), temperature, k, weights)
+    return near.untile_tokens(shares.to(refined.dtype) @ near.patches(refined))
 
 
-def _scores(tiles: Tensor, centers: Tensor, near: Neighborhoods, temperature: float | Tensor) -> Tensor:
+def _mix_all(tokens: Tensor, centers: Tensor, refined: Tensor, temperature: Tensor, k: int, weights: str) -> Tensor:
+    """All centres are candidates, for so many tokens at a time that memory stays bounded."""
+    tiles, patches, features = (x.flatten(1, 2)[:, None] for x in (tokens, centers, refined))
+    norms = patches.square().sum(-1)[:, :, None]
+    mixed = []
+    for part in tiles.split(max(1, PAIRS // (patches.shape[0] * patches.shape[2])), dim=2):
+        with torch.no_grad():
+            scores = _products(part, patches, norms) * temperature
+            shares = _shares(part, scores, temperature, k, weights)
+        mixed.append(shares.to(refined.dtype) @ features)
+    return torch.cat(mixed, dim=2).view(*tokens.shape[:3], -1)
+
+
+def _shares(tiles: Tensor, scores: Tensor, temperature: Tensor, k: int, weights: str) -> Tensor:
+    """(B, T, n, m) what the token has of each centre, from the tokens (B, T, n, C) and their scores (B, T, n, m)."""
+    if k < scores.shape[-1]:
+        smallest = scores.topk(k, dim=-1).values[..., -1:]
+        scores = scores.masked_fill(scores < smallest, -torch.inf)
+    if weights == "sum":
+        return scores.softmax(-1)
+    scores = scores - tiles.square().sum(-1, keepdim=True) * temperature
+    return F.normalize(scores.clamp(max=0).exp(), p=2, dim=-1, eps=1e-12)
+
+
+def _scores(tiles: Tensor, centers: Tensor, near: Neighborhoods, temperature: Tensor) -> Tensor:
     """
     Minus temperature times the squared distance, up to a constant for each token; -inf where a token does not reach.
 
@@ -110,13 +154,16 @@ def _scores(tiles: Tensor, centers: Tensor, near: Neighborhoods, temperature: fl
     Returns:
         (B, T, n, m)
     """
-    patches = near.patches(centers)
-    norms = patches.square().sum(-1)[:, :, None]
+    norms = near.patches(centers.square().sum(-1, keepdim=True)).transpose(-2, -1)
+    return (_products(tiles, near.patches(centers), norms) * temperature).masked_fill(~near.reach, -torch.inf)
+
+
+def _products(tiles: Tensor, patches: Tensor, norms: Tensor) -> Tensor:
+    """(B, T, n, m) twice the dot products of (B, T, n, C) and (B, T, m, C), less the latter's norms (B, T, 1, m)."""
     batch, count, n, channels = tiles.shape
-    products = torch.baddbmm(
+    return torch.baddbmm(
         -norms.flatten(0, 1), tiles.reshape(batch * count, n, channels), patches.flatten(0, 1).transpose(1, 2), alpha=2
     ).view(batch, count, n, -1)
-    return (products * temperature).masked_fill(~near.reach, -torch.inf)
 
 
 def auto_temperature(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -130,7 +177,12 @@ def auto_temperature(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         (B, 1, 1, 1)
     """
-    distances = (tokens - at_home(average_pool(tokens, grid), map_size(tokens))).square().sum(-1, keepdim=True)
+    return _auto_temperature(tokens, *grid)
+
+
+@operator("Tensor tokens, SymInt h, SymInt w", lambda tokens, h, w: [tokens.shape[0], 1, 1, 1])
+def _auto_temperature(tokens: Tensor, h: int, w: int) -> Tensor:
+    distances = (tokens - at_home(average_pool(tokens, (h, w)), map_size(tokens))).square().sum(-1, keepdim=True)
     return AUTO_TEMPERATURE / distances.mean((1, 2), keepdim=True).clamp(min=1e-12)
 
 
@@ -151,8 +203,8 @@ class TokenClustering(GridReducer):
         k: restoring mixes so many of a token's most similar centres.
         weights: "sum": the mixture's weights sum to 1. "l2": their squares do, as in the authors' code: a constant
             map comes back scaled.
-        candidates: the centres that restoring chooses from: "neighborhood", the token's own, or "all", which costs
-            tokens x centres.
+        candidates: the centres that restoring chooses from: "neighborhood", the token's own, or "all", which takes
+            the time of tokens x centres.
         restore: "update": a token keeps its features and gets the mixture of the centres' changes; "features": the
             mixture of the centres' features, as published.
 

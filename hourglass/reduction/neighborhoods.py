@@ -30,9 +30,9 @@ class _Axis(NamedTuple):
     reach: Tensor  # (tiles, tokens a tile, cells a patch) True for a centre in the token's neighbourhood
 
 
-def _axis(length: int, cells: int, radius: int | None, device: torch.device) -> _Axis:
+def _axis(length: int, cells: int, radius: int, device: torch.device) -> _Axis:
     # Patches of two tiles' length hold the tile and radius cells on both sides where a tile has 2 * radius cells.
-    tile = cells if radius is None else max(4, 2 * radius)
+    tile = max(4, 2 * radius)
     if cells <= 3 * tile:  # so few that meeting all is no more work
         tile, tiles, blocks, before = cells, 1, 1, 0
     else:
@@ -41,18 +41,18 @@ def _axis(length: int, cells: int, radius: int | None, device: torch.device) -> 
     token = torch.arange(length, device=device)
     home = _home(length, cells, device)
     tile_of_token = home // tile
-    counts = torch.bincount(tile_of_token, minlength=tiles)
-    first = counts.cumsum(0) - counts
-    place = torch.arange(int(counts.max()), device=device)
-    real = place < counts[:, None]
-    gather = first[:, None] + torch.minimum(place, (counts - 1)[:, None])
+    # Token i is at home before cell c where i * cells < c * length. The first tile has most tokens.
+    bounds = (torch.arange(tiles + 1, device=device) * tile * length + cells - 1) // cells
+    first, end = bounds[:-1], bounds[1:].clamp(max=length)
+    place = torch.arange(-(-min(tile, cells) * length // cells), device=device)
+    gather = torch.minimum(first[:, None] + place, end[:, None] - 1)
+    real = first[:, None] + place < end[:, None]
     scatter = tile_of_token * len(place) + token - first[tile_of_token]
 
     tile_start = torch.arange(tiles, device=device)[:, None, None] * tile
     cell = tile_start - before + torch.arange(blocks * tile, device=device)
     reach = ((cell >= 0) & (cell < cells)).expand(tiles, len(place), -1)
-    if radius is not None:
-        reach = reach & ((cell - home[gather][..., None]).abs() <= radius)
+    reach = reach & ((cell - home[gather][..., None]).abs() <= radius)
     return _Axis(cells, tile, tiles, blocks, before, gather.flatten(), scatter, real, reach)
 
 
@@ -61,11 +61,11 @@ class Neighborhoods:
     Args:
         size: (H, W) of the map.
         grid: (h, w) of the centres.
-        radius: how many cells from home a token meets centres; None: it meets all.
+        radius: how many cells from home a token meets centres.
         device: of the index tensors.
     """
 
-    def __init__(self, size: tuple[int, int], grid: tuple[int, int], radius: int | None, device: torch.device):
+    def __init__(self, size: tuple[int, int], grid: tuple[int, int], radius: int, device: torch.device):
         self._rows = _axis(size[0], grid[0], radius, device)
         self._columns = _axis(size[1], grid[1], radius, device)
         rows, columns = self._rows, self._columns
@@ -149,9 +149,7 @@ def at_home(centers: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def neighborhoods(
-    size: tuple[int, int], grid: tuple[int, int], radius: int | None, device: torch.device
-) -> Neighborhoods:
+def neighborhoods(size: tuple[int, int], grid: tuple[int, int], radius: int, device: torch.device) -> Neighborhoods:
     """A :class:`Neighborhoods`, made once: it depends on sizes alone."""
     with torch.inference_mode(False), torch.no_grad():
         return Neighborhoods(size, grid, radius, device)

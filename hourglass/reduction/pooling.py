@@ -3,12 +3,18 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from hourglass.operators import operator
 from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction, check_choice, map_size
 
 
 def average_pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Adaptive average pooling, (B, H, W, C) -> (B, h, w, C)."""
-    return F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
+    return _average_pool(tokens, *grid)
+
+
+@operator("Tensor tokens, SymInt h, SymInt w", lambda tokens, h, w: [tokens.shape[0], h, w, tokens.shape[3]])
+def _average_pool(tokens: Tensor, h: int, w: int) -> Tensor:
+    return F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), (h, w)).permute(0, 2, 3, 1)
 
 
 class AveragePooling(GridReducer):

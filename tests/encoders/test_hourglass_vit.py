@@ -191,7 +191,7 @@ def test_gradients_reach_every_parameter_under_a_plan():
 def test_a_smaller_map_needs_fewer_windows():
     """64 tokens a side in windows of 14 become 46 in windows of 10, both five a side."""
     vit = tiny_vit(img_size=512, window_size=14, window_block_indexes=(0, 1, 2, 3, 4), depth=2)
-    expedited = hourglass.expedite(vit, Plan(TokenClustering((46, 46)), 1))
+    expedited = hourglass.expedite(vit, Plan(TokenClustering((46, 46)), 1, attention="plain"))
     seen = []
     expedited.blocks[1].attn.qkv.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     last(expedited, image(1, 512, 512))
@@ -239,7 +239,7 @@ def test_keys_of_no_size_do_not_break_attention():
 def test_under_scope_window_blocks_attend_in_the_reducers_windows():
     """15 tokens in windows of 14 are a whole window and a cut one; so they stay, as 4 tokens and 1."""
     vit = tiny_vit(img_size=120, window_size=14, window_block_indexes=(0, 1), depth=2)
-    expedited = hourglass.expedite(vit, Plan(AveragePooling((4, 4)), 1, scope="window"))
+    expedited = hourglass.expedite(vit, Plan(AveragePooling((4, 4)), 1, scope="window", attention="plain"))
     seen = []
     expedited.blocks[1].attn.qkv.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     last(expedited, image(1, 120, 120))

@@ -1,0 +1,53 @@
+"""Steps of a model that compiling takes as one."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("hourglass", "DEF")
+
+
+def operator(arguments: str, shape: Callable[..., list]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """
+    A decorator that makes a function an operator of torch's, ``torch.ops.hourglass.<its name>``. Compiling takes it as
+    one step and does not look inside: the function may loop over and choose by sizes as it likes, without a graph
+    break and without a new compilation for each size of image.
+
+    Operators have no backward pass. Where a gradient is asked for, and under ``torch.jit.trace``, by which
+    operations are counted, the function is run as it is.
+
+    Args:
+        arguments: as a schema of torch's, such as "Tensor tokens, int heads".
+        shape: the function's arguments -> the shape of what it returns, in the first argument's type.
+    """
+
+    def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        name = function.__name__.lstrip("_")
+        _library.define(f"{name}({arguments}) -> Tensor")
+
+        def kernel(*values) -> Tensor:
+            return function(*values).contiguous()
+
+        def fake(*values) -> Tensor:
+            return values[0].new_empty(shape(*values))
+
+        for device in ("CPU", "CUDA"):
+            _library.impl(name, kernel, device)
+        _library.impl(name, fake, "Meta")
+
+        @functools.wraps(function)
+        def call(*values) -> Tensor:
+            if needs_gradient(*values) or torch.jit.is_tracing():
+                return function(*values)
+            return getattr(torch.ops.hourglass, name)(*values)
+
+        return call
+
+    return decorate
+
+
+def needs_gradient(*values) -> bool:
+    """Whether a result of ``values``, tensors and others, is to have a gradient."""
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
