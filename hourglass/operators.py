@@ -20,7 +20,8 @@ def operator(arguments: str, shape: Callable[..., list]) -> Callable[[Callable[.
 
     Args:
         arguments: as a schema of torch's, such as "Tensor tokens, int heads".
-        shape: the function's arguments -> the shape of what it returns, in the first argument's type.
+        shape: the function's arguments -> the shape of what it returns. Type and device are those of the first
+            argument, a tensor or a list of them.
     """
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -31,7 +32,8 @@ def operator(arguments: str, shape: Callable[..., list]) -> Callable[[Callable[.
             return function(*values).contiguous()
 
         def fake(*values) -> Tensor:
-            return values[0].new_empty(shape(*values))
+            first = values[0] if isinstance(values[0], Tensor) else values[0][0]
+            return first.new_empty(shape(*values))
 
         for device in ("CPU", "CUDA"):
             _library.impl(name, kernel, device)
@@ -50,4 +52,7 @@ def operator(arguments: str, shape: Callable[..., list]) -> Callable[[Callable[.
 
 def needs_gradient(*values) -> bool:
     """Whether a result of ``values``, tensors and others, is to have a gradient."""
-    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (tensor for value in values for tensor in (value if isinstance(value, list) else [value]))
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)

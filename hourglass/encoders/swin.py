@@ -322,11 +322,19 @@ def merge_patches(downsample: nn.Module, tokens: Tensor) -> Tensor:
     Returns:
         (B, ceil(H / 2), ceil(W / 2), 2 C)
     """
+    return downsample.reduction(downsample.norm(_squares(tokens)))
+
+
+@operator(
+    "Tensor tokens",
+    lambda tokens: [tokens.shape[0], (tokens.shape[1] + 1) // 2, (tokens.shape[2] + 1) // 2, 4 * tokens.shape[3]],
+)
+def _squares(tokens: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), 4 C)"""
     height, width = map_size(tokens)
     if height % 2 or width % 2:
-        tokens = F.pad(tokens, (0, 0, 0, width % 2, 0, height % 2))
-    corners = [tokens[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-    return downsample.reduction(downsample.norm(torch.cat(corners, dim=-1)))
+        tokens = pad(tokens, height % 2, width % 2)
+    return torch.cat([tokens[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
 
 
 class Stage(nn.Module):
@@ -363,11 +371,19 @@ class PatchEmbed(nn.Module):
         self.norm = None if norm_layer is None else norm_layer(embed_dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        height, width = int(image.shape[2]), int(image.shape[3])
-        patches = self.proj(F.pad(image, (0, -width % self.patch_size, 0, -height % self.patch_size)))
+        patches = self.proj(_pad_image(image, self.patch_size))
         if self.norm is not None:
             patches = self.norm(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return patches
+
+
+@operator(
+    "Tensor image, int multiple",
+    lambda image, multiple: [*image.shape[:2], *(-(-side // multiple) * multiple for side in image.shape[2:])],
+)
+def _pad_image(image: Tensor, multiple: int) -> Tensor:
+    height, width = int(image.shape[2]), int(image.shape[3])
+    return F.pad(image, (0, -width % multiple, 0, -height % multiple))
 
 
 def embed(encoder: Backbone, image: Tensor) -> Tensor:

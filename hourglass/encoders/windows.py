@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hourglass.operators import operator
 from hourglass.reduction import Reducer, Reduction
 from hourglass.reduction.reducer import map_size
 
@@ -82,21 +83,40 @@ def strips(length: int, window: int) -> list[Strip]:
 
 def split(tokens: Tensor, rows: list[Strip], columns: list[Strip]) -> list[Tensor]:
     """(B, H, W, C) to the windows of each strip of rows and columns: (B * n, side, side, C)."""
-    return [
-        partition(part, (row.side, column.side))
-        for row, across in zip(rows, tokens.split([row.length for row in rows], dim=1))
-        for column, part in zip(columns, across.split([column.length for column in columns], dim=2))
-    ]
+    parts, top = [], 0
+    for row in rows:
+        left = 0
+        for column in columns:
+            parts.append(_windows_of_strip(tokens, top, left, *row, *column))
+            left += column.length
+        top += row.length
+    return parts
+
+
+@operator(
+    "Tensor tokens, SymInt top, SymInt left, SymInt rows, SymInt wh, SymInt columns, SymInt ww",
+    lambda tokens, top, left, rows, wh, columns, ww: [tokens.shape[0] * rows * columns, wh, ww, tokens.shape[3]],
+)
+def _windows_of_strip(tokens: Tensor, top: int, left: int, rows: int, wh: int, columns: int, ww: int) -> Tensor:
+    return partition(tokens[:, top : top + rows * wh, left : left + columns * ww], (wh, ww))
 
 
 def join(windows: list[Tensor], rows: list[Strip], columns: list[Strip]) -> Tensor:
     """The way back of :func:`split`."""
+    return _join(windows, *([value for strip in strips for value in strip] for strips in (rows, columns)))
+
+
+def _joined_shape(windows: list[Tensor], rows: list[int], columns: list[int]) -> list:
+    height, width = (sum(n * side for n, side in zip(axis[::2], axis[1::2])) for axis in (rows, columns))
+    return [windows[0].shape[0] // (rows[0] * columns[0]), height, width, windows[0].shape[3]]
+
+
+@operator("Tensor[] windows, SymInt[] rows, SymInt[] columns", _joined_shape)
+def _join(windows: list[Tensor], rows: list[int], columns: list[int]) -> Tensor:
+    heights, widths = ([n * side for n, side in zip(axis[::2], axis[1::2])] for axis in (rows, columns))
     parts = iter(windows)
     return torch.cat(
-        [
-            torch.cat([unpartition(next(parts), (row.length, column.length)) for column in columns], dim=2)
-            for row in rows
-        ],
+        [torch.cat([unpartition(next(parts), (height, width)) for width in widths], dim=2) for height in heights],
         dim=1,
     )
 
