@@ -44,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default=str(DEMO), help="a LazyConfig; without one, the demo's")
     parser.add_argument("--eval-only", action="store_true", help="compare the models, do not train")
-    parser.add_argument("--control", action="store_true", help="a third model: the plan's blocks left out")
+    parser.add_argument("--control", action="store_true", help="also the model with the plan's blocks left out")
     parser.add_argument("--only", choices=("unmodified", "expedited"), help="run one of the models")
     parser.add_argument("--resume", action="store_true", help="train on from the last checkpoint in train.output_dir")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, one a GPU, on this machine")
@@ -114,7 +114,9 @@ def build_evaluator(cfg: DictConfig) -> DatasetEvaluator:
 
 def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: argparse.Namespace) -> dict:
     """Compare and report; returns the content of ``comparison.json``, empty in all but the main process."""
-    plans = {"unmodified": Plan(), "expedited": plan}
+    plans = {"unmodified": Plan(), "fast attention": Plan(attention="fast"), "expedited": plan}
+    if not plan.fast or plan.reducer is None:
+        del plans["fast attention"]
     if args.control:
         plans["control"] = plan.control()
     if args.only:

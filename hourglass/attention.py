@@ -131,16 +131,16 @@ def attend_windows(
     Returns:
         (B, N, L, C)
     """
-    bias = bias.to(q.dtype)
     if fast and dropout == 0:
         if _in_chunks(q, k, v, bias):
-            return _attend_windows_chunked(q, k, v, bias, scale, log_sizes)
+            return _attend_windows_chunked(q, k, v, bias.to(q.dtype), scale, log_sizes)
         if q.is_cuda:  # elsewhere fused attention has no gradient of the bias
-            return _attend_windows_fused(q, k, v, bias, scale, log_sizes)
+            return _attend_windows_fused(q, k, v, bias.to(q.dtype), scale, log_sizes)
     scores = (q * scale) @ k.transpose(-2, -1) + bias
     if log_sizes is not None:
         scores = scores + log_sizes[:, None, None].to(scores.dtype)
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+    # Under autocast the bias, and with it the scores, are float32 and the values are not.
+    return F.dropout(scores.softmax(dim=-1), dropout).to(v.dtype) @ v
 
 
 def _in_chunks(*tensors: Tensor) -> bool:

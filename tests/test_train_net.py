@@ -82,7 +82,8 @@ def test_the_demo(tmp_path, capsys):
     run("--eval-only", "--control", f"train.output_dir={tmp_path}", "evaluation.max_images=4", "evaluation.warmup=0")
     content = read(tmp_path)
     assert content["schema"] == 1 and content["dataset"] == "hourglass_demo_val" and content["images"] == 4
-    assert set(content["models"]) == {"unmodified", "expedited", "control"}
+    assert list(content["models"]) == ["unmodified", "fast attention", "expedited", "control"]
+    fast = content["models"]["fast attention"]
     unmodified, expedited, control = (content["models"][name] for name in ("unmodified", "expedited", "control"))
     for task in ("bbox", "segm"):
         assert set(unmodified["accuracy"][task]) == {"AP", "AP50", "AP75", "APs", "APm", "APl"}
@@ -90,6 +91,10 @@ def test_the_demo(tmp_path, capsys):
         assert control["accuracy"][task]["AP"] < unmodified["accuracy"][task]["AP"]
     assert expedited["tokens"]["middle"] < expedited["tokens"]["full"] == unmodified["tokens"]["middle"]
     assert 0 < control["encoder_gflops"] < expedited["encoder_gflops"] < unmodified["encoder_gflops"]
+    # The same model: at most a box changes its rank by a rounding.
+    assert fast["accuracy"]["segm"]["AP"] == pytest.approx(unmodified["accuracy"]["segm"]["AP"], abs=0.2)
+    assert content["fast_attention"]["retention"]["bbox.AP"] == pytest.approx(1, abs=0.005)
+    assert fast["tokens"] == unmodified["tokens"]
     assert 0 < content["efficiency"] <= 1
     assert set(content["retention"]) == set(content["control_retention"]) == {"bbox.AP", "segm.AP"}
     for part in ("encoder", "total"):
@@ -138,7 +143,7 @@ PANOPTIC_UNTRAINED = [*PANOPTIC, "train.init_checkpoint="]
 def test_instances_and_panoptic_quality_in_one_run(tmp_path, capsys):
     run("--eval-only", "--control", *PANOPTIC_UNTRAINED, f"train.output_dir={tmp_path}")
     content = read(tmp_path)
-    assert list(content["models"]) == ["unmodified", "expedited", "control"]
+    assert list(content["models"]) == ["unmodified", "fast attention", "expedited", "control"]
     for model in content["models"].values():
         assert set(model["accuracy"]) == {"panoptic_seg", "segm"}
         assert set(model["accuracy"]["panoptic_seg"]) == {
@@ -147,6 +152,7 @@ def test_instances_and_panoptic_quality_in_one_run(tmp_path, capsys):
     assert content["retention"].keys() == {"panoptic_seg.PQ", "segm.AP"}
     # Of the stage that the plan is in: 64 windows of 8 x 8 tokens.
     tokens = {name: tuple(model["tokens"].values()) for name, model in content["models"].items()}
+    assert tokens.pop("fast attention") == (4096, 4096)
     assert tokens == {"unmodified": (4096, 4096), "expedited": (4096, 1600), "control": (4096, 0)}
     printed = capsys.readouterr().out
     assert "PQ things" in printed and "mask AP75" in printed

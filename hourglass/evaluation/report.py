@@ -34,7 +34,7 @@ METRICS = {
 def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
     """
     Args:
-        comparison: its models named "unmodified", "expedited" and "control", or some of them.
+        comparison: its models named "unmodified", "fast attention", "expedited" and "control", or some of them.
         about: "dataset", "device", "dtype" and "plan".
 
     Returns:
@@ -64,13 +64,19 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
         "models": {name: _model(measurement, reduced) for name, measurement in models.items()},
     }
     if "unmodified" in models and "expedited" in models:
-        document["speedup"] = {part: comparison.speedup("expedited", part)._asdict() for part in ("encoder", "total")}
-        document["retention"] = comparison.retention("expedited")
+        document.update(_against_first(comparison, "expedited"))
+    if "unmodified" in models and "fast attention" in models:
+        document["fast_attention"] = _against_first(comparison, "fast attention")
     if "expedited" in models:
         document["efficiency"] = comparison.efficiency("expedited")
     if "unmodified" in models and "control" in models:
         document["control_retention"] = comparison.retention("control")
     return _without_nan(document)
+
+
+def _against_first(comparison: Comparison, name: str) -> dict[str, Any]:
+    speedup = {part: comparison.speedup(name, part)._asdict() for part in ("encoder", "total")}
+    return {"speedup": speedup, "retention": comparison.retention(name)}
 
 
 def _model(measurement: Measurement, reduced: np.ndarray | None) -> dict[str, Any]:
@@ -115,39 +121,46 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
         tablefmt: of ``tabulate``.
 
     Returns:
-        a row for each figure, a column for each model and, where there are two, one for expedited / unmodified.
+        a row for each figure, a column for each model, and one for each of the others' ratio to the unmodified.
     """
     models = document["models"]
-    both = "speedup" in document
-    control = document.get("control_retention")
+    against = {
+        "fast attention": document.get("fast_attention"),
+        "expedited": document if "speedup" in document else None,
+        "control": {"retention": document["control_retention"]} if "control_retention" in document else None,
+    }
+    against = {name: ratios for name, ratios in against.items() if ratios is not None}
     rows = []
 
-    def row(label: str, cells: list[str], ratio: str = "", control_ratio: str = "") -> None:
-        rows.append([label, *cells] + [ratio] * both + [control_ratio] * (control is not None))
+    def row(label: str, cells: list[str], ratios: dict[str, str] | None = None) -> None:
+        rows.append([label, *cells, *((ratios or {}).get(name, "") for name in against)])
 
     for task in next(iter(models.values()))["accuracy"]:
         for metric in next(iter(models.values()))["accuracy"][task]:
             label = METRICS[task][metric] if task in METRICS else f"{TASKS.get(task, task)} {metric}"
             if label is None:
                 continue
+            key = f"{task}.{metric}"
             cells = [_number(model["accuracy"].get(task, {}).get(metric), 1) for model in models.values()]
-            name = f"{task}.{metric}"
-            kept = _percent(document["retention"].get(name)) if both and name in document["retention"] else ""
-            kept_by_control = _percent(control[name]) if control and name in control else ""
-            row(label, cells, kept, kept_by_control)
+            shares = {name: ratios["retention"] for name, ratios in against.items()}
+            row(label, cells, {name: _percent(share[key]) for name, share in shares.items() if key in share})
     for part in ("encoder", "total"):
         cells = [_latency(model["latency_ms"][part]) for model in models.values()]
-        speedup = "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**document["speedup"][part]) if both else ""
-        row(f"{part} latency, ms (p10-p90)", cells, speedup)
-    gflops = [model["encoder_gflops"] for model in models.values()]
-    ratio = f"{models['expedited']['encoder_gflops'] / models['unmodified']['encoder_gflops']:.2f}x" if both else ""
-    row("encoder GFLOPs", [_number(value, 2) for value in gflops], ratio)
+        speedups = {name: ratios["speedup"] for name, ratios in against.items() if "speedup" in ratios}
+        row(
+            f"{part} latency, ms (p10-p90)",
+            cells,
+            {name: "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**speedup[part]) for name, speedup in speedups.items()},
+        )
+    gflops = {name: model["encoder_gflops"] for name, model in models.items()}
+    ratios = {name: f"{gflops[name] / gflops['unmodified']:.2f}x" for name in speedups}
+    row("encoder GFLOPs", [_number(value, 2) for value in gflops.values()], ratios)
     tokens = [f"{model['tokens']['middle']:.0f} of {model['tokens']['full']:.0f}" for model in models.values()]
     row("tokens in the middle", tokens)
     row("peak memory, MB", [_number(model["peak_memory_mb"], 0) for model in models.values()])
     if "efficiency" in document:
         row("efficiency", [_percent(document["efficiency"]) if name == "expedited" else "" for name in models])
-    headers = ["", *models] + ["expedited / unmodified"] * both + ["control / unmodified"] * (control is not None)
+    headers = ["", *models, *(f"{name} / unmodified" for name in against)]
     return tabulate(
         rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
     )
@@ -164,7 +177,7 @@ def describe(document: dict[str, Any]) -> str:
         planned = (
             f"{reducer['name']}({arguments}) before block {plan['start']} to "
             f"{'the end' if plan['stop'] is None else 'block ' + str(plan['stop'])}, scope {plan['scope']}"
-            f"{', proportional attention' if plan['proportional'] else ''}"
+            f"{', proportional attention' if plan['proportional'] else ''}, {plan['attention']} attention"
         )
     return (
         f"{document['dataset']}, {document['images']} images, {document['device']} ({document['threads']} threads), "

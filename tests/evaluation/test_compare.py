@@ -107,6 +107,7 @@ def document(**models) -> dict:
 def test_the_documents_figures_by_hand():
     content = document(
         unmodified=measurement(50.0, [10.0, 20.0, 30.0]),
+        **{"fast attention": measurement(50.0, [8.0, 16.0, 24.0])},
         expedited=measurement(49.0, [5.0, 10.0, 15.0], reduction=1.0, tokens=(64, 20)),
         control=measurement(25.0, [1.0, 2.0, 3.0], tokens=(64, 0)),
     )
@@ -114,6 +115,8 @@ def test_the_documents_figures_by_hand():
     assert content["speedup"]["encoder"]["ratio"] == content["speedup"]["total"]["ratio"] == 2.0
     assert content["retention"] == {"bbox.AP": 0.98, "segm.AP": None}
     assert content["control_retention"] == {"bbox.AP": 0.5, "segm.AP": None}
+    assert content["fast_attention"]["speedup"]["encoder"]["ratio"] == 1.25
+    assert content["fast_attention"]["retention"] == {"bbox.AP": 1.0, "segm.AP": None}
     assert content["efficiency"] == pytest.approx(0.9)
     unmodified, expedited = content["models"]["unmodified"], content["models"]["expedited"]
     assert unmodified["accuracy"]["bbox"] == {"AP": 50.0, "AP50": 60.0}
@@ -123,7 +126,17 @@ def test_the_documents_figures_by_hand():
     assert content["models"]["control"]["tokens"]["middle"] == 0.0
 
     table = to_table(content)
-    for cell in ("98.0 %", "50.0 %", "2.00x (2.00-2.00)", "20 of 64", "20.0 (12.0-28.0)", "90.0 %", " - "):
+    for cell in (
+        "100.0 %",
+        "1.25x (1.25-1.25)",
+        "98.0 %",
+        "50.0 %",
+        "2.00x (2.00-2.00)",
+        "20 of 64",
+        "20.0 (12.0-28.0)",
+        "90.0 %",
+        " - ",
+    ):
         assert cell in table
     assert "TokenClustering(grid=[5, 4]" in describe(content)
 
