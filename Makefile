@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 DETECTRON2 := --use-pep517 --no-build-isolation --no-deps \
 	--config-settings=--global-option=build_py --config-settings=--build-option=--skip-build pb1-detectron2==0.6
 
-.PHONY: eval test lint clean
+.PHONY: eval test lint gpu clean
 
 eval: $(READY) ## Compare the demo model with itself on fewer tokens.
 	$(BIN)/python train_net.py --eval-only
@@ -19,6 +19,14 @@ test: $(READY) ## Run the tests.
 
 lint: $(READY) ## Check the code's style.
 	$(BIN)/ruff check .
+
+# A $(PYTHON) that has everything is used as it is: a CUDA machine without a network needs nothing more.
+gpu: ## On a CUDA machine: run the tests on the device and time the encoders. Results lie in output/gpu.
+	@if $(PYTHON) -c "import hourglass, hourglass.config, pycocotools, pytest, tabulate, tqdm" 2>/dev/null; then \
+		$(PYTHON) benchmarks/gpu.py; \
+	else \
+		$(MAKE) $(READY) && $(BIN)/python benchmarks/gpu.py; \
+	fi
 
 clean: ## Remove the environment and what was made.
 	rm -rf $(VENV) build output *.egg-info

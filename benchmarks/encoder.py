@@ -1,14 +1,22 @@
 #!/usr/bin/env python
 """
-Time an encoder with random weights against itself on fewer tokens, in one process and in turn.
+Time an encoder with random weights against itself with fast attention and on fewer tokens, in one process and in turn.
 
-    python benchmarks/encoder.py --model swin_l --size 1152
+    python benchmarks/encoder.py --model vitdet_b
+    python benchmarks/encoder.py --model swin_l --size 1152 --published
     python benchmarks/encoder.py --model vitdet_b plan.stop=11 plan.scope=window 'plan.reducer.grid=[10,10]'
+    python benchmarks/encoder.py --model vitdet_b --scaling
 """
 
 import argparse
+import copy
 import json
+import multiprocessing
+import platform
 import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +30,20 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from detectron2.config import instantiate  # noqa: E402
 from tabulate import tabulate  # noqa: E402
-from torch import nn  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from hourglass import InputError, Plan  # noqa: E402
-from hourglass.encoders import find_encoder  # noqa: E402
+from benchmarks.dense_clustering import DenseClustering  # noqa: E402
+from hourglass import InputError, Plan, TokenClustering  # noqa: E402
+from hourglass.compat import own_encoder  # noqa: E402
+from hourglass.config import find_encoder_node  # noqa: E402
+from hourglass.encoders import HourglassViT  # noqa: E402
+from hourglass.encoders.vit import run_attention, run_block  # noqa: E402
 from hourglass.evaluation.cost import PeakMemory, count_gflops  # noqa: E402
 from hourglass.evaluation.report import check_folder, spread, write_whole  # noqa: E402
 from hourglass.evaluation.timing import Clock, Stopwatch, ratio_of_medians  # noqa: E402
 from hourglass.reduction import Reducer  # noqa: E402
-from hourglass.reduction.reducer import check_count  # noqa: E402
+from hourglass.reduction.reducer import check_count, map_size  # noqa: E402
 from train_net import build, load_config, refuse  # noqa: E402
 
 MODELS = {
@@ -43,6 +55,9 @@ MODELS = {
     "swin_b": "mask2former/coco_panoptic_swin_b.py",
     "swin_l": "mask2former/coco_panoptic_swin_l.py",
 }
+SCALING_SIZES = (512, 768, 1024, 1536, 2048)
+# The formula is left out where its scores, of which three copies are held, take more than this.
+SCORES_LIMIT_MB = 5000
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -54,29 +69,75 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="by autocast")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="timed runs of each encoder")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs of each encoder (default: 5)")
     parser.add_argument("--published", action="store_true", help="also the plan as its authors' code computes it")
-    parser.add_argument("--output", default="output/benchmarks", metavar="FOLDER", help="of the table and the JSON")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile (needs a C++ compiler)")
+    parser.add_argument(
+        "--memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="peak memory; on CPUs each encoder has a process of its own for it",
+    )
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help=f"time the parts of a ViT at {SCALING_SIZES[0]} to {SCALING_SIZES[-1]} pixels and fit how they grow",
+    )
+    parser.add_argument("--output", default="output/benchmarks", metavar="FOLDER", help="of tables, JSON and plot")
     parser.add_argument("overrides", nargs="*", metavar="plan.key=value", help="of the model's plan")
     return parser.parse_intermixed_args(arguments)
 
 
 def load_encoder(args: argparse.Namespace) -> tuple[nn.Module, Plan]:
-    """The model's encoder with random weights, and its plan."""
+    """The model's encoder with random weights, Detectron2's own class where it has one, and the model's plan."""
     cfg = load_config(str(ROOT / "configs" / MODELS[args.model]), [f"train.device={args.device}", *args.overrides])
     args.device = cfg.train.device
+    node = copy.deepcopy(find_encoder_node(cfg))
+    own = own_encoder("ViT" if args.model.startswith("vit") else "SwinTransformer")
+    if own is not None:
+        node._target_ = own
+        node.pop("out_names", None)  # which ours has for Mask2Former's
     torch.manual_seed(0)
-    _, encoder = find_encoder(instantiate(cfg.model.backbone))
+    encoder = instantiate(node)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "rel_pos" in name:  # zero at the start of training, but not here
+                parameter.normal_(std=0.02)
     return encoder.eval().to(args.device), build(cfg, "plan")
 
 
-def measure(encoders: dict[str, nn.Module], image: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Name -> {"ms", "reduction_ms": one a run, "gflops", "reduction_gflops", "peak_memory_mb"}."""
+def make_plans(plan: Plan, published: bool) -> dict[str, Plan]:
+    plans = {"unmodified": Plan(), "fast attention": Plan(attention="fast"), "expedited": plan}
+    plans["control"] = plan.control()
+    if published:
+        plans["published"] = Plan(plan.reducer, plan.start, plan.stop, plan.scope, published=True)
+    return plans
+
+
+class Compiled(nn.Module):
+    """An encoder through torch.compile. Its parts are no submodules: nothing inside is timed."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self._run = [torch.compile(encoder)]
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return self._run[0](image)
+
+
+def measure(encoders: dict[str, nn.Module], image: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Name -> {"ms", "reduction_ms": one a run, "gflops", "reduction_gflops", and on CUDA "peak_memory_mb"}."""
     clock, memory = Clock(args.device), PeakMemory(args.device)
-    watches = {name: Stopwatch(encoder, encoder, clock) for name, encoder in encoders.items()}
-    results = {name: {"ms": [], "reduction_ms": [], "peak_memory_mb": 0.0} for name in encoders}
-    dtype = getattr(torch, args.dtype)
-    with torch.no_grad(), torch.autocast(args.device, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad(), autocast(args):
+        for name in [name for name, encoder in encoders.items() if isinstance(encoder, Compiled)]:
+            try:
+                encoders[name](image)
+            except Exception as error:  # no C++ compiler, say
+                reason = str(error).strip().splitlines()[0]
+                print(f"warning: {name}: left out, {type(error).__name__}: {reason}", file=sys.stderr)
+                del encoders[name]
+        watches = {name: Stopwatch(encoder, encoder, clock) for name, encoder in encoders.items()}
+        results = {name: {"ms": [], "reduction_ms": [], "peak_memory_mb": 0.0} for name in encoders}
         for i in tqdm(range(-1, args.repeats), desc=f"timing {args.model}", unit="round"):
             for name in list(encoders) if i % 2 else reversed(encoders):
                 memory.reset()
@@ -89,31 +150,139 @@ def measure(encoders: dict[str, nn.Module], image: torch.Tensor, args: argparse.
         for watch in watches.values():
             watch.close()
         for name, encoder in encoders.items():
-            results[name]["gflops"] = count_gflops(encoder, (image[:1],))
-            results[name]["reduction_gflops"] = _reduction_gflops(encoder, image[:1])
+            if not isinstance(encoder, Compiled):
+                results[name]["gflops"] = count_gflops(encoder, (image[:1],))
+                results[name]["reduction_gflops"] = _reduction_gflops(encoder, image[:1])
     return results
 
 
-def _reduction_gflops(encoder: nn.Module, image: torch.Tensor) -> float:
-    """Of reducing and restoring alone: the restored map is that of the reduced tokens as they are."""
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    dtype = getattr(torch, args.dtype)
+    return torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
 
-    class ReduceAndRestore(nn.Module):
-        def __init__(self, reducer: Reducer):
-            super().__init__()
-            self.reducer = reducer
 
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            reduction = self.reducer(tokens)
-            return reduction.restore(reduction.tokens)
-
+def _reduction_gflops(encoder: nn.Module, image: Tensor) -> float:
+    """Of reducing and restoring alone."""
     reducer = getattr(encoder, "reducer", None)
     if reducer is None:
         return 0.0
+    return sum(count_gflops(ReduceAndRestore(reducer), (tokens,)) for tokens in _reduced_maps(encoder, image))
+
+
+def _reduced_maps(encoder: nn.Module, image: Tensor) -> list[Tensor]:
+    """What the encoder's reducer is called with."""
     maps = []
-    handle = reducer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
+    handle = encoder.reducer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
     encoder(image)
     handle.remove()
-    return sum(count_gflops(ReduceAndRestore(reducer), (tokens,)) for tokens in maps)
+    return maps
+
+
+class ReduceAndRestore(nn.Module):
+    """The restored map is that of the reduced tokens as they are."""
+
+    def __init__(self, reducer: Reducer):
+        super().__init__()
+        self.reducer = reducer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        reduction = self.reducer(tokens)
+        return reduction.restore(reduction.tokens)
+
+
+def peak_memory(args: argparse.Namespace, name: str) -> float:
+    """The peak of a process that runs this encoder alone, in MB."""
+    warnings.filterwarnings("ignore")
+    encoder, plan = load_encoder(args)
+    encoder = hourglass.expedite(encoder, make_plans(plan, args.published)[name])
+    memory = PeakMemory(args.device)
+    memory.reset()
+    with torch.no_grad(), autocast(args):
+        encoder(torch.randn(args.batch, 3, args.size, args.size))
+    return memory.read()
+
+
+def measure_peak_memory(results: dict[str, Any], names: list[str], args: argparse.Namespace) -> None:
+    """On CPUs the peak is the process's: each encoder has one of its own."""
+    context = multiprocessing.get_context("spawn")
+    for name in tqdm(names, desc="peak memory", unit="encoder"):
+        with ProcessPoolExecutor(1, context) as pool:
+            results[name]["peak_memory_mb"] = pool.submit(peak_memory, args, name).result()
+
+
+def in_turn(parts: dict[str, Callable[[], Any]], args: argparse.Namespace, what: str) -> dict[str, np.ndarray]:
+    """Milliseconds of each part's runs, after one for warm-up."""
+    clock = Clock(args.device)
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    with torch.no_grad(), autocast(args):
+        for i in tqdm(range(-1, args.repeats), desc=what, unit="round"):
+            for name in list(parts) if i % 2 else reversed(parts):
+                clock.synchronize()
+                start = clock.mark()
+                parts[name]()
+                stop = clock.mark()
+                clock.synchronize()
+                if i >= 0:
+                    times[name].append(clock.between(start, stop))
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def measure_parts(encoder: nn.Module, plan: Plan, image: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """
+    A global block's attention by the formula and fast, and the plan's reducing and restoring beside clustering as it is
+    published: each pair on the same input, with how much the results differ.
+    """
+    parts = {}
+    if args.model.startswith("vit"):
+        block = next(block for block in encoder.blocks if block.window_size == 0)
+        side = args.size // 16
+        # So large that random weights attend to few tokens, as trained ones do.
+        tokens = 4 * torch.randn(args.batch, side, side, block.attn.qkv.in_features, device=args.device)
+        parts["attention of a global block"] = _compare(
+            {
+                "plain formula": lambda: _global_attention(block, tokens, fast=False),
+                "fast": lambda: _global_attention(block, tokens, fast=True),
+            },
+            args,
+        )
+    if isinstance(plan.reducer, TokenClustering):
+        with torch.no_grad(), autocast(args):
+            expedited = hourglass.expedite(encoder, plan)
+            tokens = _reduced_maps(expedited, image)[-1]
+        reducer = plan.reducer
+        if plan.scope == "map":
+            # One temperature for both, and the same candidates: then the centres are the same to rounding.
+            same = TokenClustering(
+                reducer.grid, reducer.iterations, reducer.neighborhood, temperature=0.01, k=reducer.k
+            )
+            dense = DenseClustering(same)
+            with torch.no_grad():
+                difference = float((same(tokens).tokens - dense(tokens).tokens).abs().max())
+            pair = _compare(
+                {"tokens x centres": _reduction_of(dense, tokens), "ours": _reduction_of(reducer, tokens)}, args
+            )
+            parts["reducing and restoring"] = {**pair, "difference": difference}
+    return parts
+
+
+def _global_attention(block: nn.Module, tokens: Tensor, fast: bool) -> Tensor:
+    return run_attention(block.attn, tokens, map_size(tokens), window_size=0, fast=fast)
+
+
+def _reduction_of(reducer: Reducer, tokens: Tensor) -> Callable[[], Tensor]:
+    return lambda: ReduceAndRestore(reducer)(tokens)
+
+
+def _compare(parts: dict[str, Callable[[], Tensor]], args: argparse.Namespace) -> dict[str, Any]:
+    slow, fast = parts
+    with torch.no_grad(), autocast(args):
+        difference = float((parts[slow]() - parts[fast]()).abs().max())
+    times = in_turn(parts, args, f"timing {slow} and {fast}")
+    return {
+        "ms": {name: spread(values) for name, values in times.items()},
+        "speedup": ratio_of_medians(times[slow], times[fast])._asdict(),
+        "difference": difference,
+    }
 
 
 def to_document(results: dict[str, Any], plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
@@ -122,24 +291,39 @@ def to_document(results: dict[str, Any], plan: Plan, args: argparse.Namespace) -
     encoders = {}
     for name, result in results.items():
         times, reduction = np.array(result["ms"]), np.array(result["reduction_ms"])
+        ideal = float(np.median(times - reduction))
         encoders[name] = {
             "latency_ms": spread(times),
             "speedup": ratio_of_medians(first, times)._asdict(),
             "reduction_ms": float(np.median(reduction)),
-            "efficiency": float(np.median(times - reduction) / np.median(times)),
-            "gflops": result["gflops"],
-            "reduction_gflops": result["reduction_gflops"],
+            "reduction_share_of_unmodified": float(np.median(reduction) / np.median(first)),
+            "ideal_ms": ideal,
+            "efficiency": ideal / float(np.median(times)),
+            "gflops": result.get("gflops"),
+            "reduction_gflops": result.get("reduction_gflops"),
             "peak_memory_mb": result["peak_memory_mb"],
         }
+    return {**about(args), "plan": plan.describe(), "encoders": encoders}
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
     what = {key: getattr(args, key) for key in ("model", "size", "batch", "device", "dtype", "repeats")}
-    machine = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     if args.device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
-    return {**what, **machine, "plan": plan.describe(), "encoders": encoders}
+    return {**what, **machine}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def to_table(document: dict[str, Any]) -> str:
-    headers = ["encoder", "ms (p10-p90)", "speed-up", "reducing, restoring, ms", "efficiency", "GFLOPs"]
+    headers = ["encoder", "ms (p10-p90)", "speed-up", "reducing, restoring, ms", "ideal, ms", "efficiency", "GFLOPs"]
     headers += ["of that reducing", "peak memory, MB"]
     rows = []
     for name, result in document["encoders"].items():
@@ -147,40 +331,145 @@ def to_table(document: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                "{median:.0f} ({p10:.0f}-{p90:.0f})".format(**result["latency_ms"]),
+                "{median:.{digits}f} ({p10:.{digits}f}-{p90:.{digits}f})".format(
+                    **result["latency_ms"], digits=0 if result["latency_ms"]["median"] > 100 else 2
+                ),
                 "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**result["speedup"]),
                 f"{result['reduction_ms']:.1f}" if planned else "",
+                f"{result['ideal_ms']:.1f}" if planned else "",
                 f"{100 * result['efficiency']:.1f} %" if planned else "",
-                f"{result['gflops']:.1f}",
+                "" if result["gflops"] is None else f"{result['gflops']:.1f}",
                 f"{result['reduction_gflops']:.1f}" if planned else "",
-                f"{result['peak_memory_mb']:.0f}",
+                f"{result['peak_memory_mb']:.0f}" if result["peak_memory_mb"] else "",
             ]
         )
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 7)
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 8)
+
+
+def parts_to_table(parts: dict[str, Any]) -> str:
+    rows = []
+    for name, part in parts.items():
+        for way, times in part["ms"].items():
+            last = way == list(part["ms"])[-1]
+            rows.append(
+                [
+                    f"{name}, {way}",
+                    "{median:.1f} ({p10:.1f}-{p90:.1f})".format(**times),
+                    "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**part["speedup"]) if last else "",
+                    f"{part['difference']:.1e}" if last else "",
+                ]
+            )
+    headers = ["part", "ms (p10-p90)", "speed-up", "largest difference"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 3)
+
+
+def scale(args: argparse.Namespace) -> dict[str, Any]:
+    """Median times of a ViT's parts over the size of the image, and the exponent of time against tokens."""
+    encoder, plan = load_encoder(args)
+    if not isinstance(hourglass.expedite(encoder, plan), HourglassViT):
+        raise InputError(f"--scaling takes a ViT's model, got {args.model}")
+    windowed = next(block for block in encoder.blocks if block.window_size > 0)
+    whole = next(block for block in encoder.blocks if block.window_size == 0)
+    # The plan's reducer, with its budget as a share where it is a grid for the size of the config.
+    reducer = plan.reducer.relative_to((64, 64)) if plan.scope == "map" else plan.reducer
+    times: dict[str, dict[int, float]] = {}
+    for pixels in SCALING_SIZES:
+        side = pixels // 16
+        torch.manual_seed(pixels)
+        tokens = torch.randn(args.batch, side, side, whole.attn.qkv.in_features, device=args.device)
+        parts = {
+            "reducing and restoring": _reduction_of(reducer, tokens),
+            "windowed block": lambda tokens=tokens, side=side: run_block(windowed, tokens, (side, side), fast=True),
+            "global block": lambda tokens=tokens, side=side: run_block(whole, tokens, (side, side), fast=True),
+        }
+        if 4e-6 * args.batch * whole.attn.num_heads * side**4 < SCORES_LIMIT_MB:
+            parts["global block, plain formula"] = lambda tokens=tokens, side=side: run_block(
+                whole, tokens, (side, side)
+            )
+        if plan.scope == "window":
+            del parts["reducing and restoring"]
+        for name, values in in_turn(parts, args, f"{pixels} pixels").items():
+            times.setdefault(name, {})[side * side] = float(np.median(values))
+    exponents = {
+        name: float(np.polyfit(np.log(list(line)), np.log(list(line.values())), 1)[0]) for name, line in times.items()
+    }
+    return {**about(args), "plan": plan.describe(), "median_ms": times, "exponents": exponents}
+
+
+def scaling_to_table(document: dict[str, Any]) -> str:
+    sizes = [(pixels // 16) ** 2 for pixels in SCALING_SIZES]
+    headers = ["part, ms", *(f"{n} tokens" for n in sizes), "exponent"]
+    rows = [
+        [name, *(f"{line[n]:.1f}" if n in line else "" for n in sizes), f"{document['exponents'][name]:.2f}"]
+        for name, line in document["median_ms"].items()
+    ]
+    return tabulate(
+        rows, headers, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
+    )
+
+
+def plot_scaling(document: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, line in document["median_ms"].items():
+        axes.loglog(list(line), list(line.values()), marker="o", label=f"{name}: n^{document['exponents'][name]:.2f}")
+    axes.set_xlabel("tokens of the full map")
+    axes.set_ylabel("ms, median")
+    axes.set_title(f"{document['model']}, {document['device']}, {document['dtype']}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def main(args: argparse.Namespace) -> None:
     for name in ("size", "batch", "repeats"):
         check_count(f"--{name}", getattr(args, name), 1)
     check_folder("--output", args.output)
-    encoder, plan = load_encoder(args)
-    plans = {"unmodified": Plan(), "expedited": plan, "control": plan.control()}
-    if args.published:
-        plans["published"] = Plan(plan.reducer, plan.start, plan.stop, plan.scope, published=True)
-    encoders = {name: hourglass.expedite(encoder, its_plan) for name, its_plan in plans.items()}
-    image = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
-    document = to_document(measure(encoders, image, args), plan, args)
-    table = to_table(document)
-    name = f"{args.model}_{args.size}_{args.device}_{args.dtype}"
-    print(
-        f"\n{args.model}, {args.size} x {args.size} pixels, {args.device} ({document['threads']} threads), {args.dtype}"
-    )
-    print(f"plan: {plan!r}\n\n{table}\n")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     folder = Path(args.output)
+    if args.scaling:
+        document = scale(args)
+        table = scaling_to_table(document)
+        name = f"{args.model}_scaling_{args.device}_{args.dtype}"
+        print(f"\n{table}\n")
+        save(folder, name, document, table)
+        plot_scaling(document, folder / f"{name}.png")
+        print(f"written to {folder / name}.json, .md and .png")
+        return
+    encoder, plan = load_encoder(args)
+    encoders = {name: hourglass.expedite(encoder, its) for name, its in make_plans(plan, args.published).items()}
+    plain = list(encoders)
+    if args.compile:
+        for name in ("fast attention", "expedited"):
+            its_plan = copy.deepcopy(encoders[name].plan)  # with a reducer of its own, that is not timed
+            encoders[f"{name}, compiled"] = Compiled(hourglass.expedite(encoder, its_plan))
+    image = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+    results = measure(encoders, image, args)
+    parts = measure_parts(encoder, plan, image, args)
+    if args.device == "cpu":
+        for result in results.values():
+            result["peak_memory_mb"] = None
+        if args.memory:
+            measure_peak_memory(results, plain, args)
+    document = {**to_document(results, plan, args), "parts": parts}
+    table = to_table(document) + (f"\n\n{parts_to_table(parts)}" if parts else "")
+    machine = document.get("gpu") or f"{document['cpu']}, {document['threads']} threads"
+    print(f"\n{args.model}, {args.size} x {args.size} pixels, {args.device} ({machine}), {args.dtype}")
+    print(f"plan: {plan!r}\n\n{table}\n")
+    name = f"{args.model}_{args.size}_{args.device}_{args.dtype}"
+    save(folder, name, document, table)
+    print(f"written to {folder / name}.json and .md")
+
+
+def save(folder: Path, name: str, document: dict[str, Any], table: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{name}.json", json.dumps(document, indent=2) + "\n")
     write_whole(folder / f"{name}.md", table + "\n")
-    print(f"written to {folder / name}.json and .md")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,67 @@ def attend(
     return way(q, k, v, rel_h, rel_w, log_sizes)
 
 
+def attend_at(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table_h: Tensor | None,
+    table_w: Tensor | None,
+    extent: tuple[int, int],
+    positions: Tensor,
+    log_sizes: Tensor | None = None,
+    fast: bool = False,
+) -> Tensor:
+    """
+    :func:`attend` for tokens at any positions. Tables are read linearly at the distance of a query to the original rows
+    and columns; a key between two of these is, in linear shares, in both. At whole positions that is the embedding of
+    the distance itself.
+
+    Args:
+        q, k, v: (B, N, L, C).
+        table_h, table_w: (rows, C) embeddings of the distances along rows and columns, resized to
+            ``2 * extent - 1``; None: no relative positions.
+        extent: rows and columns of the original tokens.
+        positions: (B, L, 2), rows and columns of the tokens, from 0 to extent - 1.
+        log_sizes: (B, L), added to the score of each key.
+        fast: the fast way in place of the plain formula.
+
+    Returns:
+        (B, N, L, C)
+    """
+    scale = q.shape[-1] ** -0.5
+    query, key = [q * scale], [k]
+    for axis, table in enumerate((table_h, table_w)):
+        if table is not None:
+            place = positions[..., axis].float()
+            query.append(_scores_with_lines(q, resize_table(table, extent[axis]).to(q.dtype), extent[axis], place))
+            lines = torch.arange(extent[axis], device=place.device)
+            shares = (1 - (place[..., None] - lines).abs()).clamp(min=0).to(k.dtype)
+            key.append(shares[:, None].expand(-1, q.shape[1], -1, -1))
+    if log_sizes is not None:
+        query.append(torch.ones_like(q[..., :1]))
+        key.append(log_sizes[:, None, :, None].to(k.dtype).expand(*k.shape[:3], 1))
+    query, key = torch.cat(query, dim=-1), torch.cat(key, dim=-1)
+    if not fast:
+        return (query @ key.transpose(-2, -1)).softmax(dim=-1) @ v
+    if _in_chunks(query, key, v):
+        return _attend_in_chunks(query, key, v, 1.0)
+    return _fused(query, key, v)
+
+
+def _scores_with_lines(q: Tensor, table: Tensor, extent: int, place: Tensor) -> Tensor:
+    """
+    The scores of each query (B, N, L, C) at ``place`` (B, L) with the ``extent`` rows, or columns, of original tokens:
+    (B, N, L, extent), from their embeddings by distance (2 extent - 1, C).
+    """
+    by_distance = q @ table.T
+    entry = place[..., None] - torch.arange(extent, device=place.device) + (extent - 1)
+    entry = entry.clamp(0, 2 * extent - 2)[:, None].expand(-1, q.shape[1], -1, -1)
+    below = entry.floor().long()
+    above = (below + 1).clamp(max=2 * extent - 2)
+    return torch.lerp(by_distance.gather(-1, below), by_distance.gather(-1, above), (entry - below).to(q.dtype))
+
+
 def attend_windows(
     q: Tensor,
     k: Tensor,
@@ -156,18 +217,20 @@ def _relative_scores(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, T
 
 
 def _attend_in_chunks(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, start: Callable[[slice, slice, slice], Tensor]
+    q: Tensor, k: Tensor, v: Tensor, scale: float, start: Callable[[slice, slice, slice], Tensor] | None = None
 ) -> Tensor:
     """
     Args:
-        q, k, v: (B, N, L, C).
+        q, k: (B, N, L, C).
+        v: (B, N, L, D).
         scale: of the scores.
         start: what scores are added to, a tensor of its own for some of the batch, heads and queries: (b, n, l, L).
+            None: 0.
 
     Returns:
-        (B, N, L, C), laid out as (B, L, N, C).
+        (B, N, L, D), laid out as (B, L, N, D).
     """
-    batch, heads, length, channels = q.shape
+    batch, heads, length, channels = v.shape
     chunk = CHUNK * 64 if torch.jit.is_tracing() else CHUNK  # a trace of fewer steps
     out = q.new_empty(batch, length, heads, channels)
     queries = max(1, min(length, chunk // length))
@@ -175,15 +238,18 @@ def _attend_in_chunks(
     images_at_once = max(1, min(batch, chunk // (heads_at_once * queries * length))) if heads_at_once == heads else 1
     for b in _slices(batch, images_at_once):
         for n in _slices(heads, heads_at_once):
-            keys = k[b, n].reshape(-1, length, channels).transpose(1, 2)
+            keys = k[b, n].reshape(-1, length, k.shape[3]).transpose(1, 2)
             values = v[b, n].reshape(-1, length, channels)
             for i in _slices(length, queries):
-                scores = start(b, n, i)
-                shape = scores.shape
-                scores = scores.view(-1, *shape[2:])
-                scores.baddbmm_(q[b, n, i].reshape(-1, shape[2], channels), keys, alpha=scale)
+                part = q[b, n, i]
+                shape = part.shape[:3]
+                part = part.reshape(-1, *part.shape[2:])
+                if start is None:
+                    scores = torch.bmm(part, keys).mul_(scale)
+                else:
+                    scores = start(b, n, i).view(*part.shape[:2], length).baddbmm_(part, keys, alpha=scale)
                 mixed = torch.bmm(torch.softmax(scores, -1), values)
-                out[b, i, n] = mixed.view(*shape[:3], channels).transpose(1, 2)
+                out[b, i, n] = mixed.view(*shape, channels).transpose(1, 2)
     return out.transpose(1, 2)
 
 

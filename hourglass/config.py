@@ -71,7 +71,7 @@ def expedite(cfg: DictConfig, plan: Plan | DictConfig) -> DictConfig:
     elif not isinstance(plan, Plan):
         raise InputError(f"plan takes a hourglass.Plan or a LazyCall of one, got {plan!r}")
     expedited = copy.deepcopy(cfg)
-    node = _find_encoder_node(expedited)
+    node = find_encoder_node(expedited)
     target = _target(node)
     with read_write(node), open_dict(node):
         node._set_flag("allow_objects", True)  # a plan is an object, and so may the encoder's class be
@@ -83,7 +83,13 @@ def expedite(cfg: DictConfig, plan: Plan | DictConfig) -> DictConfig:
     return expedited
 
 
-def _find_encoder_node(cfg: DictConfig) -> DictConfig:
+def find_encoder_node(cfg: DictConfig) -> DictConfig:
+    """
+    The node of the encoder in a LazyConfig's ``model.backbone``.
+
+    Raises:
+        InputError: where there is none or several.
+    """
     backbone = OmegaConf.select(cfg, "model.backbone") if isinstance(cfg, DictConfig) else None
     if not isinstance(backbone, DictConfig):
         given = f"one with {', '.join(map(str, cfg)) or 'nothing'}" if isinstance(cfg, DictConfig) else repr(cfg)
@@ -208,6 +214,8 @@ HOURGLASS_NODES = {
     "PROPORTIONAL": True,
     # As the authors' code computes, for comparison with their figures.
     "PUBLISHED": False,
+    # "fast" or "plain". None: fast where a plan is active.
+    "ATTENTION": None,
     # Rows and columns of the smaller map, or the shares of them that are kept, such as [0.7, 0.7].
     "GRID": [46, 46],
     # What a restored token gets; TokenClustering and AveragePooling.
@@ -252,7 +260,7 @@ def build_plan(cfg: CfgNode) -> Plan:
     """
     nodes = cfg.MODEL.HOURGLASS
     if not nodes.REDUCER:
-        return Plan()
+        return Plan(attention=nodes.ATTENTION)
     kinds = {name: kind for name in reduction.__all__ if _is_reducer(kind := getattr(reduction, name))}
     check_choice("MODEL.HOURGLASS.REDUCER", nodes.REDUCER, ("", *kinds))
     kind = kinds[nodes.REDUCER]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import hourglass.attention
-from hourglass.attention import attend, attend_windows, read_table, resize_table
+from hourglass.attention import attend, attend_at, attend_windows, read_table, resize_table
 
 
 def draw(*shape, seed=0):
@@ -88,6 +88,54 @@ def test_attention_in_windows_equals_plain_loops(proportional, fast, chunk):
     out = attend_windows(q, k, v, bias, channels**-0.5, log_sizes, fast=fast)
     expected = plain_loops(q, k, v, lambda b, n, i, j: bias[n, i, j] + (log_sizes[b, j] if proportional else 0))
     torch.testing.assert_close(out, expected)
+
+
+def linear(table, entry):
+    below = int(entry // 1)
+    above = min(below + 1, len(table) - 1)
+    return table[below] + (entry - below) * (table[above] - table[below])
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("proportional", [True, False])
+def test_attention_at_any_positions_equals_plain_loops(proportional, gradient, fast, chunk):
+    batch, heads, length, channels, extent = 2, 2, 5, 4, (4, 3)
+    q, k, v = (draw(batch, heads, length, channels, seed=i).requires_grad_(gradient) for i in range(3))
+    tables = [draw(2 * side - 1, channels, seed=3 + axis) for axis, side in enumerate(extent)]
+    positions = torch.rand(batch, length, 2, generator=torch.Generator().manual_seed(5)).double()
+    positions = positions * (torch.tensor(extent) - 1)
+    positions[:, :2] = positions[:, :2].round()
+    log_sizes = draw(batch, length, seed=6) if proportional else None
+
+    def bias(b, n, query, key):
+        of_place = 0
+        for axis, (table, side) in enumerate(zip(tables, extent)):
+            at_query, at_key = float(positions[b, query, axis]), float(positions[b, key, axis])
+            line = int(at_key // 1)
+            for j, share in ((line, line + 1 - at_key), (min(line + 1, side - 1), at_key - line)):
+                of_place += share * (q[b, n, query] @ linear(table, at_query - j + side - 1))
+        return of_place + (log_sizes[b, key] if proportional else 0)
+
+    out = attend_at(q, k, v, *tables, extent, positions, log_sizes, fast)
+    torch.testing.assert_close(out, plain_loops(q, k, v, bias), atol=1e-6, rtol=1e-6)
+    assert out.requires_grad == gradient
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_at_the_grids_positions_it_is_the_grids_attention(fast):
+    """Of a whole map, and of every second row and third column of one."""
+    for h, w, step in ((5, 4, (1, 1)), (3, 2, (2, 3))):
+        extent = (h * step[0], w * step[1])
+        q, k, v = (draw(2, 3, h, w, 8, seed=i) for i in range(3))
+        tables = [draw(2 * side - 1, 8, seed=3) for side in extent]
+        log_sizes = draw(2, h, w, seed=4)
+        grid = attend(q, k, v, *(read_table(*of) for of in zip(tables, extent, (h, w), step)), log_sizes)
+        lines = [torch.arange(n) * apart for n, apart in zip((h, w), step)]
+        positions = torch.stack(torch.meshgrid(*lines, indexing="ij"), dim=-1).flatten(0, 1).expand(2, -1, -1)
+        flat = (x.flatten(2, 3) for x in (q, k, v))
+        out = attend_at(*flat, *tables, extent, positions, log_sizes.flatten(1), fast)
+        torch.testing.assert_close(out, grid.flatten(2, 3), atol=1e-6, rtol=1e-6)
 
 
 def test_gradients_of_fast_attention_are_those_of_the_formula():

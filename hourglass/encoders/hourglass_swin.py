@@ -128,7 +128,11 @@ class HourglassSwin(Backbone):
         if plan.scope == "window" and isinstance(plan.reducer, GridReducer):
             window = plan.reducer.cells((stage.window_size, stage.window_size))
 
-        def blocks(refined: Tensor, sizes: Tensor | None) -> Tensor:
+        def blocks(refined: Tensor, sizes: Tensor | None, positions: Tensor | None) -> Tensor:
+            if positions is not None:
+                raise InputError(
+                    f"Swin's windows take a reducer that keeps tokens on the regular grid, got {plan.reducer!r}"
+                )
             for block in stage.blocks[planned.start : planned.stop]:
                 refined = run_checkpointed(stage, block, refined, full, sizes, window, plan.published, plan.fast)
             return refined

@@ -90,9 +90,9 @@ class HourglassViT(Backbone):
     def _run_planned(self, tokens: Tensor) -> Tensor:
         full = map_size(tokens)
 
-        def blocks(refined: Tensor, sizes: Tensor | None) -> Tensor:
+        def blocks(refined: Tensor, sizes: Tensor | None, positions: Tensor | None) -> Tensor:
             for block in self.blocks[self._planned.start : self._planned.stop]:
-                refined = run_block(block, refined, full, sizes, self._window, self.plan.fast)
+                refined = run_block(block, refined, full, sizes, self._window, positions, self.plan.fast)
             return refined
 
         return self.plan.run(self.reducer, tokens, blocks)

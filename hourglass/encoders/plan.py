@@ -87,27 +87,25 @@ class Plan:
             )
         return range(self.start, stop)
 
-    def run(self, reducer: Reducer, tokens: Tensor, blocks: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+    def run(
+        self, reducer: Reducer, tokens: Tensor, blocks: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+    ) -> Tensor:
         """
         Run blocks on fewer tokens.
 
         Args:
             reducer: the plan's, or what applies it to windows.
             tokens: (B, H, W, C).
-            blocks: the smaller map (B, h, w, C) and its sizes (B, h, w), or None -> the refined map (B, h, w, C).
+            blocks: the smaller map (B, h, w, C), its sizes (B, h, w) or None, its positions (B, h, w, 2) or None -> the
+                refined map (B, h, w, C).
 
         Returns:
             (B, H, W, C)
-
-        Raises:
-            InputError: for a reducer that puts tokens off the regular grid, where no encoder reads relative positions.
         """
         reduction = reducer(tokens)
-        if reduction.positions is not None:
-            raise InputError(f"reducer takes one that keeps tokens on the regular grid, got {self.reducer!r}")
         refined = reduction.tokens
         if refined.numel() > 0:
-            refined = blocks(refined, reduction.sizes if self.proportional else None)
+            refined = blocks(refined, reduction.sizes if self.proportional else None, reduction.positions)
         return reduction.restore(refined)
 
     def control(self) -> "Plan":

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from hourglass.attention import attend, read_table
+from hourglass.attention import attend, attend_at, read_table
 from hourglass.encoders.windows import partition, unpartition
+from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction.reducer import map_size
 
@@ -126,6 +127,7 @@ def run_attention(
     window_size: int,
     sizes: Tensor | None = None,
     window: tuple[int, int] | None = None,
+    positions: Tensor | None = None,
     fast: bool = False,
 ) -> Tensor:
     """
@@ -134,22 +136,32 @@ def run_attention(
     Args:
         attn: module with ``qkv``, ``proj``, ``num_heads``, ``use_rel_pos`` and, if so, ``rel_pos_h`` and ``rel_pos_w``.
         tokens: (B, h, w, C).
-        full, sizes, window, fast: as in :func:`run_block`.
+        full, sizes, window, positions, fast: as in :func:`run_block`.
         window_size: the block's, in original tokens; 0: attention is global.
 
     Returns:
         (B, h, w, C)
+
+    Raises:
+        InputError: for positions in windows.
     """
+    if positions is not None and window_size > 0:
+        raise InputError(
+            f"blocks with windows (of {window_size} x {window_size} tokens) take a reducer that keeps tokens on the "
+            "regular grid, got one that puts them elsewhere"
+        )
     tables = (attn.rel_pos_h, attn.rel_pos_w) if attn.use_rel_pos else (None, None)
     if fast:
         window = (0, 0) if window is None else window
         mixed = _vit_attention(
-            attn.qkv(tokens), attn.qkv.bias, *tables, sizes, attn.num_heads, window_size, *full, *window
+            attn.qkv(tokens), attn.qkv.bias, *tables, sizes, positions, attn.num_heads, window_size, *full, *window
         )
         return attn.proj(mixed)
     place = _place(map_size(tokens), full, window_size, window)
     qkv = attn.qkv(partition(tokens, place.window))
-    return unpartition(attn.proj(_attend(qkv, tables, sizes, attn.num_heads, place, fast=False)), map_size(tokens))
+    return unpartition(
+        attn.proj(_attend(qkv, tables, sizes, positions, attn.num_heads, place, fast=False)), map_size(tokens)
+    )
 
 
 class _Place(NamedTuple):
@@ -174,8 +186,8 @@ def _place(size: tuple[int, int], full: tuple[int, int], window_size: int, windo
 
 
 @operator(
-    "Tensor qkv, Tensor? bias, Tensor? table_h, Tensor? table_w, Tensor? sizes, int heads, int window_size, "
-    "SymInt full_h, SymInt full_w, int window_h, int window_w",
+    "Tensor qkv, Tensor? bias, Tensor? table_h, Tensor? table_w, Tensor? sizes, Tensor? positions, int heads, "
+    "int window_size, SymInt full_h, SymInt full_w, int window_h, int window_w",
     lambda qkv, *_: [*qkv.shape[:3], qkv.shape[3] // 3],
 )
 def _vit_attention(
@@ -184,6 +196,7 @@ def _vit_attention(
     table_h: Tensor | None,
     table_w: Tensor | None,
     sizes: Tensor | None,
+    positions: Tensor | None,
     heads: int,
     window_size: int,
     full_h: int,
@@ -206,13 +219,14 @@ def _vit_attention(
     size = map_size(qkv)
     place = _place(size, (full_h, full_w), window_size, (window_h, window_w) if window_h else None)
     windows = partition(qkv, place.window, 0.0 if bias is None else bias)
-    return unpartition(_attend(windows, (table_h, table_w), sizes, heads, place, fast=True), size)
+    return unpartition(_attend(windows, (table_h, table_w), sizes, positions, heads, place, fast=True), size)
 
 
 def _attend(
     qkv: Tensor,
     tables: tuple[Tensor | None, Tensor | None],
     sizes: Tensor | None,
+    positions: Tensor | None,
     heads: int,
     place: _Place,
     fast: bool,
@@ -221,13 +235,14 @@ def _attend(
     Args:
         qkv: (B * n, wh, ww, 3 C), of windows.
         sizes: (B, h, w), of the map.
+        positions: (B, h, w, 2), for a window that is the map.
 
     Returns:
         (B * n, wh, ww, C)
     """
     count, (h, w) = qkv.shape[0], map_size(qkv)
     log_sizes = rel_h = rel_w = None
-    if tables[0] is not None:
+    if tables[0] is not None and positions is None:
         rel_h, rel_w = (read_table(*axis) for axis in zip(tables, place.extent, place.window, place.step))
     if sizes is not None:
         # A padded key is there in the full map too: it stands for as many as a token does on average.
@@ -235,7 +250,12 @@ def _attend(
         # The size of a centre that no token is near may be 0, and a window may hold only such.
         log_sizes = sizes.clamp(min=1e-6).log()
     q, k, v = qkv.reshape(count, h, w, 3, heads, -1).permute(3, 0, 4, 1, 2, 5)
-    mixed = attend(q, k, v, rel_h, rel_w, log_sizes, fast)
+    if positions is None:
+        mixed = attend(q, k, v, rel_h, rel_w, log_sizes, fast)
+    else:
+        q, k, v, positions = (x.flatten(-3, -2) for x in (q, k, v, positions))
+        log_sizes = None if log_sizes is None else log_sizes.flatten(1)
+        mixed = attend_at(q, k, v, *tables, place.extent, positions, log_sizes, fast).unflatten(2, (h, w))
     return mixed.permute(0, 2, 3, 1, 4).reshape(count, h, w, -1)
 
 
@@ -245,6 +265,7 @@ def run_block(
     full: tuple[int, int],
     sizes: Tensor | None = None,
     window: tuple[int, int] | None = None,
+    positions: Tensor | None = None,
     fast: bool = False,
 ) -> Tensor:
     """
@@ -258,14 +279,15 @@ def run_block(
         full: (H, W) of the full map; (h, w) where the map is the full one.
         sizes: (B, h, w), the number of tokens that each stands for: its logarithm is added to a key's score.
         window: (wh, ww), rows and columns of a windowed block's windows on this map; None: shrunk as the map is.
+        positions: (B, h, w, 2), where the tokens lie, in original ones; None: on the regular grid. Global blocks only.
         fast: attention, see :func:`hourglass.attention.attend`.
 
     Returns:
         (B, h, w, C)
     """
     if getattr(block, "use_act_checkpoint", False) and block.training:
-        return checkpoint(_run_block, block, tokens, full, sizes, window, fast, use_reentrant=False)
-    return _run_block(block, tokens, full, sizes, window, fast)
+        return checkpoint(_run_block, block, tokens, full, sizes, window, positions, fast, use_reentrant=False)
+    return _run_block(block, tokens, full, sizes, window, positions, fast)
 
 
 def _run_block(
@@ -274,9 +296,10 @@ def _run_block(
     full: tuple[int, int],
     sizes: Tensor | None,
     window: tuple[int, int] | None,
+    positions: Tensor | None,
     fast: bool,
 ) -> Tensor:
-    attended = run_attention(block.attn, block.norm1(tokens), full, block.window_size, sizes, window, fast)
+    attended = run_attention(block.attn, block.norm1(tokens), full, block.window_size, sizes, window, positions, fast)
     tokens = tokens + block.drop_path(attended)
     tokens = tokens + block.drop_path(block.mlp(block.norm2(tokens)))
     if block.use_residual_block:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction import Reducer, Reduction
 from hourglass.reduction.reducer import map_size
@@ -144,6 +145,10 @@ class EachWindow(Reducer):
             tokens = F.pad(tokens, (0, 0, 0, -size[1] % self.window, 0, -size[0] % self.window))
         rows, columns = (strips(length, self.window) for length in map_size(tokens))
         reductions = [self.reducer(windows) for windows in split(tokens, rows, columns)]
+        if reductions[0].positions is not None:
+            raise InputError(
+                f'scope "window" takes a reducer that keeps tokens on the regular grid, got {self.reducer!r}'
+            )
         sides = [map_size(reduction.tokens) for reduction in reductions]
         smaller_rows = [Strip(row.windows, side[0]) for row, side in zip(rows, sides[:: len(columns)])]
         smaller_columns = [Strip(column.windows, side[1]) for column, side in zip(columns, sides)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hourglass.errors import InputError
 from hourglass.operators import operator
-from hourglass.reduction.neighborhoods import Neighborhoods, at_home, neighborhoods
+from hourglass.reduction.neighborhoods import PART, at_home, neighborhoods
 from hourglass.reduction.pooling import average_pool
 from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction, check_choice, check_count, map_size
 
@@ -62,14 +62,22 @@ def _as_tensor(temperature: float | Tensor, like: Tensor) -> Tensor:
 def _cluster(tokens: Tensor, h: int, w: int, iterations: int, neighborhood: int, temperature: Tensor) -> Tensor:
     """(B, h, w, C + 1): centres, and in the last channel their sizes."""
     near = neighborhoods(map_size(tokens), (h, w), neighborhood // 2, tokens.device)
-    tiles = near.tile_tokens(tokens)
+    parts = [(part, near.tile_tokens(tokens, part)) for part in near.parts(tokens)]
     centers = average_pool(tokens, (h, w))
     for _ in range(iterations):
-        with torch.no_grad():
-            affinity = _scores(tiles, centers, near, temperature).softmax(-1) * near.real
-            sizes = near.sum_patches(affinity.sum(-2)[..., None])
-        means = near.sum_patches(affinity.transpose(-2, -1) @ tiles) / sizes.clamp(min=EMPTY)
-        centers = torch.where(sizes > EMPTY, means, centers)
+        blocks = near.blocks(centers)
+        norms = near.blocks(centers.detach().square().sum(-1, keepdim=True))
+        sums, sizes = torch.zeros_like(blocks), torch.zeros_like(norms)
+        for part, tiles in parts:
+            with torch.no_grad():
+                scores = _scores(
+                    tiles, near.patches(blocks, part), near.patches(norms, part), near.reach(part), temperature
+                )
+                affinity = scores.softmax(-1) * near.real(part)
+                near.add_patches(sizes, affinity.sum(-2)[..., None], part)
+            near.add_patches(sums, affinity.transpose(-2, -1) @ tiles, part)
+        sizes = near.unblock(sizes)
+        centers = torch.where(sizes > EMPTY, near.unblock(sums) / sizes.clamp(min=EMPTY), centers)
     return torch.cat([centers, sizes], dim=-1)
 
 
@@ -113,10 +121,18 @@ def _mix(
     if neighborhood == 0:
         return _mix_all(tokens, centers, refined, temperature, k, weights)
     near = neighborhoods(map_size(tokens), map_size(centers), neighborhood // 2, tokens.device)
-    with torch.no_grad():
-        tiles = near.tile_tokens(tokens)
-        shares = _shares(tiles, _scores(tiles, centers, near, temperature), temperature, k, weights)
-    return near.untile_tokens(shares.to(refined.dtype) @ near.patches(refined))
+    blocks, norms = near.blocks(centers), near.blocks(centers.square().sum(-1, keepdim=True))
+    features = near.blocks(refined)
+    mixed = []
+    for part in near.parts(tokens):
+        with torch.no_grad():
+            tiles = near.tile_tokens(tokens, part)
+            scores = _scores(
+                tiles, near.patches(blocks, part), near.patches(norms, part), near.reach(part), temperature
+            )
+            shares = _shares(tiles, scores, temperature, k, weights)
+        mixed.append(near.untile_tokens(shares.to(refined.dtype) @ near.patches(features, part), part))
+    return torch.cat(mixed, dim=1)
 
 
 def _mix_all(tokens: Tensor, centers: Tensor, refined: Tensor, temperature: Tensor, k: int, weights: str) -> Tensor:
@@ -143,19 +159,20 @@ def _shares(tiles: Tensor, scores: Tensor, temperature: Tensor, k: int, weights:
     return F.normalize(scores.clamp(max=0).exp(), p=2, dim=-1, eps=1e-12)
 
 
-def _scores(tiles: Tensor, centers: Tensor, near: Neighborhoods, temperature: Tensor) -> Tensor:
+def _scores(tiles: Tensor, patches: Tensor, norms: Tensor, reach: Tensor, temperature: Tensor) -> Tensor:
     """
     Minus temperature times the squared distance, up to a constant for each token; -inf where a token does not reach.
 
     Args:
         tiles: (B, T, n, C).
-        centers: (B, h, w, C).
+        patches: (B, T, m, C), centres.
+        norms: (B, T, m, 1), of the centres, squared.
+        reach: (T, n, m).
 
     Returns:
         (B, T, n, m)
     """
-    norms = near.patches(centers.square().sum(-1, keepdim=True)).transpose(-2, -1)
-    return (_products(tiles, near.patches(centers), norms) * temperature).masked_fill(~near.reach, -torch.inf)
+    return (_products(tiles, patches, norms.transpose(-2, -1)) * temperature).masked_fill(~reach, -torch.inf)
 
 
 def _products(tiles: Tensor, patches: Tensor, norms: Tensor) -> Tensor:
@@ -182,8 +199,13 @@ def auto_temperature(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @operator("Tensor tokens, SymInt h, SymInt w", lambda tokens, h, w: [tokens.shape[0], 1, 1, 1])
 def _auto_temperature(tokens: Tensor, h: int, w: int) -> Tensor:
-    distances = (tokens - at_home(average_pool(tokens, (h, w)), map_size(tokens))).square().sum(-1, keepdim=True)
-    return AUTO_TEMPERATURE / distances.mean((1, 2), keepdim=True).clamp(min=1e-12)
+    centers, size = average_pool(tokens, (h, w)), map_size(tokens)
+    rows = max(1, PART // (tokens.shape[0] * size[1] * tokens.shape[3])) if tokens.device.type == "cpu" else size[0]
+    total = 0
+    for first in range(0, size[0], rows):
+        part = tokens[:, first : first + rows]
+        total = total + (part - at_home(centers, size, slice(first, first + rows))).square().sum((1, 2, 3))
+    return AUTO_TEMPERATURE / (total / (size[0] * size[1])).clamp(min=1e-12)[:, None, None, None]
 
 
 class TokenClustering(GridReducer):

@@ -13,7 +13,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Numbers of a tensor that tiles are worked on in, on CPUs: 16 MiB of them stay in memory that the process has already.
+PART = 1 << 22
 
 
 class _Axis(NamedTuple):
@@ -24,7 +28,8 @@ class _Axis(NamedTuple):
     tiles: int
     blocks: int  # tiles' lengths in a patch: 1 where a single tile holds all cells, else 2
     before: int  # cells of padding before the first
-    gather: Tensor  # (tiles * tokens a tile,) the token at each place of a tile; places left over repeat a token
+    bounds: list[int]  # the first token of each tile, and the end
+    gather: Tensor  # (tiles, tokens a tile) the token at each place of a tile; places left over repeat a token
     scatter: Tensor  # (tokens,) the place of each token
     real: Tensor  # (tiles, tokens a tile) False for a place left over
     reach: Tensor  # (tiles, tokens a tile, cells a patch) True for a centre in the token's neighbourhood
@@ -38,26 +43,27 @@ def _axis(length: int, cells: int, radius: int, device: torch.device) -> _Axis:
     else:
         tiles, blocks, before = -(-cells // tile), 2, radius
 
-    token = torch.arange(length, device=device)
-    home = _home(length, cells, device)
-    tile_of_token = home // tile
-    # Token i is at home before cell c where i * cells < c * length. The first tile has most tokens.
-    bounds = (torch.arange(tiles + 1, device=device) * tile * length + cells - 1) // cells
-    first, end = bounds[:-1], bounds[1:].clamp(max=length)
-    place = torch.arange(-(-min(tile, cells) * length // cells), device=device)
+    # Token i is at home before cell c where i * cells < c * length.
+    bounds = [min(length, -(-t * tile * length // cells)) for t in range(tiles + 1)]
+    first, end = torch.tensor(bounds[:-1], device=device), torch.tensor(bounds[1:], device=device)
+    place = torch.arange(max(b - a for a, b in zip(bounds, bounds[1:])), device=device)
     gather = torch.minimum(first[:, None] + place, end[:, None] - 1)
     real = first[:, None] + place < end[:, None]
-    scatter = tile_of_token * len(place) + token - first[tile_of_token]
+    home = _home(length, cells, device)
+    tile_of_token = home // tile
+    scatter = tile_of_token * len(place) + torch.arange(length, device=device) - first[tile_of_token]
 
     tile_start = torch.arange(tiles, device=device)[:, None, None] * tile
     cell = tile_start - before + torch.arange(blocks * tile, device=device)
     reach = ((cell >= 0) & (cell < cells)).expand(tiles, len(place), -1)
     reach = reach & ((cell - home[gather][..., None]).abs() <= radius)
-    return _Axis(cells, tile, tiles, blocks, before, gather.flatten(), scatter, real, reach)
+    return _Axis(cells, tile, tiles, blocks, before, bounds, gather, scatter, real, reach)
 
 
 class Neighborhoods:
     """
+    Tiles are worked on in parts, so many rows of them (a slice) at a time.
+
     Args:
         size: (H, W) of the map.
         grid: (h, w) of the centres.
@@ -71,66 +77,95 @@ class Neighborhoods:
         rows, columns = self._rows, self._columns
         real = rows.real[:, None, :, None] & columns.real[None, :, None, :]
         reach = rows.reach[:, None, :, None, :, None] & columns.reach[None, :, None, :, None, :]
-        tiles = rows.tiles * columns.tiles
-        #: (T, n, m) True where a token meets a centre.
-        self.reach = reach.reshape(tiles, real.shape[2] * real.shape[3], -1)
-        #: (T, n, 1) False for a place that holds no token of its own.
-        self.real = real.reshape(tiles, -1, 1)
+        n, tiles = real.shape[2] * real.shape[3], rows.tiles * columns.tiles
+        self._reach = reach.reshape(tiles, n, -1)
+        self._real = real.reshape(tiles, n, 1)
 
-    def tile_tokens(self, tokens: Tensor) -> Tensor:
+    @property
+    def pairs(self) -> int:
+        """How many pairs of a token and a centre are compared."""
+        return self._reach.numel()
+
+    def parts(self, tokens: Tensor) -> list[slice]:
+        """The rows of tiles in parts, for a map (B, H, W, C)."""
+        rows, columns = self._rows, self._columns
+        if tokens.device.type != "cpu":
+            return [slice(0, rows.tiles)]
+        per_row = tokens.shape[0] * columns.tiles * max(self._reach.shape[1:]) * tokens.shape[3]
+        step = max(1, PART // per_row)
+        return [slice(first, min(first + step, rows.tiles)) for first in range(0, rows.tiles, step)]
+
+    def reach(self, part: slice) -> Tensor:
+        """(T, n, m) True where a token meets a centre."""
+        return self._reach[self._tiles(part)]
+
+    def real(self, part: slice) -> Tensor:
+        """(T, n, 1) False for a place that holds no token of its own."""
+        return self._real[self._tiles(part)]
+
+    def _tiles(self, part: slice) -> slice:
+        return slice(part.start * self._columns.tiles, part.stop * self._columns.tiles)
+
+    def tile_tokens(self, tokens: Tensor, part: slice) -> Tensor:
         """(B, H, W, C) -> (B, T, n, C)"""
         rows, columns = self._rows, self._columns
         batch, _, _, channels = tokens.shape
         if rows.tiles > 1:
-            tokens = tokens[:, rows.gather]
+            tokens = tokens[:, rows.gather[part].flatten()]
         if columns.tiles > 1:
-            tokens = tokens[:, :, columns.gather]
-        tokens = tokens.reshape(batch, rows.tiles, -1, columns.tiles, len(columns.gather) // columns.tiles, channels)
-        return tokens.transpose(2, 3).reshape(batch, rows.tiles * columns.tiles, -1, channels)
+            tokens = tokens[:, :, columns.gather.flatten()]
+        count = part.stop - part.start
+        tokens = tokens.reshape(batch, count, -1, columns.tiles, columns.gather.shape[1], channels)
+        return tokens.transpose(2, 3).reshape(batch, count * columns.tiles, -1, channels)
 
-    def untile_tokens(self, tiled: Tensor) -> Tensor:
-        """(B, T, n, C) -> (B, H, W, C)"""
+    def untile_tokens(self, tiled: Tensor, part: slice) -> Tensor:
+        """(B, T, n, C) -> (B, rows of the part, W, C)"""
         rows, columns = self._rows, self._columns
         batch, _, _, channels = tiled.shape
-        tokens = tiled.view(batch, rows.tiles, columns.tiles, len(rows.gather) // rows.tiles, -1, channels)
-        tokens = tokens.transpose(2, 3).reshape(batch, len(rows.gather), len(columns.gather), channels)
+        tiled = tiled.view(batch, -1, columns.tiles, rows.gather.shape[1], columns.gather.shape[1], channels)
+        tokens = tiled.transpose(2, 3).reshape(batch, -1, columns.gather.numel(), channels)
         if rows.tiles > 1:
-            tokens = tokens[:, rows.scatter]
-        if columns.tiles > 1:
-            tokens = tokens[:, :, columns.scatter]
-        return tokens
+            first, end = rows.bounds[part.start], rows.bounds[part.stop]
+            tokens = tokens[:, rows.scatter[first:end] - part.start * rows.gather.shape[1]]
+        return tokens[:, :, columns.scatter] if columns.tiles > 1 else tokens
 
-    def patches(self, centers: Tensor) -> Tensor:
-        """The centres that each tile's tokens may meet: (B, h, w, C) -> (B, T, m, C), 0 beyond the grid."""
+    def blocks(self, centers: Tensor) -> Tensor:
+        """What patches are taken from: (B, h, w, C) -> (B, rows of blocks, tile, columns of blocks, tile, C)."""
         rows, columns = self._rows, self._columns
         batch, _, _, channels = centers.shape
         pad = [side for axis in (columns, rows) for side in (axis.before, _padded(axis) - axis.cells - axis.before)]
-        blocks = torch.nn.functional.pad(centers, (0, 0, *pad))
-        blocks = blocks.view(batch, _padded(rows) // rows.tile, rows.tile, -1, columns.tile, channels)
+        return F.pad(centers, (0, 0, *pad)).view(
+            batch, _padded(rows) // rows.tile, rows.tile, -1, columns.tile, channels
+        )
+
+    def unblock(self, blocks: Tensor) -> Tensor:
+        """The way back of :meth:`blocks`."""
+        rows, columns = self._rows, self._columns
+        centers = blocks.reshape(blocks.shape[0], _padded(rows), _padded(columns), -1)
+        return centers[:, rows.before : rows.before + rows.cells, columns.before : columns.before + columns.cells]
+
+    def patches(self, blocks: Tensor, part: slice) -> Tensor:
+        """The centres that each tile's tokens may meet, 0 beyond the grid: (B, T, m, C)."""
+        rows, columns = self._rows, self._columns
+        batch, channels, count = blocks.shape[0], blocks.shape[-1], part.stop - part.start
         patches = blocks.new_empty(
-            batch, rows.tiles, columns.tiles, rows.blocks, rows.tile, columns.blocks, columns.tile, channels
+            batch, count, columns.tiles, rows.blocks, rows.tile, columns.blocks, columns.tile, channels
         )
         for i in range(rows.blocks):
             for j in range(columns.blocks):
-                part = blocks[:, i : i + rows.tiles, :, j : j + columns.tiles]
-                patches[:, :, :, i, :, j] = part.transpose(2, 3)
-        return patches.view(batch, rows.tiles * columns.tiles, -1, channels)
+                taken = blocks[:, part.start + i : part.stop + i, :, j : j + columns.tiles]
+                patches[:, :, :, i, :, j] = taken.transpose(2, 3)
+        return patches.view(batch, count * columns.tiles, -1, channels)
 
-    def sum_patches(self, patches: Tensor) -> Tensor:
-        """Add up what the tiles have for each centre: (B, T, m, C) -> (B, h, w, C)"""
+    def add_patches(self, blocks: Tensor, patches: Tensor, part: slice) -> None:
+        """Add what tiles have for each centre (B, T, m, C) to the blocks, in place."""
         rows, columns = self._rows, self._columns
         batch, _, _, channels = patches.shape
-        patches = patches.view(
-            batch, rows.tiles, columns.tiles, rows.blocks, rows.tile, columns.blocks, columns.tile, channels
-        )
-        total = patches.new_zeros(
-            batch, _padded(rows) // rows.tile, rows.tile, _padded(columns) // columns.tile, columns.tile, channels
-        )
+        patches = patches.view(batch, -1, columns.tiles, rows.blocks, rows.tile, columns.blocks, columns.tile, channels)
         for i in range(rows.blocks):
             for j in range(columns.blocks):
-                total[:, i : i + rows.tiles, :, j : j + columns.tiles] += patches[:, :, :, i, :, j].transpose(2, 3)
-        total = total.view(batch, _padded(rows), _padded(columns), channels)
-        return total[:, rows.before : rows.before + rows.cells, columns.before : columns.before + columns.cells]
+                taken = blocks[:, part.start + i : part.stop + i, :, j : j + columns.tiles]
+                taken += patches[:, :, :, i, :, j].transpose(2, 3)
 
 
 def _padded(axis: _Axis) -> int:
@@ -142,10 +177,10 @@ def _home(length: int, cells: int, device: torch.device) -> Tensor:
     return torch.arange(length, device=device) * cells // length
 
 
-def at_home(centers: Tensor, size: tuple[int, int]) -> Tensor:
-    """The home centre of each token of a map of ``size`` (H, W): (B, h, w, C) -> (B, H, W, C)."""
+def at_home(centers: Tensor, size: tuple[int, int], part: slice = slice(None)) -> Tensor:
+    """The home centre of each token in some rows of a map of ``size`` (H, W): (B, h, w, C) -> (B, rows, W, C)."""
     rows, columns = (_home(length, cells, centers.device) for length, cells in zip(size, centers.shape[1:3]))
-    return centers[:, rows][:, :, columns]
+    return centers[:, rows[part]][:, :, columns]
 
 
 @lru_cache(maxsize=64)

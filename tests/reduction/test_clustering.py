@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hourglass.errors import InputError
-from hourglass.reduction import AveragePooling, TokenClustering
+from hourglass.reduction import AveragePooling, TokenClustering, clustering
 from hourglass.reduction.clustering import AUTO_TEMPERATURE, mixture
 from hourglass.reduction.neighborhoods import neighborhoods
 from hourglass.reduction.pooling import average_pool
@@ -111,7 +111,10 @@ def reference(tokens, grid, iterations, neighborhood, temperature, k):
         ((26, 26), (25, 25), 7, 1.0),
     ],
 )
-def test_neighborhoods_equal_plain_loops(size, grid, neighborhood, temperature):
+@pytest.mark.parametrize("part", [1 << 22, 1], ids=["at once", "in parts"])
+def test_neighborhoods_equal_plain_loops(size, grid, neighborhood, temperature, part, monkeypatch):
+    for module in ("neighborhoods", "clustering"):
+        monkeypatch.setattr(f"hourglass.reduction.{module}.PART", part)
     tokens = torch.randn(2, *size, 4, generator=torch.Generator().manual_seed(0))
     refined = torch.randn(2, *grid, 4, generator=torch.Generator().manual_seed(1))
     reducer = TokenClustering(grid, iterations=2, neighborhood=neighborhood, temperature=temperature, k=4)
@@ -141,7 +144,7 @@ def test_a_centre_that_no_token_is_near_stays_where_it_was():
 def test_the_work_is_linear_in_the_tokens():
     def pairs(side: int, share: float = 0.72) -> int:
         cells = round(side * share)
-        return neighborhoods((side, side), (cells, cells), 2, torch.device("cpu")).reach.numel()
+        return neighborhoods((side, side), (cells, cells), 2, torch.device("cpu")).pairs
 
     for side in (64, 128, 256):
         assert pairs(2 * side) < 4.4 * pairs(side)
@@ -160,3 +163,13 @@ def test_the_published_form_keeps_what_was_chosen():
     assert expected.published_form() is expected
     with pytest.raises(InputError, match="published form"):
         AveragePooling((3, 3)).published_form()
+
+
+@pytest.mark.parametrize("weights", ["sum", "l2"])
+def test_all_candidates_are_compared_in_pieces(weights, monkeypatch):
+    tokens, centers, refined = (torch.randn(2, *size, 4) for size in ((7, 5), (3, 4), (3, 4)))
+    whole = mixture(tokens, centers, 0.3, k=5, neighborhood=None, weights=weights)(refined)
+    for pairs in (1, 100):  # a token of both images, some tokens
+        monkeypatch.setattr(clustering, "PAIRS", pairs)
+        pieces = mixture(tokens, centers, 0.3, k=5, neighborhood=None, weights=weights)(refined)
+        torch.testing.assert_close(pieces, whole)
