@@ -261,6 +261,7 @@ def test_another_reducer_and_another_data_set_by_overrides(tmp_path, datasets):
         "scope": "window",
         "proportional": True,
         "published": False,
+        "attention": "fast",
     }
     assert content["dataset"] == "hourglass_demo_train" and content["images"] == 6 and content["dtype"] == "bfloat16"
     assert content["models"]["expedited"]["tokens"]["middle"] == 64

@@ -54,8 +54,8 @@ def test_a_swin_compiles_once_for_all_sizes():
 @pytest.mark.parametrize("encoder", [of_vit.tiny_vit, of_swin.tiny_swin])
 def test_under_scope_window_it_compiles_once_for_each_way_the_map_is_cut(encoder):
     """Maps in whole windows, however many."""
-    plan = Plan(TokenClustering((3, 3)), 1 if encoder is of_vit.tiny_vit else 4, None, scope="window")
-    side = 32 if encoder is of_vit.tiny_vit else 96
+    start, stop, side = (1, 4, 32) if encoder is of_vit.tiny_vit else (4, 8, 96)
+    plan = Plan(TokenClustering((3, 3)), start, stop, scope="window")
     check(encoder(), plan, [(2 * side, 2 * side), (3 * side, 4 * side), (4 * side, 3 * side)], graphs=2)
     check(encoder(), plan, [(2 * side + side // 2, 3 * side)], graphs=1)
 
