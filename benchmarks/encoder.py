@@ -417,6 +417,9 @@ def plot_scaling(document: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, line in document["median_ms"].items():
         axes.loglog(list(line), list(line.values()), marker="o", label=f"{name}: n^{document['exponents'][name]:.2f}")
+    tokens = [(pixels // 16) ** 2 for pixels in SCALING_SIZES]
+    axes.set_xticks(tokens, [f"{n:,}\n{pixels} px" for n, pixels in zip(tokens, SCALING_SIZES)], minor=False)
+    axes.minorticks_off()
     axes.set_xlabel("tokens of the full map")
     axes.set_ylabel("ms, median")
     axes.set_title(f"{document['model']}, {document['device']}, {document['dtype']}")

@@ -90,6 +90,15 @@ def test_attention_in_windows_equals_plain_loops(proportional, fast, chunk):
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("proportional", [True, False])
+def test_what_cuda_runs_in_windows_equals_the_formula(proportional):
+    q, k, v = (draw(3, 2, 6, 4, seed=i) for i in range(3))
+    bias, log_sizes = draw(2, 6, 6, seed=3), draw(3, 6, seed=4) if proportional else None
+    bias[:, 1, 3:] = -torch.inf
+    out = hourglass.attention._attend_windows_fused(q, k, v, bias, 0.3, log_sizes)
+    torch.testing.assert_close(out, attend_windows(q, k, v, bias, 0.3, log_sizes))
+
+
 def linear(table, entry):
     below = int(entry // 1)
     above = min(below + 1, len(table) - 1)

@@ -1,6 +1,8 @@
 import json
+import math
 
 import pytest
+import torch
 
 from benchmarks.encoder import main, parse
 from hourglass import InputError
@@ -44,3 +46,51 @@ def test_an_output_that_is_no_folder_is_refused_before_measuring(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--output takes a folder that can be written to, got '.*file/results'"):
         run(tmp_path / "file" / "results")
+
+
+def test_scaling(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.encoder.SCALING_SIZES", (64, 96, 128))
+    monkeypatch.setattr("benchmarks.encoder.SCORES_LIMIT_MB", 4e-6 * 12 * 7**4)  # of 6 x 6 tokens, not of 8 x 8
+    main(parse(["--scaling", "--device", "cpu", "--repeats", "2", "--output", str(tmp_path)]))
+    document = json.loads((tmp_path / "vitdet_b_scaling_cpu_float32.json").read_text())
+    times = document["median_ms"]
+    assert list(times["reducing and restoring"]) == list(times["global block"]) == ["16", "36", "64"]
+    assert list(times["global block, plain formula"]) == ["16", "36"]
+    line = times["global block, plain formula"]
+    slope = math.log(line["36"] / line["16"]) / math.log(36 / 16)
+    assert document["exponents"]["global block, plain formula"] == pytest.approx(slope)
+    assert (tmp_path / "vitdet_b_scaling_cpu_float32.png").stat().st_size > 1000
+    assert "exponent" in (tmp_path / "vitdet_b_scaling_cpu_float32.md").read_text()
+
+
+def test_scaling_takes_a_vit():
+    with pytest.raises(InputError, match="--scaling takes a ViT's model, got swin_t"):
+        main(parse(["--scaling", "--model", "swin_t", "--device", "cpu"]))
+
+
+def test_an_encoder_that_cannot_be_compiled_is_left_out(tmp_path, monkeypatch, capsys):
+    def no_compiler(encoder):
+        def run(image):
+            raise RuntimeError("no working C++ compiler\nand a trace")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    document = run(tmp_path, "--compile", "--no-memory", "--repeats", "1")
+    assert list(document["encoders"]) == ["unmodified", "fast attention", "expedited", "control"]
+    assert "warning: expedited, compiled: left out, RuntimeError: no working C++ compiler" in capsys.readouterr().err
+
+
+def test_compiled_encoders_have_their_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda encoder: encoder)
+    encoders = run(tmp_path, "--compile", "--no-memory", "--repeats", "1")["encoders"]
+    assert encoders["expedited, compiled"]["reduction_ms"] == 0 and encoders["expedited"]["reduction_ms"] > 0
+    assert encoders["fast attention, compiled"]["gflops"] is None
+
+
+def test_parts_are_compared_on_the_same_input(tmp_path):
+    options = ["--size", "128", "--repeats", "1", "--device", "cpu", "--no-memory", "--output", str(tmp_path)]
+    main(parse([*options, "plan.reducer.grid=[6,6]", "plan.start=11"]))
+    parts = json.loads((tmp_path / "vitdet_b_128_cpu_float32.json").read_text())["parts"]
+    assert list(parts) == ["attention of a global block", "reducing and restoring"]
+    assert all(part["difference"] < 1e-4 and part["speedup"]["ratio"] > 0 for part in parts.values())
