@@ -149,10 +149,10 @@ def measure(encoders: dict[str, nn.Module], image: Tensor, args: argparse.Namesp
                 results[name]["peak_memory_mb"] = max(results[name]["peak_memory_mb"], memory.read())
         for watch in watches.values():
             watch.close()
-        for name, encoder in encoders.items():
-            if not isinstance(encoder, Compiled):
-                results[name]["gflops"] = count_gflops(encoder, (image[:1],))
-                results[name]["reduction_gflops"] = _reduction_gflops(encoder, image[:1])
+    for name, encoder in encoders.items():  # not under autocast, whose copies of weights no trace takes
+        if not isinstance(encoder, Compiled):
+            results[name]["gflops"] = count_gflops(encoder, (image[:1],))
+            results[name]["reduction_gflops"] = _reduction_gflops(encoder, image[:1])
     return results
 
 
@@ -173,7 +173,8 @@ def _reduced_maps(encoder: nn.Module, image: Tensor) -> list[Tensor]:
     """What the encoder's reducer is called with."""
     maps = []
     handle = encoder.reducer.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
-    encoder(image)
+    with torch.no_grad():
+        encoder(image)
     handle.remove()
     return maps
 

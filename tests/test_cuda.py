@@ -72,7 +72,7 @@ def test_gradients_of_fast_attention(dtype):
     inputs = [draw(2, 3, 8, 8, 32, seed=i) for i in range(3)] + [0.2 * draw(8, 8, 32, seed=i) for i in (3, 4)]
     gradients = []
     for device, of_dtype, fast in (("cpu", torch.float32, False), ("cuda", dtype, True)):
-        leaves = [x.to(device, of_dtype).requires_grad_() for x in inputs]
+        leaves = [x.detach().clone().to(device, of_dtype).requires_grad_() for x in inputs]
         attend(*leaves, fast=fast).float().square().sum().backward()
         gradients.append([leaf.grad for leaf in leaves])
     for expected, out in zip(*gradients, strict=True):

@@ -91,8 +91,8 @@ def mixture(
 ) -> Callable[[Tensor], Tensor]:
     """
     What restoring does with the centres' new features: each token mixes those of its ``k`` most similar centres, with
-    weights exp(-temperature x squared distance) of the features before (Expedit). Centres as similar as
-    the k-th are kept too. The weights are constants to gradients.
+    weights exp(-temperature x squared distance) of the features before (Expedit). With all centres as candidates, those
+    as similar as the k-th are kept too, as in the authors' code. The weights are constants to gradients.
 
     Args:
         tokens: (B, H, W, C), float32.
@@ -122,17 +122,37 @@ def _mix(
         return _mix_all(tokens, centers, refined, temperature, k, weights)
     near = neighborhoods(map_size(tokens), map_size(centers), neighborhood // 2, tokens.device)
     blocks, norms = near.blocks(centers), near.blocks(centers.square().sum(-1, keepdim=True))
-    features = near.blocks(refined)
-    mixed = []
+    nearest, shares = [], []
     for part in near.parts(tokens):
-        with torch.no_grad():
-            tiles = near.tile_tokens(tokens, part)
-            scores = _scores(
-                tiles, near.patches(blocks, part), near.patches(norms, part), near.reach(part), temperature
-            )
-            shares = _shares(tiles, scores, temperature, k, weights)
-        mixed.append(near.untile_tokens(shares.to(refined.dtype) @ near.patches(features, part), part))
-    return torch.cat(mixed, dim=1)
+        tiles = near.tile_tokens(tokens, part)
+        scores = _scores(tiles, near.patches(blocks, part), near.patches(norms, part), near.reach(part), temperature)
+        top = scores.topk(min(k, scores.shape[-1]), dim=-1)
+        nearest.append(near.untile_tokens(near.index_of(top.indices, part), part))
+        shares.append(near.untile_tokens(_normalized(tiles, top.values, temperature, weights), part))
+    return gather_mixture(refined, torch.cat(nearest, dim=1), torch.cat(shares, dim=1))
+
+
+def gather_mixture(refined: Tensor, nearest: Tensor, shares: Tensor) -> Tensor:
+    """
+    Mix for each token the features of its nearest centres, without an array of tokens x k x channels.
+
+    Args:
+        refined: (B, h, w, D).
+        nearest: (B, H, W, k) int64, numbers of centres.
+        shares: (B, H, W, k).
+
+    Returns:
+        (B, H, W, D)
+    """
+    batch, h, w, channels = refined.shape
+    of_image = torch.arange(batch, device=refined.device)[:, None, None, None] * (h * w)
+    mixed = F.embedding_bag(
+        (nearest + of_image).flatten(0, 2),
+        refined.reshape(-1, channels),
+        per_sample_weights=shares.to(refined.dtype).flatten(0, 2),
+        mode="sum",
+    )
+    return mixed.view(*nearest.shape[:3], channels)
 
 
 def _mix_all(tokens: Tensor, centers: Tensor, refined: Tensor, temperature: Tensor, k: int, weights: str) -> Tensor:
@@ -149,10 +169,17 @@ def _mix_all(tokens: Tensor, centers: Tensor, refined: Tensor, temperature: Tens
 
 
 def _shares(tiles: Tensor, scores: Tensor, temperature: Tensor, k: int, weights: str) -> Tensor:
-    """(B, T, n, m) what the token has of each centre, from the tokens (B, T, n, C) and their scores (B, T, n, m)."""
+    """
+    (B, T, n, m) what the token has of each centre, from the tokens (B, T, n, C) and their scores (B, T, n, m). Centres
+    as similar as the k-th are kept too, as in the authors' code.
+    """
     if k < scores.shape[-1]:
         smallest = scores.topk(k, dim=-1).values[..., -1:]
         scores = scores.masked_fill(scores < smallest, -torch.inf)
+    return _normalized(tiles, scores, temperature, weights)
+
+
+def _normalized(tiles: Tensor, scores: Tensor, temperature: Tensor, weights: str) -> Tensor:
     if weights == "sum":
         return scores.softmax(-1)
     scores = scores - tiles.square().sum(-1, keepdim=True) * temperature

@@ -79,7 +79,18 @@ class Neighborhoods:
         reach = rows.reach[:, None, :, None, :, None] & columns.reach[None, :, None, :, None, :]
         n, tiles = real.shape[2] * real.shape[3], rows.tiles * columns.tiles
         self._reach = reach.reshape(tiles, n, -1)
+        self._index = self._numbers(grid, device)
         self._real = real.reshape(tiles, n, 1)
+
+    def _numbers(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """(T, m) the number of each centre of a patch; 0 beyond the grid."""
+        numbers = torch.arange(grid[0] * grid[1], device=device).view(1, *grid, 1)
+        return self.patches(self.blocks(numbers), slice(0, self._rows.tiles))[0, ..., 0]
+
+    def index_of(self, places: Tensor, part: slice) -> Tensor:
+        """The numbers of the centres at places of patches, int64: (B, T, n, k) -> (B, T, n, k)."""
+        index = self._index[self._tiles(part)][None, :, None].expand(*places.shape[:3], -1)
+        return index.gather(-1, places)
 
     @property
     def pairs(self) -> int:

@@ -11,7 +11,8 @@ from hourglass import InputError
 def run(folder, *options: str) -> dict:
     common = ["--model", "swin_t", "--size", "70", "--repeats", "2", "--device", "cpu", "--output", str(folder)]
     main(parse([*common, *options]))
-    return json.loads((folder / "swin_t_70_cpu_float32.json").read_text())
+    (document,) = folder.glob("*.json")
+    return json.loads(document.read_text())
 
 
 def test_encoders_are_timed_in_turn(tmp_path, capsys):
@@ -35,6 +36,11 @@ def test_encoders_are_timed_in_turn(tmp_path, capsys):
 def test_the_plan_can_be_overridden(tmp_path):
     document = run(tmp_path, "plan.start=7", "plan.stop=8", "--repeats", "1", "--no-memory")
     assert (document["plan"]["start"], document["plan"]["stop"], document["repeats"]) == (7, 8, 1)
+
+
+def test_bfloat16(tmp_path):
+    document = run(tmp_path, "--dtype", "bfloat16", "--repeats", "1", "--no-memory")
+    assert document["dtype"] == "bfloat16" and document["encoders"]["expedited"]["gflops"] > 0
 
 
 def test_wrong_options_are_refused():
