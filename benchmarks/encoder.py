@@ -137,7 +137,7 @@ def measure(encoders: dict[str, nn.Module], image: Tensor, args: argparse.Namesp
                 print(f"warning: {name}: left out, {type(error).__name__}: {reason}", file=sys.stderr)
                 del encoders[name]
         watches = {name: Stopwatch(encoder, encoder, clock) for name, encoder in encoders.items()}
-        results = {name: {"ms": [], "reduction_ms": [], "peak_memory_mb": 0.0} for name in encoders}
+        results = {name: {"ms": [], "reduction_ms": [], "peak_memory_mb": None} for name in encoders}
         for i in tqdm(range(-1, args.repeats), desc=f"timing {args.model}", unit="round"):
             for name in list(encoders) if i % 2 else reversed(encoders):
                 memory.reset()
@@ -146,7 +146,8 @@ def measure(encoders: dict[str, nn.Module], image: Tensor, args: argparse.Namesp
                     continue
                 results[name]["ms"].append(run.encoder)
                 results[name]["reduction_ms"].append(run.reduction)
-                results[name]["peak_memory_mb"] = max(results[name]["peak_memory_mb"], memory.read())
+                if args.device == "cuda":
+                    results[name]["peak_memory_mb"] = max(results[name]["peak_memory_mb"] or 0.0, memory.read())
         for watch in watches.values():
             watch.close()
     for name, encoder in encoders.items():  # not under autocast, whose copies of weights no trace takes
@@ -239,30 +240,24 @@ def measure_parts(encoder: nn.Module, plan: Plan, image: Tensor, args: argparse.
         side = args.size // 16
         # So large that random weights attend to few tokens, as trained ones do.
         tokens = 4 * torch.randn(args.batch, side, side, block.attn.qkv.in_features, device=args.device)
-        parts["attention of a global block"] = _compare(
-            {
-                "plain formula": lambda: _global_attention(block, tokens, fast=False),
-                "fast": lambda: _global_attention(block, tokens, fast=True),
-            },
-            args,
-        )
-    if isinstance(plan.reducer, TokenClustering):
+        ways = {
+            "plain formula": lambda: _global_attention(block, tokens, fast=False),
+            "fast": lambda: _global_attention(block, tokens, fast=True),
+        }
         with torch.no_grad(), autocast(args):
-            expedited = hourglass.expedite(encoder, plan)
-            tokens = _reduced_maps(expedited, image)[-1]
+            plain, fast = (way() for way in ways.values())
+        parts["attention of a global block"] = _compare(ways, plain - fast, args)
+    if isinstance(plan.reducer, TokenClustering) and plan.scope == "map":
+        with autocast(args):
+            reduced = _reduced_maps(hourglass.expedite(encoder, plan), image)[-1]
         reducer = plan.reducer
-        if plan.scope == "map":
-            # One temperature for both, and the same candidates: then the centres are the same to rounding.
-            same = TokenClustering(
-                reducer.grid, reducer.iterations, reducer.neighborhood, temperature=0.01, k=reducer.k
-            )
-            dense = DenseClustering(same)
-            with torch.no_grad():
-                difference = float((same(tokens).tokens - dense(tokens).tokens).abs().max())
-            pair = _compare(
-                {"tokens x centres": _reduction_of(dense, tokens), "ours": _reduction_of(reducer, tokens)}, args
-            )
-            parts["reducing and restoring"] = {**pair, "difference": difference}
+        # At one temperature the centres are the same to rounding.
+        same = TokenClustering(reducer.grid, reducer.iterations, reducer.neighborhood, temperature=0.01, k=reducer.k)
+        dense = DenseClustering(same)
+        with torch.no_grad():
+            difference = same(reduced).tokens - dense(reduced).tokens
+        ways = {"tokens x centres": _reduction_of(dense, reduced), "ours": _reduction_of(reducer, reduced)}
+        parts["reducing and restoring"] = _compare(ways, difference, args)
     return parts
 
 
@@ -274,15 +269,14 @@ def _reduction_of(reducer: Reducer, tokens: Tensor) -> Callable[[], Tensor]:
     return lambda: ReduceAndRestore(reducer)(tokens)
 
 
-def _compare(parts: dict[str, Callable[[], Tensor]], args: argparse.Namespace) -> dict[str, Any]:
-    slow, fast = parts
-    with torch.no_grad(), autocast(args):
-        difference = float((parts[slow]() - parts[fast]()).abs().max())
-    times = in_turn(parts, args, f"timing {slow} and {fast}")
+def _compare(ways: dict[str, Callable[[], Tensor]], difference: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    """Two ways in turn, the slow one first; ``difference``: of their results."""
+    slow, fast = ways
+    times = in_turn(ways, args, f"timing {slow} and {fast}")
     return {
         "ms": {name: spread(values) for name, values in times.items()},
         "speedup": ratio_of_medians(times[slow], times[fast])._asdict(),
-        "difference": difference,
+        "difference": float(difference.abs().max()),
     }
 
 
@@ -371,8 +365,10 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--scaling takes a ViT's model, got {args.model}")
     windowed = next(block for block in encoder.blocks if block.window_size > 0)
     whole = next(block for block in encoder.blocks if block.window_size == 0)
-    # The plan's reducer, with its budget as a share where it is a grid for the size of the config.
-    reducer = plan.reducer.relative_to((64, 64)) if plan.scope == "map" else plan.reducer
+    if plan.reducer is None or plan.scope != "map":
+        raise InputError(f'--scaling takes a plan with a reducer and scope "map", got {plan!r}')
+    # Its budget as a share of the config's map, 64 x 64 tokens at 1024 pixels.
+    reducer = plan.reducer.relative_to((64, 64))
     times: dict[str, dict[int, float]] = {}
     for pixels in SCALING_SIZES:
         side = pixels // 16
@@ -387,8 +383,6 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
             parts["global block, plain formula"] = lambda tokens=tokens, side=side: run_block(
                 whole, tokens, (side, side)
             )
-        if plan.scope == "window":
-            del parts["reducing and restoring"]
         for name, values in in_turn(parts, args, f"{pixels} pixels").items():
             times.setdefault(name, {})[side * side] = float(np.median(values))
     exponents = {
@@ -455,11 +449,8 @@ def main(args: argparse.Namespace) -> None:
     image = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
     results = measure(encoders, image, args)
     parts = measure_parts(encoder, plan, image, args)
-    if args.device == "cpu":
-        for result in results.values():
-            result["peak_memory_mb"] = None
-        if args.memory:
-            measure_peak_memory(results, plain, args)
+    if args.device == "cpu" and args.memory:
+        measure_peak_memory(results, plain, args)
     document = {**to_document(results, plan, args), "parts": parts}
     table = to_table(document) + (f"\n\n{parts_to_table(parts)}" if parts else "")
     machine = document.get("gpu") or f"{document['cpu']}, {document['threads']} threads"

@@ -151,7 +151,7 @@ def attend_at(
     if not fast:
         return (query @ key.transpose(-2, -1)).softmax(dim=-1) @ v
     if _in_chunks(query, key, v):
-        return _attend_in_chunks(query, key, v, 1.0)
+        return _attend_in_chunks(query, key, v)
     return _fused(query, key, v)
 
 
@@ -217,13 +217,12 @@ def _relative_scores(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, T
 
 
 def _attend_in_chunks(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, start: Callable[[slice, slice, slice], Tensor] | None = None
+    q: Tensor, k: Tensor, v: Tensor, start: Callable[[slice, slice, slice], Tensor] | None = None
 ) -> Tensor:
     """
     Args:
-        q, k: (B, N, L, C).
+        q, k: (B, N, L, C), the scores are their dot products.
         v: (B, N, L, D).
-        scale: of the scores.
         start: what scores are added to, a tensor of its own for some of the batch, heads and queries: (b, n, l, L).
             None: 0.
 
@@ -245,9 +244,9 @@ def _attend_in_chunks(
                 shape = part.shape[:3]
                 part = part.reshape(-1, *part.shape[2:])
                 if start is None:
-                    scores = torch.bmm(part, keys).mul_(scale)
+                    scores = torch.bmm(part, keys)
                 else:
-                    scores = start(b, n, i).view(*part.shape[:2], length).baddbmm_(part, keys, alpha=scale)
+                    scores = start(b, n, i).view(*part.shape[:2], length).baddbmm_(part, keys)
                 mixed = torch.bmm(torch.softmax(scores, -1), values)
                 out[b, i, n] = mixed.view(*shape, channels).transpose(1, 2)
     return out.transpose(1, 2)
@@ -270,7 +269,7 @@ def _attend_chunked(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tenso
         return scores.flatten(3)
 
     q, k, v = (x.flatten(2, 3) for x in (q, k, v))
-    return _attend_in_chunks(q, k, v, channels**-0.5, start).unflatten(2, (h, w))
+    return _attend_in_chunks(q * channels**-0.5, k, v, start).unflatten(2, (h, w))
 
 
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, log_sizes: Tensor | None) -> Tensor:
@@ -305,7 +304,7 @@ def _attend_windows_chunked(
     if log_sizes is None:
         return F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
     sizes = log_sizes.to(q.dtype)[:, None, None]
-    return _attend_in_chunks(q, k, v, scale, lambda b, n, i: bias[n, i] + sizes[b])
+    return _attend_in_chunks(q * scale, k, v, lambda b, n, i: bias[n, i] + sizes[b])
 
 
 def _attend_windows_fused(

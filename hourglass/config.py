@@ -214,7 +214,7 @@ HOURGLASS_NODES = {
     "PROPORTIONAL": True,
     # As the authors' code computes, for comparison with their figures.
     "PUBLISHED": False,
-    # "fast" or "plain". None: fast where a plan is active.
+    # "fast" or "plain". None: fast under a reducer that is not run as published.
     "ATTENTION": None,
     # Rows and columns of the smaller map, or the shares of them that are kept, such as [0.7, 0.7].
     "GRID": [46, 46],

@@ -106,13 +106,7 @@ ENCODERS = {
 }
 
 
-@DTYPES
-@pytest.mark.parametrize("encoder, plan", [(name, plan) for name, (_, plans) in ENCODERS.items() for plan in plans])
-def test_encoders(encoder, plan, dtype):
-    make, plans = ENCODERS[encoder]
-    cpu = hourglass.expedite(make(), plans[plan])
-    cuda = hourglass.expedite(make().cuda(), plans[plan])
-    image = draw(2, 3, 120, 200, seed=0)
+def check_encoder(cpu: torch.nn.Module, cuda: torch.nn.Module, image: torch.Tensor, dtype: torch.dtype) -> None:
     with torch.no_grad():
         expected = cpu(image)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
@@ -122,22 +116,24 @@ def test_encoders(encoder, plan, dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("encoder, plan", [(name, plan) for name, (_, plans) in ENCODERS.items() for plan in plans])
+def test_encoders(encoder, plan, dtype):
+    make, plans = ENCODERS[encoder]
+    cpu, cuda = (hourglass.expedite(model, plans[plan]) for model in (make(), make().cuda()))
+    check_encoder(cpu, cuda, draw(2, 3, 120, 200, seed=0), dtype)
+
+
+@DTYPES
 @pytest.mark.parametrize(
     "encoder, plan", [("vit", "fast attention"), ("vit", "clustering"), ("vit", "window"), ("swin", "window")]
 )
 def test_compiled_encoders(encoder, plan, dtype):
     torch._dynamo.reset()
     make, plans = ENCODERS[encoder]
-    cpu = hourglass.expedite(make(), plans[plan])
-    cuda = torch.compile(hourglass.expedite(make().cuda(), copy.deepcopy(plans[plan])), fullgraph=True)
+    cpu, cuda = (hourglass.expedite(model, copy.deepcopy(plans[plan])) for model in (make(), make().cuda()))
+    compiled = torch.compile(cuda, fullgraph=True)
     for size in ((128, 128), (120, 200)):
-        image = draw(1, 3, *size, seed=0)
-        with torch.no_grad():
-            expected = cpu(image)
-            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-                out = cuda(image.cuda())
-        for name in expected:
-            assert_near(out[name], expected[name], dtype)
+        check_encoder(cpu, compiled, draw(1, 3, *size, seed=0), dtype)
 
 
 def test_an_expedited_backbone_trains_on_the_device():

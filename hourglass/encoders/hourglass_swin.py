@@ -110,7 +110,7 @@ class HourglassSwin(Backbone):
     def _run_stage(self, stage: nn.Module, tokens: Tensor, planned: range) -> tuple[Tensor, Tensor | None]:
         if not planned and not self.plan.fast:
             return stage(tokens) if isinstance(stage, Stage) else _run_detectron2_stage(stage, tokens)
-        planned = planned or range(0)
+        planned = planned or range(0)  # an empty one may have any bounds
         for block in stage.blocks[: planned.start]:
             tokens = self._run_whole(stage, block, tokens)
         if planned:

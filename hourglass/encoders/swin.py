@@ -17,7 +17,7 @@ from torchvision.ops import StochasticDepth
 
 from hourglass.attention import attend_windows, bias_index, read_bias
 from hourglass.encoders.vit import Mlp
-from hourglass.encoders.windows import Strip, join, pad, split
+from hourglass.encoders.windows import Strip, join, pad, split, window_of
 from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction.reducer import map_size
@@ -77,11 +77,7 @@ def _place(
     shifted: bool,
     published: bool,
 ) -> _Place:
-    if window is None:
-        step = (full[0] / size[0], full[1] / size[1])
-        window = tuple(max(1, round(window_size / apart)) for apart in step)
-    else:
-        step = (window_size / window[0], window_size / window[1])
+    window, step = window_of(size, full, window_size, window)
     shift = (window[0] // 2, window[1] // 2) if shifted else (0, 0)
     masked_shift = (window_size // 2, window_size // 2) if published and shifted else shift
     return _Place(window, step, shift, masked_shift)
@@ -157,8 +153,7 @@ def _swin_attention(
     dropout: float,
 ) -> Tensor:
     """
-    Fast attention between the projections. Tokens of zeros, which fill cut windows, are projected to the bias: they
-    join here, and nothing is spent on projecting them.
+    Fast attention between the projections; what fills cut windows joins here, as in a ViT.
 
     Args:
         qkv: (B, h, w, 3 C).

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from hourglass.attention import attend, attend_at, read_table
-from hourglass.encoders.windows import partition, unpartition
+from hourglass.encoders.windows import partition, unpartition, window_of
 from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction.reducer import map_size
@@ -176,13 +176,10 @@ class _Place(NamedTuple):
 
 
 def _place(size: tuple[int, int], full: tuple[int, int], window_size: int, window: tuple[int, int] | None) -> _Place:
-    step = (full[0] / size[0], full[1] / size[1])
     if window_size == 0:
-        return _Place(size, full, step)
-    extent = (window_size, window_size)
-    if window is None:
-        return _Place(tuple(max(1, round(window_size / apart)) for apart in step), extent, step)
-    return _Place(window, extent, (window_size / window[0], window_size / window[1]))
+        return _Place(size, full, (full[0] / size[0], full[1] / size[1]))
+    window, step = window_of(size, full, window_size, window)
+    return _Place(window, (window_size, window_size), step)
 
 
 @operator(

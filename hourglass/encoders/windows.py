@@ -65,6 +65,20 @@ def unpartition(windows: Tensor, size: tuple[int, int]) -> Tensor:
     return tokens.reshape(-1, rows * wh, columns * ww, channels)[:, :height, :width]
 
 
+def window_of(
+    size: tuple[int, int], full: tuple[int, int], window_size: int, window: tuple[int, int] | None
+) -> tuple[tuple[int, int], tuple[float, float]]:
+    """
+    The windows on a map of ``size`` (h, w) that stands for one of ``full`` (H, W), where they have ``window_size``
+    tokens a side: rows and columns of one, ``window`` or shrunk as the map is, and how many original tokens apart
+    its tokens lie, along rows and columns.
+    """
+    if window is not None:
+        return window, (window_size / window[0], window_size / window[1])
+    step = (full[0] / size[0], full[1] / size[1])
+    return tuple(max(1, round(window_size / apart)) for apart in step), step
+
+
 class Strip(NamedTuple):
     """Neighbouring windows of the same length along an axis."""
 

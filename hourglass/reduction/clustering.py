@@ -124,11 +124,12 @@ def _mix(
     blocks, norms = near.blocks(centers), near.blocks(centers.square().sum(-1, keepdim=True))
     nearest, shares = [], []
     for part in near.parts(tokens):
-        tiles = near.tile_tokens(tokens, part)
-        scores = _scores(tiles, near.patches(blocks, part), near.patches(norms, part), near.reach(part), temperature)
-        top = scores.topk(min(k, scores.shape[-1]), dim=-1)
-        nearest.append(near.untile_tokens(near.index_of(top.indices, part), part))
-        shares.append(near.untile_tokens(_normalized(tiles, top.values, temperature, weights), part))
+        with torch.no_grad():
+            tiles, reach = near.tile_tokens(tokens, part), near.reach(part)
+            scores = _scores(tiles, near.patches(blocks, part), near.patches(norms, part), reach, temperature)
+            top = scores.topk(min(k, scores.shape[-1]), dim=-1)
+            nearest.append(near.untile_tokens(near.index_of(top.indices, part), part))
+            shares.append(near.untile_tokens(_normalized(tiles, top.values, temperature, weights), part))
     return gather_mixture(refined, torch.cat(nearest, dim=1), torch.cat(shares, dim=1))
 
 

@@ -72,6 +72,9 @@ def test_scaling(tmp_path, monkeypatch):
 def test_scaling_takes_a_vit():
     with pytest.raises(InputError, match="--scaling takes a ViT's model, got swin_t"):
         main(parse(["--scaling", "--model", "swin_t", "--device", "cpu"]))
+    for overrides in (["plan.reducer=null"], ["plan.scope=window", "plan.reducer.grid=[10,10]"]):
+        with pytest.raises(InputError, match='--scaling takes a plan with a reducer and scope "map"'):
+            main(parse(["--scaling", "--device", "cpu", *overrides]))
 
 
 def test_an_encoder_that_cannot_be_compiled_is_left_out(tmp_path, monkeypatch, capsys):

@@ -173,3 +173,11 @@ def test_all_candidates_are_compared_in_pieces(weights, monkeypatch):
         monkeypatch.setattr(clustering, "PAIRS", pairs)
         pieces = mixture(tokens, centers, 0.3, k=5, neighborhood=None, weights=weights)(refined)
         torch.testing.assert_close(pieces, whole)
+
+
+@pytest.mark.parametrize("neighborhood", [3, None])
+def test_the_mixtures_weights_are_constants_to_gradients(neighborhood):
+    tokens, centers, refined = (torch.randn(1, *size, 4).requires_grad_() for size in ((7, 5), (3, 4), (3, 4)))
+    mixture(tokens, centers, 0.3, k=5, neighborhood=neighborhood, weights="sum")(refined).sum().backward()
+    assert tokens.grad is None and centers.grad is None
+    assert refined.grad.sum() == pytest.approx(4 * 35, rel=1e-4)
