@@ -7,11 +7,22 @@ from hourglass import (
 from hourglass.config import add_hourglass_config
 from hourglass.encoders import HourglassSwin, HourglassViT, Plan, expedite
 from hourglass.errors import InputError
-from hourglass.reduction import AveragePooling, Reducer, Reduction, SkipBlocks, TokenClustering
+from hourglass.reduction import (
+    AveragePooling,
+    BipartiteMatching,
+    DensityPeaks,
+    Reducer,
+    Reduction,
+    SkipBlocks,
+    TokenClustering,
+    TokenSelection,
+)
 from hourglass.version import __version__
 
 __all__ = [
     "AveragePooling",
+    "BipartiteMatching",
+    "DensityPeaks",
     "HourglassSwin",
     "HourglassViT",
     "InputError",
@@ -20,6 +31,7 @@ __all__ = [
     "Reduction",
     "SkipBlocks",
     "TokenClustering",
+    "TokenSelection",
     "__version__",
     "add_hourglass_config",
     "config",

@@ -80,14 +80,15 @@ def attend(
     Softmax attention. The relative positions see the query as it is, the content its ``C ** -0.5``.
 
     Args:
-        q, k, v: (B, N, h, w, C).
+        q, k: (B, N, h, w, C).
+        v: (B, N, h, w, D).
         rel_h: (h, h, C) embeddings along the rows, from :func:`read_table`.
         rel_w: (w, w, C) embeddings along the columns.
         log_sizes: (B, h, w), added to the score of each key: proportional attention (ToMe, arXiv 2210.09461).
         fast: the fast way in place of the plain formula.
 
     Returns:
-        (B, N, h, w, C)
+        (B, N, h, w, D)
     """
     batch, heads, h, w, channels = q.shape
     if not fast:
@@ -98,11 +99,11 @@ def attend(
         scores = scores.view(batch, heads, h * w, h * w)
         if log_sizes is not None:
             scores = scores + log_sizes.reshape(batch, 1, 1, h * w).to(scores.dtype)
-        return (scores.softmax(dim=-1) @ v.flatten(2, 3)).view(batch, heads, h, w, channels)
+        return (scores.softmax(dim=-1) @ v.flatten(2, 3)).unflatten(2, (h, w))
     if rel_h is None:
         bias = None if log_sizes is None else log_sizes.reshape(batch, 1, 1, h * w).to(q.dtype)
         mixed = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), bias)
-        return mixed.view(batch, heads, h, w, channels)
+        return mixed.unflatten(2, (h, w))
     way = _attend_chunked if _in_chunks(q, k, v, rel_h, rel_w) else _attend_folded
     return way(q, k, v, rel_h, rel_w, log_sizes)
 

@@ -9,7 +9,9 @@ from torch import Tensor
 _library = torch.library.Library("hourglass", "DEF")
 
 
-def operator(arguments: str, shape: Callable[..., list]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def operator(
+    arguments: str, shape: Callable[..., list], dtype: torch.dtype | None = None
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """
     A decorator that makes a function an operator of torch's, ``torch.ops.hourglass.<its name>``. Compiling takes it as
     one step and does not look inside: the function may loop over and choose by sizes as it likes, without a graph
@@ -20,8 +22,9 @@ def operator(arguments: str, shape: Callable[..., list]) -> Callable[[Callable[.
 
     Args:
         arguments: as a schema of torch's, such as "Tensor tokens, int heads".
-        shape: the function's arguments -> the shape of what it returns. Type and device are those of the first
-            argument, a tensor or a list of them.
+        shape: the function's arguments -> the shape of what it returns. Its device, and its type where ``dtype`` does
+            not say it, are those of the first argument, a tensor or a list of them.
+        dtype: of what it returns.
     """
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -33,7 +36,7 @@ def operator(arguments: str, shape: Callable[..., list]) -> Callable[[Callable[.
 
         def fake(*values) -> Tensor:
             first = values[0] if isinstance(values[0], Tensor) else values[0][0]
-            return first.new_empty(shape(*values))
+            return first.new_empty(shape(*values), dtype=dtype)
 
         for device in ("CPU", "CUDA"):
             _library.impl(name, kernel, device)

@@ -18,6 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hourglass.data.loading import build_loader
 from hourglass.errors import InputError
+from hourglass.reduction import Reducer, collect_losses
+from hourglass.reduction.reducer import check_choice
+
+#: What is trained: all of the model, or of it only a reducer that learns.
+TRAINABLE = ("all", "reducer")
 
 
 class Trainer(SimpleTrainer):
@@ -49,8 +54,10 @@ class Trainer(SimpleTrainer):
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        with self._autocast:
+        with self._autocast, collect_losses() as collected:
             losses = self.model(data)
+        losses.update(collected.losses)
+        self.storage.put_scalars(**collected.figures)
         self.optimizer.zero_grad()
         sum(losses.values()).backward()
         if self._clip_gradient is not None:
@@ -61,7 +68,8 @@ class Trainer(SimpleTrainer):
 
 def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resume: bool = False) -> None:
     """
-    Train ``model`` as ``cfg.train`` says and write checkpoints, ``metrics.json`` and the log to its ``output_dir``.
+    Train ``model`` as ``cfg.train`` says and write checkpoints, ``metrics.json`` and the log to its ``output_dir``, and
+    the weights of a reducer that learns alone to ``reducer.pth``.
 
     Args:
         cfg: with ``dataloader.train``, ``optimizer``, ``lr_multiplier`` and ``train``.
@@ -70,10 +78,20 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
         resume: continue from the last checkpoint in ``output_dir``.
 
     Raises:
-        InputError: for training data that is missing or cannot be read.
+        InputError: for training data that is missing or cannot be read, and where nothing is to be trained.
     """
     options = cfg.train
     loader, _ = build_loader(cfg.dataloader.train)
+    reducer = _learned_reducer(model)
+    check_choice("train.trainable", options.trainable, TRAINABLE)
+    if options.trainable == "reducer":
+        if reducer is None:
+            raise InputError(
+                'train.trainable is "reducer", but no reducer that learns is trained: take one such as TokenSelection '
+                "as plan.reducer, with train.expedite=true"
+            )
+        model.requires_grad_(False)
+        reducer.requires_grad_(True)
     main = comm.is_main_process()
     os.makedirs(options.output_dir, exist_ok=True)
     setup_logger(options.output_dir, distributed_rank=comm.get_rank())
@@ -109,6 +127,16 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
         checkpointer.resume_or_load("", resume=True)
         start = trainer.iter + 1
     trainer.train(start, options.max_iter)
+    if main and reducer is not None:
+        path = os.path.join(options.output_dir, "reducer.pth")
+        torch.save(reducer.state_dict(), f"{path}.part")
+        os.replace(f"{path}.part", path)
+
+
+def _learned_reducer(model: nn.Module) -> Reducer | None:
+    """The model's reducer, if it has parameters."""
+    reducers = (module for module in model.modules() if isinstance(module, Reducer))
+    return next((reducer for reducer in reducers if any(True for _ in reducer.parameters())), None)
 
 
 def _is_no_input_error(record: logging.LogRecord) -> bool:

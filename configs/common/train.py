@@ -5,6 +5,8 @@ train = dict(
     allow_partial_checkpoint=False,
     # Train with the plan active.
     expedite=False,
+    # "all", or "reducer": only the weights of a reducer that learns, such as TokenSelection; the model stays as it is.
+    trainable="all",
     max_iter=90000,
     # The forward pass in bfloat16, by autocast.
     amp=dict(enabled=False),

@@ -1,14 +1,23 @@
 """The hourglass around ViTDet's plain vision transformer."""
 
+import torch
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from hourglass.encoders.plan import Plan
-from hourglass.encoders.vit import embed, run_block
-from hourglass.encoders.windows import EachWindow
+from hourglass.encoders.vit import (
+    attend_in_list,
+    attend_to_selected,
+    embed,
+    run_attention,
+    run_block,
+    run_convolutions,
+    run_perceptron,
+)
+from hourglass.encoders.windows import EachWindow, MergeEachWindow, WindowList
 from hourglass.errors import InputError
-from hourglass.reduction import GridReducer, Reducer
-from hourglass.reduction.reducer import map_size
+from hourglass.reduction import GridReducer, MergingReducer, SelectingReducer
+from hourglass.reduction.reducer import grid_positions, map_size
 
 
 class HourglassViT(Backbone):
@@ -41,20 +50,40 @@ class HourglassViT(Backbone):
         self.training = encoder.training
         self._window = None
         if self._planned:
-            self.reducer = plan.reducer
-        if self._planned and plan.scope == "window":
-            self.reducer = self._each_window(plan.reducer)
-            if isinstance(plan.reducer, GridReducer):
-                self._window = plan.reducer.cells((self.reducer.window, self.reducer.window))
+            self._take_reducer()
 
-    def _each_window(self, reducer: Reducer) -> EachWindow:
-        windows = {self.blocks[i].window_size for i in self._planned} - {0}
-        if len(windows) != 1:
+    def _take_reducer(self) -> None:
+        plan, reducer = self.plan, self.plan.reducer
+        planned = [self.blocks[i] for i in self._planned]
+        windows = {block.window_size for block in planned} - {0}
+        where = f"in blocks {self._planned.start} to {self._planned.stop - 1}"
+        if plan.scope == "window" and len(windows) != 1:
             raise InputError(
                 'scope "window" needs blocks with windows of one size among those of the plan, '
-                f"got {sorted(windows) or 'none'} in blocks {self._planned.start} to {self._planned.stop - 1}"
+                f"got {sorted(windows) or 'none'} {where}"
             )
-        return EachWindow(reducer, windows.pop())
+        if not reducer.on_grid and plan.scope == "map" and windows:
+            raise InputError(
+                f'{type(reducer).__name__} takes scope "window" where blocks have windows, got scope "map" and windows '
+                f"of {sorted(windows)} {where}"
+            )
+        if not reducer.on_grid and any(block.use_residual_block for block in planned):
+            raise InputError(f"{type(reducer).__name__} takes blocks without convolutions, got some {where}")
+        if isinstance(reducer, SelectingReducer):
+            reducer.fit([block.norm1.weight.numel() for block in planned])
+            reducer.to(self.blocks[0].norm1.weight.device)
+        self.reducer = reducer
+        if plan.scope == "window":
+            (self._window_size,) = windows
+            window = (self._window_size, self._window_size)
+            if isinstance(reducer, GridReducer):
+                self._window = reducer.cells(window)
+            if isinstance(reducer, MergingReducer):
+                self.reducer = reducer.relative_to(window)
+            else:
+                self.reducer = EachWindow(reducer, self._window_size)
+        if isinstance(reducer, MergingReducer):
+            self.reducer = MergeEachWindow(self.reducer)
 
     @staticmethod
     def depth(encoder: Backbone) -> int:
@@ -88,11 +117,71 @@ class HourglassViT(Backbone):
         return run_block(block, tokens, map_size(tokens), fast=True) if self.plan.fast else block(tokens)
 
     def _run_planned(self, tokens: Tensor) -> Tensor:
+        planned = self.blocks[self._planned.start : self._planned.stop]
+        if isinstance(self.reducer, MergeEachWindow):
+            return self._run_merging(planned, tokens)
+        if isinstance(self.reducer, SelectingReducer):
+            for i, block in enumerate(planned):
+                run = self._run_masked if self.training else self._run_selected
+                tokens = run_convolutions(block, run(i, block, tokens))
+            return tokens
         full = map_size(tokens)
 
         def blocks(refined: Tensor, sizes: Tensor | None, positions: Tensor | None) -> Tensor:
-            for block in self.blocks[self._planned.start : self._planned.stop]:
+            for block in planned:
                 refined = run_block(block, refined, full, sizes, self._window, positions, self.plan.fast)
             return refined
 
         return self.plan.run(self.reducer, tokens, blocks)
+
+    def _run_merging(self, planned: nn.ModuleList, tokens: Tensor) -> Tensor:
+        full, fast = map_size(tokens), self.plan.fast
+        windows = WindowList(full, full if self.plan.scope == "map" else (self._window_size, self._window_size))
+        lengths = windows.lengths
+        positions = grid_positions(full, tokens.device).float().expand(len(tokens), -1, -1, -1)
+        tokens, positions = windows.flatten(tokens), windows.flatten(positions)
+        sizes = torch.ones_like(positions[..., 0])
+        restores = []
+        for block in planned:
+            shares = sizes if self.plan.proportional else None
+            attended, keys = attend_in_list(
+                block.attn, block.norm1(tokens), windows, lengths, full, block.window_size, shares, positions, fast
+            )
+            tokens = tokens + block.drop_path(attended)
+            tokens, positions, sizes, restore = self.reducer(tokens, keys, sizes, positions, windows, lengths)
+            lengths = self.reducer.left(windows, lengths)
+            restores.append(restore)
+            tokens = run_perceptron(block, tokens)
+        for restore in reversed(restores):
+            tokens = restore(tokens)
+        return windows.unflatten(tokens)
+
+    def _run_selected(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
+        """A block on the tokens that are selected, image by image: each may keep another number."""
+        full, fast = map_size(tokens), self.plan.fast
+        if block.window_size > 0:
+            attended = run_attention(block.attn, block.norm1(tokens), full, block.window_size, fast=fast)
+            tokens = tokens + block.drop_path(attended)
+        images = []
+        for image in tokens.split(1):
+            selected, positions, _, restore = self.reducer(image, i)
+            if selected.numel() > 0 and block.window_size > 0:
+                selected = run_perceptron(block, selected)
+            elif selected.numel() > 0:
+                attended = run_attention(block.attn, block.norm1(selected), full, 0, positions=positions, fast=fast)
+                selected = run_perceptron(block, selected + block.drop_path(attended))
+            images.append(restore(selected))
+        return torch.cat(images)
+
+    def _run_masked(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
+        """:meth:`_run_selected` for training: all tokens run, those that are not selected are masked out."""
+        fast = self.plan.fast
+        if block.window_size > 0:
+            attended = run_attention(block.attn, block.norm1(tokens), map_size(tokens), block.window_size, fast=fast)
+            tokens = tokens + block.drop_path(attended)
+            mask = self.reducer.mask(tokens, i)
+        else:
+            mask = self.reducer.mask(tokens, i)
+            attended = attend_to_selected(block.attn, block.norm1(tokens), mask, fast)
+            tokens = tokens + mask * block.drop_path(attended)
+        return run_perceptron(block, tokens, mask)

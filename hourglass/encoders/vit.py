@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from hourglass.attention import attend, attend_at, read_table
-from hourglass.encoders.windows import partition, unpartition, window_of
+from hourglass.encoders.windows import WindowList, partition, unpartition, window_of
 from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction.reducer import map_size
@@ -143,14 +143,14 @@ def run_attention(
         (B, h, w, C)
 
     Raises:
-        InputError: for positions in windows.
+        InputError: for positions of tokens that are not in windows of their own.
     """
-    if positions is not None and window_size > 0:
+    if positions is not None and window_size > 0 and window is None:
         raise InputError(
-            f"blocks with windows (of {window_size} x {window_size} tokens) take a reducer that keeps tokens on the "
-            "regular grid, got one that puts them elsewhere"
+            f"blocks with windows (of {window_size} x {window_size} tokens) take tokens on the regular grid, or those "
+            'of a GridReducer under scope "window"; got some that lie elsewhere'
         )
-    tables = (attn.rel_pos_h, attn.rel_pos_w) if attn.use_rel_pos else (None, None)
+    tables = _tables(attn)
     if fast:
         window = (0, 0) if window is None else window
         mixed = _vit_attention(
@@ -162,6 +162,10 @@ def run_attention(
     return unpartition(
         attn.proj(_attend(qkv, tables, sizes, positions, attn.num_heads, place, fast=False)), map_size(tokens)
     )
+
+
+def _tables(attn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    return (attn.rel_pos_h, attn.rel_pos_w) if attn.use_rel_pos else (None, None)
 
 
 class _Place(NamedTuple):
@@ -232,7 +236,7 @@ def _attend(
     Args:
         qkv: (B * n, wh, ww, 3 C), of windows.
         sizes: (B, h, w), of the map.
-        positions: (B, h, w, 2), for a window that is the map.
+        positions: (B, h, w, 2), of the map.
 
     Returns:
         (B * n, wh, ww, C)
@@ -250,10 +254,120 @@ def _attend(
     if positions is None:
         mixed = attend(q, k, v, rel_h, rel_w, log_sizes, fast)
     else:
-        q, k, v, positions = (x.flatten(-3, -2) for x in (q, k, v, positions))
+        q, k, v, positions = (x.flatten(-3, -2) for x in (q, k, v, _in_windows(positions, place)))
         log_sizes = None if log_sizes is None else log_sizes.flatten(1)
         mixed = attend_at(q, k, v, *tables, place.extent, positions, log_sizes, fast).unflatten(2, (h, w))
     return mixed.permute(0, 2, 3, 1, 4).reshape(count, h, w, -1)
+
+
+def _in_windows(positions: Tensor, place: _Place) -> Tensor:
+    """
+    Positions in the map (B, h, w, 2) -> in its windows (B * n, wh, ww, 2), of which each covers ``place.extent``
+    original tokens. What fills a cut window lies there as on the regular grid.
+    """
+    axes = []
+    for length, side, extent in zip(map_size(positions), place.window, place.extent):
+        axes.append(torch.arange(length, device=positions.device) // side * extent)
+    local = positions - torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    local = partition(local, place.window, value=torch.nan)
+    axes = [
+        (torch.arange(side, device=positions.device) + 0.5) * step - 0.5 for side, step in zip(place.window, place.step)
+    ]
+    regular = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    return torch.where(local.isnan(), regular, local)
+
+
+def attend_in_list(
+    attn: nn.Module,
+    tokens: Tensor,
+    windows: WindowList,
+    lengths: list[int],
+    full: tuple[int, int],
+    window_size: int,
+    sizes: Tensor | None,
+    positions: Tensor,
+    fast: bool,
+) -> tuple[Tensor, Tensor]:
+    """
+    Run a block's attention on a list of tokens that lie anywhere.
+
+    Args:
+        attn: as in :func:`run_attention`.
+        tokens: (B, 1, L, C).
+        windows, lengths: what the list is of, and how many tokens windows of each kind have.
+        full: (H, W) of the full map.
+        window_size: the block's; 0: attention is global.
+        sizes: (B, 1, L), as in :func:`run_block`.
+        positions: (B, 1, L, 2), in original tokens.
+        fast: see :func:`hourglass.attention.attend`.
+
+    Returns:
+        what is attended to, (B, 1, L, C), and the keys in the mean over heads, (B, 1, L, C / heads).
+    """
+    qkv = attn.qkv(tokens)
+    keys = qkv.unflatten(3, (3, attn.num_heads, -1))[:, :, :, 1].mean(3)
+
+    def attend_to(qkv: Tensor, sizes: Tensor | None, positions: Tensor, extent: tuple[int, int]) -> Tensor:
+        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        log_sizes = None if sizes is None else sizes.clamp(min=1e-6).log()
+        return attend_at(q, k, v, *_tables(attn), extent, positions, log_sizes, fast).transpose(1, 2).flatten(2)
+
+    if window_size == 0:
+        mixed = attend_to(qkv[:, 0], None if sizes is None else sizes[:, 0], positions[:, 0], full)[:, None]
+        return attn.proj(mixed), keys
+    parts = []
+    sizes_of = [None] * len(lengths) if sizes is None else windows.split(sizes[..., None], lengths)
+    starts = windows.origins(positions.device)
+    for part, size, place, start, shape in zip(
+        windows.split(qkv, lengths), sizes_of, windows.split(positions, lengths), starts, windows.shapes
+    ):
+        length = part.shape[1]
+        place = (place.unflatten(0, (-1, len(start))) - start[:, None]).flatten(0, 1)
+        # Tokens of zeros fill cut windows in the full map: they stay, where they lie beyond the edge.
+        beyond = _cells_beyond(shape, window_size, place)
+        part = torch.cat([part, _bias(attn.qkv, part).expand(len(part), len(beyond), -1)], dim=1)
+        place = torch.cat([place, beyond.expand(len(place), -1, -1)], dim=1)
+        size = None if size is None else F.pad(size[..., 0], (0, len(beyond)), value=1.0)
+        parts.append(attend_to(part, size, place, (window_size, window_size))[:, :length])
+    return attn.proj(windows.join(parts)), keys
+
+
+def _cells_beyond(shape: tuple[int, int], window_size: int, like: Tensor) -> Tensor:
+    """(m, 2) the cells of a window that are not among its first ``shape`` rows and columns."""
+    side = torch.arange(window_size, device=like.device, dtype=like.dtype)
+    cells = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)
+    return cells[(cells[:, 0] >= shape[0]) | (cells[:, 1] >= shape[1])]
+
+
+def _bias(linear: nn.Linear, like: Tensor) -> Tensor:
+    """What a linear layer makes of zeros."""
+    return like.new_zeros(like.shape[-1]) if linear.bias is None else linear.bias.to(like.dtype)
+
+
+def attend_to_selected(attn: nn.Module, tokens: Tensor, mask: Tensor, fast: bool) -> Tensor:
+    """
+    Global attention to selected tokens only, with a gradient of the selection: values and weights of the others are
+    multiplied by 0, and what is left is normalised again.
+
+    Args:
+        attn: as in :func:`run_attention`.
+        tokens: (B, H, W, C).
+        mask: (B, H, W, 1), 1 for selected tokens and 0 for others.
+        fast: see :func:`hourglass.attention.attend`.
+
+    Returns:
+        (B, H, W, C)
+    """
+    batch, height, width, _ = tokens.shape
+    rel_h = rel_w = None
+    if attn.use_rel_pos:
+        rel_h, rel_w = (read_table(table, side, side, 1) for table, side in zip(_tables(attn), (height, width)))
+    qkv = attn.qkv(tokens)
+    q, k, v = qkv.unflatten(3, (3, attn.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)
+    mask = mask[:, None].expand(-1, attn.num_heads, -1, -1, -1).to(v.dtype)
+    mixed = attend(q, k, torch.cat([v * mask, mask], dim=-1), rel_h, rel_w, fast=fast).float()
+    mixed = (mixed[..., :-1] / mixed[..., -1:].clamp(min=1e-6)).to(v.dtype)
+    return attn.proj(mixed.permute(0, 2, 3, 1, 4).flatten(3))
 
 
 def run_block(
@@ -297,8 +411,17 @@ def _run_block(
     fast: bool,
 ) -> Tensor:
     attended = run_attention(block.attn, block.norm1(tokens), full, block.window_size, sizes, window, positions, fast)
-    tokens = tokens + block.drop_path(attended)
-    tokens = tokens + block.drop_path(block.mlp(block.norm2(tokens)))
+    return run_convolutions(block, run_perceptron(block, tokens + block.drop_path(attended)))
+
+
+def run_perceptron(block: nn.Module, tokens: Tensor, mask: Tensor | float = 1.0) -> Tensor:
+    """The second half of a block, (B, h, w, C) -> (B, h, w, C). ``mask`` multiplies what is added."""
+    update = block.drop_path(block.mlp(block.norm2(tokens)))
+    return tokens + (update if isinstance(mask, float) else update * mask)
+
+
+def run_convolutions(block: nn.Module, tokens: Tensor) -> Tensor:
+    """The end of a block that has convolutions, (B, h, w, C) -> (B, h, w, C)."""
     if block.use_residual_block:
         tokens = block.residual(tokens.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return tokens

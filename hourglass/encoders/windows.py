@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hourglass.errors import InputError
 from hourglass.operators import operator
-from hourglass.reduction import Reducer, Reduction
+from hourglass.reduction import MergingReducer, Reducer, Reduction
 from hourglass.reduction.reducer import map_size
 
 
@@ -159,10 +158,6 @@ class EachWindow(Reducer):
             tokens = F.pad(tokens, (0, 0, 0, -size[1] % self.window, 0, -size[0] % self.window))
         rows, columns = (strips(length, self.window) for length in map_size(tokens))
         reductions = [self.reducer(windows) for windows in split(tokens, rows, columns)]
-        if reductions[0].positions is not None:
-            raise InputError(
-                f'scope "window" takes a reducer that keeps tokens on the regular grid, got {self.reducer!r}'
-            )
         sides = [map_size(reduction.tokens) for reduction in reductions]
         smaller_rows = [Strip(row.windows, side[0]) for row, side in zip(rows, sides[:: len(columns)])]
         smaller_columns = [Strip(column.windows, side[1]) for column, side in zip(columns, sides)]
@@ -172,9 +167,123 @@ class EachWindow(Reducer):
             tokens = join([reduction.restore(part) for reduction, part in zip(reductions, windows)], rows, columns)
             return tokens[:, : size[0], : size[1]]
 
-        sizes = None
+        sizes = positions = None
         if reductions[0].sizes is not None:
             sizes = [reduction.sizes[..., None] for reduction in reductions]
             sizes = join(sizes, smaller_rows, smaller_columns)[..., 0]
+        if reductions[0].positions is not None:
+            positions = join([reduction.positions for reduction in reductions], smaller_rows, smaller_columns)
+            positions = positions + _origins(smaller_rows, smaller_columns, self.window, positions.device)
         reduced = join([reduction.tokens for reduction in reductions], smaller_rows, smaller_columns)
-        return Reduction(reduced, positions=None, sizes=sizes, restore=restore)
+        return Reduction(reduced, positions, sizes, restore)
+
+
+def _origins(rows: list[Strip], columns: list[Strip], window: int, device: torch.device) -> Tensor:
+    """(h, w, 2) where the window of each token of a smaller map begins, in original tokens, ``window`` a side."""
+    starts = []
+    for strips_of_axis in (rows, columns):
+        each = [strip.side for strip in strips_of_axis for _ in range(strip.windows)]
+        starts.append((window * torch.arange(len(each))).repeat_interleave(torch.tensor(each)).to(device))
+    return torch.stack(torch.meshgrid(*starts, indexing="ij"), dim=-1)
+
+
+class WindowList:
+    """
+    The tokens of a map as a list, window after window: those of the whole windows first, then of those that the map's
+    edge cuts off. Unlike those of a map, windows of a list can lose any number of tokens.
+
+    Args:
+        size: (H, W) of the map.
+        window: rows and columns of a window.
+    """
+
+    def __init__(self, size: tuple[int, int], window: tuple[int, int]):
+        self.rows, self.columns = (strips(length, side) for length, side in zip(size, window))
+        kinds = [(row, column) for row in self.rows for column in self.columns]
+        #: (rows, columns) of each kind of windows, whole or cut.
+        self.shapes = [(row.side, column.side) for row, column in kinds]
+        #: How many windows there are of each kind.
+        self.counts = [row.windows * column.windows for row, column in kinds]
+        #: How many tokens each window of a kind has in the map.
+        self.lengths = [height * width for height, width in self.shapes]
+        self._window = window
+
+    def flatten(self, tokens: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, 1, H * W, C)"""
+        return self.join([part.flatten(1, 2) for part in split(tokens, self.rows, self.columns)])
+
+    def unflatten(self, tokens: Tensor) -> Tensor:
+        """The way back of :meth:`flatten`."""
+        parts = self.split(tokens, self.lengths)
+        return join([part.unflatten(1, shape) for part, shape in zip(parts, self.shapes)], self.rows, self.columns)
+
+    def origins(self, device: torch.device) -> list[Tensor]:
+        """(n, 2) the first row and column of each window, for each kind."""
+        rows, columns = (
+            [torch.arange(strip.windows, device=device) for strip in strips] for strips in (self.rows, self.columns)
+        )
+        for axis in (rows, columns):
+            for i in range(1, len(axis)):
+                axis[i] = axis[i] + len(axis[i - 1])
+        return [
+            torch.stack([row * self._window[0], column * self._window[1]], dim=-1).flatten(0, 1)
+            for row, column in (torch.meshgrid(row, column, indexing="ij") for row in rows for column in columns)
+        ]
+
+    def split(self, tokens: Tensor, lengths: list[int]) -> list[Tensor]:
+        """A list (B, 1, L, C) whose windows have ``lengths`` tokens -> (B * n, tokens, C), the windows of each kind."""
+        parts = tokens[:, 0].split([count * length for count, length in zip(self.counts, lengths)], dim=1)
+        return [part.reshape(-1, length, part.shape[2]) for part, length in zip(parts, lengths)]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The way back of :meth:`split`."""
+        batch = len(parts[0]) // self.counts[0]
+        return torch.cat([part.reshape(batch, 1, -1, part.shape[2]) for part in parts], dim=2)
+
+
+class MergeEachWindow(Reducer):
+    """
+    Merges the tokens of each window on their own.
+
+    Args:
+        reducer: of a window.
+    """
+
+    def __init__(self, reducer: MergingReducer):
+        super().__init__()
+        self.reducer = reducer
+
+    def left(self, windows: WindowList, lengths: list[int]) -> list[int]:
+        """How many tokens windows of each kind have after merging, of ``lengths``."""
+        return [self.reducer.left(length, full) for length, full in zip(lengths, windows.lengths)]
+
+    def forward(
+        self, tokens: Tensor, keys: Tensor, sizes: Tensor, positions: Tensor, windows: WindowList, lengths: list[int]
+    ) -> Reduction:
+        """
+        Args:
+            tokens, keys, positions: (B, 1, L, ...), lists.
+            sizes: (B, 1, L).
+            windows: what the lists are of.
+            lengths: how many tokens windows of each kind have.
+
+        Returns:
+            a reduction to a shorter list.
+        """
+        left = self.left(windows, lengths)
+        parts = zip(*(windows.split(x, lengths) for x in (tokens, keys, sizes[..., None], positions)), left)
+        reductions = [
+            self.reducer(part[:, None], key[:, None], size[:, None, :, 0], position[:, None], n)
+            for part, key, size, position, n in parts
+        ]
+
+        def restore(refined: Tensor) -> Tensor:
+            refined = [part[:, None] for part in windows.split(refined, left)]
+            return windows.join([one.restore(part)[:, 0] for one, part in zip(reductions, refined)])
+
+        return Reduction(
+            windows.join([one.tokens[:, 0] for one in reductions]),
+            windows.join([one.positions[:, 0] for one in reductions]),
+            windows.join([one.sizes[:, 0, :, None] for one in reductions])[..., 0],
+            restore,
+        )

@@ -1,6 +1,22 @@
 from hourglass.reduction.clustering import TokenClustering
+from hourglass.reduction.density import DensityPeaks
+from hourglass.reduction.matching import BipartiteMatching
 from hourglass.reduction.pooling import AveragePooling
-from hourglass.reduction.reducer import GridReducer, Reducer, Reduction
+from hourglass.reduction.reducer import GridReducer, MergingReducer, Reducer, Reduction, SelectingReducer
+from hourglass.reduction.selection import TokenSelection, collect_losses
 from hourglass.reduction.skip import SkipBlocks
 
-__all__ = ["AveragePooling", "GridReducer", "Reducer", "Reduction", "SkipBlocks", "TokenClustering"]
+__all__ = [
+    "AveragePooling",
+    "BipartiteMatching",
+    "DensityPeaks",
+    "GridReducer",
+    "MergingReducer",
+    "Reducer",
+    "Reduction",
+    "SelectingReducer",
+    "SkipBlocks",
+    "TokenClustering",
+    "TokenSelection",
+    "collect_losses",
+]

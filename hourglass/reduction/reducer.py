@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hourglass.errors import InputError
@@ -41,6 +42,9 @@ class Reducer(nn.Module):
     ``Reduction.restore``. A module, so that a learned one's weights belong to the model.
     """
 
+    #: Whether the smaller map's tokens lie on its regular grid (``Reduction.positions`` is None).
+    on_grid = True
+
     def forward(self, tokens: Tensor) -> Reduction:
         raise NotImplementedError
 
@@ -71,6 +75,67 @@ class Reducer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.describe().items() if name != "name")
+
+
+class MergingReducer(Reducer):
+    """
+    A reducer that acts in each of the plan's blocks, between attention and perceptron, on what blocks before have left.
+    After the last block the reductions are restored, the last one first.
+    """
+
+    on_grid = False
+
+    def left(self, length: int, full: int) -> int:
+        """How many tokens a block leaves of ``length``, where there were ``full`` before the plan's first block."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, keys: Tensor, sizes: Tensor, positions: Tensor, n: int) -> Reduction:
+        """
+        Args:
+            tokens: (B, h, w, C), after attention.
+            keys: (B, h, w, D), that attention's, in the mean over heads.
+            sizes: (B, h, w), how many tokens of the full map each stands for.
+            positions: (B, h, w, 2), their centres.
+            n: how many tokens to leave, as :meth:`left` says.
+
+        Returns:
+            a reduction to a map (B, 1, n, C), with positions and sizes.
+        """
+        raise NotImplementedError
+
+
+class SelectingReducer(Reducer):
+    """
+    A reducer that selects, for each of the plan's blocks anew, the tokens that the block runs on. The others pass by
+    unchanged. In blocks with windows attention runs on all tokens and the perceptron on those selected, before which
+    they are selected.
+    """
+
+    def forward(self, tokens: Tensor, block: int) -> Reduction:
+        """
+        Args:
+            tokens: (1, H, W, C), of one image: each may keep another number of tokens.
+            block: number of the block, counted from the plan's first.
+
+        Returns:
+            a reduction to the selected tokens (1, 1, n, C), with positions.
+        """
+        raise NotImplementedError
+
+    def mask(self, tokens: Tensor, block: int) -> Tensor:
+        """
+        What training multiplies in place of selecting: (B, H, W, C) -> (B, H, W, 1), 1 for a selected token and 0 for
+        another, with a gradient.
+        """
+        raise NotImplementedError
+
+    def fit(self, channels: Sequence[int]) -> None:
+        """
+        Make ready for the plan's blocks, of so many channels each.
+
+        Raises:
+            InputError: where it does not fit them.
+        """
 
 
 class GridReducer(Reducer):
@@ -126,6 +191,11 @@ def _is_grid(pair: Any) -> bool:
 def map_size(tokens: Tensor) -> tuple[int, int]:
     """(H, W) of a map (B, H, W, C), as plain numbers under tracing too."""
     return int(tokens.shape[1]), int(tokens.shape[2])
+
+
+def grid_positions(size: tuple[int, int], device: torch.device) -> Tensor:
+    """(H, W, 2) row and column of each token of a map."""
+    return torch.stack(torch.meshgrid(*(torch.arange(side, device=device) for side in size), indexing="ij"), dim=-1)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

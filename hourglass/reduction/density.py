@@ -1,0 +1,175 @@
+"""Density peaks as representative tokens (AiluRus, arXiv 2311.01197)."""
+
+from collections.abc import Sequence
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from hourglass.errors import InputError
+from hourglass.operators import operator
+from hourglass.reduction.merging import merge, merge_sizes, restore_merged
+from hourglass.reduction.reducer import (
+    RESTORE,
+    GridReducer,
+    Reduction,
+    check_choice,
+    check_count,
+    grid_positions,
+    map_size,
+)
+
+# Pairs of tokens whose distances are held at a time: 16 MiB of them.
+PAIRS = 1 << 22
+
+
+def standardize(tokens: Tensor, spatial: float) -> Tensor:
+    """
+    The features that distances are of: those of the tokens, by their standard deviation over the map (the mean one of
+    all channels) and the root of C, and beside them the place in the map.
+
+    Args:
+        tokens: (B, H, W, C), float32.
+        spatial: weight of the place, in standard deviations a token.
+
+    Returns:
+        (B, H * W, C + 2)
+    """
+    (height, width), channels = map_size(tokens), tokens.shape[3]
+    features = tokens.flatten(1, 2)
+    features = features - features.mean(1, keepdim=True)
+    variance = features.square().mean((1, 2), keepdim=True).clamp(min=1e-12)
+    features = features / (variance * channels).sqrt()
+    place = spatial * grid_positions((height, width), tokens.device).to(features.dtype)
+    return torch.cat([features, place.flatten(0, 1).expand(len(tokens), -1, -1)], dim=-1)
+
+
+@operator(
+    "Tensor features, SymInt n, int k", lambda features, n, k: [features.shape[0], features.shape[1] + n], torch.int64
+)
+def _density_peaks(features: Tensor, n: int, k: int) -> Tensor:
+    """:func:`density_peaks`, both results beside each other."""
+    length = features.shape[1]
+    images = max(1, PAIRS // length**2)
+    return torch.cat([_peaks_of_images(part, int(n), k) for part in features.split(images)])
+
+
+def density_peaks(features: Tensor, n: int, k: int = 5) -> tuple[Tensor, Tensor]:
+    """
+    Representative tokens by density peaks with k nearest neighbours (arXiv 2311.01197 and the DPC-KNN that it
+    extends). With d the distance of two tokens, a token's density is rho = exp(-mean of d^2 over its k nearest others)
+    and its delta the distance of the nearest token that is denser; for the densest, of the farthest. The n tokens
+    with the largest rho * delta are representatives, and every other token joins the nearest of them. Of equal ones
+    the first comes first.
+
+    Time is that of tokens x tokens, memory that of ``PAIRS`` distances.
+
+    Args:
+        features: (B, L, C), float32, distances are Euclidean.
+        n: number of representatives, from 1 to L.
+        k: number of neighbours.
+
+    Returns:
+        labels (B, L) in [0, n), the representative that each token joins, and the representatives (B, n), numbers of
+        tokens in rising order.
+    """
+    length = features.shape[1]
+    both = _density_peaks(features.detach(), n, k)
+    return both[:, :length], both[:, length:]
+
+
+def _peaks_of_images(features: Tensor, n: int, k: int) -> Tensor:
+    batch, length, _ = features.shape
+    every = torch.arange(length, device=features.device).expand(batch, -1)
+    if n == length:
+        return torch.cat([every, every], dim=1)
+    rows = every[0].split(max(1, PAIRS // (batch * length)))
+    distances = [_squared_distances(features, features, rows[0])] if len(rows) == 1 else None
+
+    def of(i: int) -> Tensor:
+        return _squared_distances(features, features, rows[i]) if distances is None else distances[i]
+
+    # The logarithm of rho * delta has their order, and does not vanish where tokens are far apart.
+    k = min(k, length - 1)
+    nearest = [of(i).topk(k + 1, largest=False).values[..., 1:] for i in range(len(rows))]  # the first is itself
+    density = -torch.cat(nearest, dim=1).mean(-1)
+    rank = density.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    delta = []
+    for i, row in enumerate(rows):
+        denser = rank[:, None, :] < rank[:, row, None]
+        nearest = of(i).masked_fill(~denser, torch.inf).amin(-1)
+        delta.append(torch.where(rank[:, row] == 0, of(i).amax(-1), nearest))
+    peaks = density + 0.5 * torch.cat(delta, dim=1).log()
+    chosen = peaks.argsort(dim=1, descending=True, stable=True)[:, :n].sort(dim=1).values
+
+    centers = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[2]))
+    labels = torch.cat([_squared_distances(features, centers, row).argmin(-1) for row in rows], dim=1)
+    labels.scatter_(1, chosen, every[:, :n])  # a representative's double may come before it
+    return torch.cat([labels, chosen], dim=1)
+
+
+def _squared_distances(features: Tensor, others: Tensor, rows: Tensor) -> Tensor:
+    """(B, l, m) of the tokens ``rows`` (l,) of (B, L, C) and ``others`` (B, m, C)."""
+    part = features[:, rows]
+    norms = others.square().sum(-1)[:, None]
+    distances = torch.baddbmm(norms, part, others.transpose(1, 2), alpha=-2)
+    distances = distances.add_(part.square().sum(-1, keepdim=True)).clamp_(min=0)
+    if others is features:
+        distances[:, torch.arange(len(rows), device=rows.device), rows] = 0
+    return distances
+
+
+class DensityPeaks(GridReducer):
+    """
+    Adaptive resolution by density peaks, the reducer of AiluRus (arXiv 2311.01197): as many representative tokens as
+    the grid has cells are picked where tokens differ, every other token joins the nearest of them, and the middle
+    blocks run on the means. Relative positions are read at the representatives' own places.
+
+    The paper says of its spatial term that there is one; this one is ours: distances are taken in the features, by
+    their standard deviation, and in the map, ``spatial`` standard deviations a token. The representatives lie in the
+    smaller map as near to their places in the full one as they fit: rows are bands of it, in the order of columns.
+
+    In a plain ViT it takes the whole map; where blocks have windows it takes scope "window".
+
+    Args:
+        grid: see :class:`~hourglass.reduction.GridReducer`; rows x columns is the number of representatives.
+        k: neighbours that a token's density is taken from.
+        spatial: weight of the distance in the map; 0: none.
+        restore: "update": a token keeps its features and gets its representative's change; "features": its
+            representative's features, as published.
+
+    Raises:
+        InputError: for an argument out of range.
+    """
+
+    on_grid = False
+
+    def __init__(self, grid: Sequence[int | float] | float, k: int = 5, spatial: float = 0.1, restore: str = "update"):
+        super().__init__(grid)
+        check_count("k", k, 1)
+        if isinstance(spatial, bool) or not isinstance(spatial, Real) or not 0 <= spatial < float("inf"):
+            raise InputError(f"spatial takes a number of at least 0, got {spatial!r}")
+        check_choice("restore", restore, RESTORE)
+        self.k = k
+        self.spatial = spatial
+        self.restore = restore
+
+    def forward(self, tokens: Tensor) -> Reduction:
+        (rows, columns), (height, width) = self.cells(map_size(tokens)), map_size(tokens)
+        batch, n = len(tokens), rows * columns
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            labels, chosen = density_peaks(standardize(tokens.float(), self.spatial), n, self.k)
+            # In rising order a row of the smaller map is a band of the full one; in it, columns count.
+            across = (chosen % width * height + chosen // width).view(batch, rows, columns).argsort(dim=2)
+            order = (across + columns * torch.arange(rows, device=tokens.device)[:, None]).flatten(1)
+            labels, chosen = order.argsort(dim=1).gather(1, labels), chosen.gather(1, order)
+            positions = torch.stack([chosen // width, chosen % width], dim=-1).view(batch, rows, columns, 2)
+            sizes = merge_sizes(torch.ones_like(labels, dtype=torch.float32), labels, n).view(batch, rows, columns)
+        flat = tokens.flatten(1, 2)
+        merged = merge(flat, labels, n)
+
+        def restore(refined: Tensor) -> Tensor:
+            refined = refined.reshape(batch, n, -1)
+            return restore_merged(flat, merged, labels, self.restore, refined).unflatten(1, (height, width))
+
+        return Reduction(merged.unflatten(1, (rows, columns)), positions.float(), sizes, restore)

@@ -1,0 +1,194 @@
+"""Learned token selection (SViT, arXiv 2306.07050)."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from numbers import Real
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hourglass.errors import InputError
+from hourglass.reduction.reducer import Reduction, SelectingReducer
+
+#: In place of a file: selectors as initialised, to be trained.
+RANDOM = "random"
+
+
+class Collected(NamedTuple):
+    """
+    What reducers had to say of a training step.
+
+    Attributes:
+        losses: name -> (), to be added to the model's.
+        figures: name -> number, for the log.
+    """
+
+    losses: dict[str, Tensor]
+    figures: dict[str, float]
+
+
+_collecting: ContextVar[Collected | None] = ContextVar("collecting", default=None)
+
+
+@contextlib.contextmanager
+def collect_losses() -> Iterator[Collected]:
+    """
+    Collect the losses that learned reducers have beside the model's, while it runs in training mode::
+
+        with collect_losses() as collected:
+            losses = model(batch)
+        losses.update(collected.losses)
+    """
+    collected = Collected({}, {})
+    token = _collecting.set(collected)
+    try:
+        yield collected
+    finally:
+        _collecting.reset(token)
+
+
+class Selector(nn.Sequential):
+    """
+    The two-layer perceptron that tells for each token whether to keep it: (..., C) -> (..., 2), log-probabilities of
+    keeping and of skipping it (SViT, section 3.3).
+
+    Args:
+        channels: C.
+        share: of the tokens that it keeps, about, before it has learned anything.
+    """
+
+    def __init__(self, channels: int, share: float = 0.5):
+        hidden = max(1, channels // 4)
+        super().__init__(
+            nn.LayerNorm(channels), nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, 2), nn.LogSoftmax(dim=-1)
+        )
+        share = min(max(share, 0.01), 0.99)
+        with torch.no_grad():
+            self[3].bias.copy_(torch.tensor([share, 1 - share]).log())
+
+
+class TokenSelection(SelectingReducer):
+    """
+    Learned token selection, the reducer of SViT (arXiv 2306.07050): in each of the plan's blocks a perceptron keeps or
+    skips each token. Skipped tokens stay in the map, and a later block may take them up again. How many are kept
+    is chosen for each image.
+
+    It needs trained selectors. In training, keeping is drawn with straight-through Gumbel noise, skipped tokens are
+    masked out of attention, and the squared difference of the share kept over the batch and ``target``, in the mean
+    over blocks and times ``loss_weight``, is a loss beside the model's (:func:`collect_losses`).
+
+    Args:
+        selectors: file of trained selectors: ``reducer.pth``, which training writes, or a checkpoint of the whole
+            model; "random": as initialised, to be trained.
+        target: share of the tokens that training aims at, for all blocks or one for each.
+        loss_weight: of the loss that holds the share to it.
+        temperature: of the Gumbel softmax.
+
+    Raises:
+        InputError: for an argument out of range, or a file without selectors.
+    """
+
+    def __init__(
+        self,
+        selectors: str | os.PathLike | None = None,
+        target: float | Sequence[float] = 0.5,
+        loss_weight: float = 4.0,
+        temperature: float = 1.0,
+    ):
+        super().__init__()
+        if not selectors or not isinstance(selectors, str | os.PathLike):
+            raise InputError(
+                f'selectors takes a file of trained selectors, or "{RANDOM}" to train new ones, got {selectors!r}'
+            )
+        each = [target] if isinstance(target, Real) else target
+        if isinstance(each, str) or not isinstance(each, Sequence) or not each or not all(map(_is_share, each)):
+            raise InputError(f"target takes a share of tokens in (0, 1], or one for each block, got {target!r}")
+        for name, value in (("loss_weight", loss_weight), ("temperature", temperature)):
+            if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
+                raise InputError(f"{name} takes a number over 0, got {value!r}")
+        self.selectors = os.fspath(selectors)
+        self.target = target if isinstance(target, Real) else tuple(target)
+        self.loss_weight = loss_weight
+        self.temperature = temperature
+        self.blocks = nn.ModuleList()
+        if self.selectors != RANDOM:
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            weights = torch.load(self.selectors, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a file system or an unpickler may raise
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"selectors {self.selectors} cannot be read ({type(error).__name__}: {reason})") from error
+        weights = weights.get("model", weights) if isinstance(weights, dict) else {}
+        found = {
+            name.rpartition("reducer.")[2]: value.float()
+            for name, value in weights.items()
+            if name.startswith("blocks.") or "reducer.blocks." in name
+        }
+        count = len({name.split(".")[1] for name in found})
+        try:
+            self.blocks.extend(Selector(len(found[f"blocks.{i}.0.weight"])) for i in range(count))
+            self.load_state_dict(found)
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"selectors {self.selectors} holds no selectors: training writes some") from error
+        if not count:
+            raise InputError(f"selectors {self.selectors} holds no selectors: training writes some")
+
+    def fit(self, channels: Sequence[int]) -> None:
+        targets = self.targets(len(channels))
+        if not self.blocks:
+            self.blocks.extend(Selector(width, target) for width, target in zip(channels, targets))
+        have = [len(selector[0].weight) for selector in self.blocks]
+        if have != list(channels):
+            raise InputError(
+                f"selectors {self.selectors} are for {len(have)} blocks of {_widths(have)} channels, the plan has "
+                f"{len(channels)} of {_widths(channels)}"
+            )
+
+    def targets(self, blocks: int) -> list[float]:
+        """The share aimed at in each of so many blocks."""
+        targets = [self.target] * blocks if isinstance(self.target, Real) else list(self.target)
+        if len(targets) != blocks:
+            raise InputError(f"target takes one share or {blocks}, one for each of the plan's blocks, got {targets}")
+        return targets
+
+    def _scores(self, tokens: Tensor, block: int) -> Tensor:
+        selector = self.blocks[block]
+        return selector(tokens.to(selector[0].weight.dtype))
+
+    def forward(self, tokens: Tensor, block: int) -> Reduction:
+        width, channels = tokens.shape[2:]
+        flat = tokens.reshape(-1, channels)
+        scores = self._scores(flat, block)
+        kept = (scores[:, 0] >= scores[:, 1]).nonzero()[:, 0]
+        positions = torch.stack([kept // width, kept % width], dim=-1).float()
+
+        def restore(refined: Tensor) -> Tensor:
+            return flat.index_copy(0, kept, refined.reshape(-1, channels).to(flat.dtype)).view_as(tokens)
+
+        return Reduction(flat[kept][None, None], positions[None, None], None, restore)
+
+    def mask(self, tokens: Tensor, block: int) -> Tensor:
+        scores = self._scores(tokens, block)
+        mask = F.gumbel_softmax(scores, tau=self.temperature, hard=True)[..., :1]
+        collected = _collecting.get()
+        if collected is not None:
+            share, blocks = mask.mean(), len(self.blocks)
+            loss = self.loss_weight / blocks * (share - self.targets(blocks)[block]).square()
+            collected.losses["loss_selection"] = collected.losses.get("loss_selection", 0) + loss
+            # What inference would keep, which draws nothing.
+            collected.figures[f"kept/{block}"] = float((scores[..., 0] >= scores[..., 1]).float().mean())
+        return mask
+
+
+def _is_share(value: float) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _widths(channels: Sequence[int]) -> str:
+    return ", ".join(str(width) for width in sorted(set(channels)))
