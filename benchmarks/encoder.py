@@ -303,10 +303,14 @@ def to_document(results: dict[str, Any], plan: Plan, args: argparse.Namespace) -
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
     what = {key: getattr(args, key) for key in ("model", "size", "batch", "device", "dtype", "repeats")}
-    machine = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    if args.device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
-    return {**what, **machine}
+    return {**what, **machine(args.device)}
+
+
+def machine(device: str) -> dict[str, Any]:
+    known = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if device == "cuda":
+        known["gpu"] = torch.cuda.get_device_name()
+    return known
 
 
 def cpu_name() -> str:

@@ -180,11 +180,12 @@ def attend_windows(
     fast: bool = False,
 ) -> Tensor:
     """
-    Softmax attention in windows that share a bias.
+    Softmax attention in windows with a bias.
 
     Args:
         q, k, v: (B, N, L, C), B windows.
-        bias: (N, L, L), added to the scores; -inf keeps a query from a key.
+        bias: (N, L, L), or (B, N, L, L) where windows do not share it, added to the scores; -inf keeps a query from a
+            key.
         scale: of the scores.
         log_sizes: (B, L), added to the score of each key.
         dropout: share of the attention weights that are dropped.
@@ -194,9 +195,12 @@ def attend_windows(
         (B, N, L, C)
     """
     if fast and dropout == 0:
-        if _in_chunks(q, k, v, bias):
+        if bias.dim() == 4 and (q.is_cuda or not needs_gradient(q, k, v, bias)):
+            bias = bias if log_sizes is None else bias + log_sizes[:, None, None]
+            return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale)
+        if bias.dim() == 3 and _in_chunks(q, k, v, bias):
             return _attend_windows_chunked(q, k, v, bias.to(q.dtype), scale, log_sizes)
-        if q.is_cuda:  # elsewhere fused attention has no gradient of the bias
+        if bias.dim() == 3 and q.is_cuda:  # elsewhere fused attention has no gradient of the bias
             return _attend_windows_fused(q, k, v, bias.to(q.dtype), scale, log_sizes)
     scores = (q * scale) @ k.transpose(-2, -1) + bias
     if log_sizes is not None:
@@ -348,6 +352,34 @@ def read_bias(
         for axis in (0, 1):
             grid = _at_distances(grid, axis + 1, extent[axis], size[axis], step[axis])
     return grid.flatten(1)[:, bias_index(size, table.device)]
+
+
+def read_bias_at(table: Tensor, extent: tuple[int, int], positions: Tensor) -> Tensor:
+    """
+    :func:`read_bias` for tokens at any positions; between entries of the table the reading is bilinear.
+
+    Args:
+        table, extent: as there.
+        positions: (B, L, 2), rows and columns of the tokens, in original ones.
+
+    Returns:
+        (B, N, L, L)
+    """
+    most = 2 * torch.tensor(extent, device=positions.device) - 2
+    entry = positions[:, :, None] - positions[:, None] + most / 2
+    entry = torch.minimum(entry.clamp(min=0), most)
+    below = entry.floor().long()
+    above = torch.minimum(below + 1, most)
+    fraction = (entry - below).to(table.dtype)
+
+    def at(row: Tensor, column: Tensor) -> Tensor:
+        return table[row * (2 * extent[1] - 1) + column]
+
+    (top, left), (bottom, right) = below.unbind(-1), above.unbind(-1)
+    down, across = (share[..., None] for share in fraction.unbind(-1))
+    upper = torch.lerp(at(top, left), at(top, right), across)
+    lower = torch.lerp(at(bottom, left), at(bottom, right), across)
+    return torch.lerp(upper, lower, down).permute(0, 3, 1, 2)
 
 
 def bias_index(size: tuple[int, int], device: torch.device | str | None = None) -> Tensor:

@@ -1,14 +1,17 @@
 """The hourglass around Swin."""
 
+from functools import partial
+
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from hourglass.compat import size_divisibility
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.swin import Stage, embed, keep_frozen, merge_patches, run_checkpointed
+from hourglass.encoders.vit import run_selected_perceptron
 from hourglass.encoders.windows import EachWindow
 from hourglass.errors import InputError
-from hourglass.reduction import GridReducer
+from hourglass.reduction import GridReducer, MergingReducer, SelectingReducer
 from hourglass.reduction.reducer import map_size
 
 
@@ -55,11 +58,7 @@ class HourglassSwin(Backbone):
         self.frozen_stages = encoder.frozen_stages
         self.training = encoder.training
         if self._planned:
-            self.reducer = plan.reducer
-        if self._planned and plan.scope == "window":
-            self.reducer = EachWindow(plan.reducer, self.layers[0].window_size, pad=plan.published)
-        if self._planned and plan.published:
-            self._check_published()
+            self._take_reducer()
 
     @staticmethod
     def depth(encoder: Backbone) -> int:
@@ -70,6 +69,22 @@ class HourglassSwin(Backbone):
         super().train(mode)
         keep_frozen(self)
         return self
+
+    def _take_reducer(self) -> None:
+        plan, reducer = self.plan, self.plan.reducer
+        if isinstance(reducer, MergingReducer):
+            raise InputError(f"{type(reducer).__name__} takes a ViT, got a Swin, whose windows are shifted")
+        if not reducer.on_grid and plan.scope != "window":
+            raise InputError(f'{type(reducer).__name__} takes scope "window" in Swin, got {plan.scope!r}')
+        if isinstance(reducer, SelectingReducer):
+            blocks = [block for stage in self.layers for block in stage.blocks]
+            reducer.fit([blocks[i].norm1.weight.numel() for i in self._planned])
+            reducer.to(blocks[0].norm1.weight.device)
+        self.reducer = reducer
+        if plan.scope == "window":
+            self.reducer = EachWindow(reducer, self.layers[0].window_size, pad=plan.published)
+        if plan.published:
+            self._check_published()
 
     def _check_published(self) -> None:
         if self.plan.scope != "window":
@@ -101,20 +116,22 @@ class HourglassSwin(Backbone):
         for i, stage in enumerate(self.layers):
             blocks = range(first, first + len(stage.blocks))
             planned = range(max(blocks.start, self._planned.start), min(blocks.stop, self._planned.stop))
-            out, tokens = self._run_stage(stage, tokens, range(planned.start - first, planned.stop - first))
+            out, tokens = self._run_stage(stage, tokens, range(planned.start - first, planned.stop - first), first)
             first = blocks.stop
             if i in names:
                 features[names[i]] = self.get_submodule(f"norm{i}")(out).permute(0, 3, 1, 2)
         return features
 
-    def _run_stage(self, stage: nn.Module, tokens: Tensor, planned: range) -> tuple[Tensor, Tensor | None]:
+    def _run_stage(self, stage: nn.Module, tokens: Tensor, planned: range, first: int) -> tuple[Tensor, Tensor | None]:
+        """``planned`` counts the stage's blocks, of which the first is number ``first`` of all."""
         if not planned and not self.plan.fast:
             return stage(tokens) if isinstance(stage, Stage) else _run_detectron2_stage(stage, tokens)
         planned = planned or range(0)  # an empty one may have any bounds
         for block in stage.blocks[: planned.start]:
             tokens = self._run_whole(stage, block, tokens)
         if planned:
-            tokens = self._run_planned(stage, tokens, planned)
+            run = self._run_selecting if isinstance(self.reducer, SelectingReducer) else self._run_planned
+            tokens = run(stage, tokens, planned, first - self._planned.start)
         for block in stage.blocks[planned.stop :]:
             tokens = self._run_whole(stage, block, tokens)
         return tokens, None if stage.downsample is None else merge_patches(stage.downsample, tokens)
@@ -122,22 +139,32 @@ class HourglassSwin(Backbone):
     def _run_whole(self, stage: nn.Module, block: nn.Module, tokens: Tensor) -> Tensor:
         return run_checkpointed(stage, block, tokens, map_size(tokens), None, None, False, self.plan.fast)
 
-    def _run_planned(self, stage: nn.Module, tokens: Tensor, planned: range) -> Tensor:
+    def _run_planned(self, stage: nn.Module, tokens: Tensor, planned: range, offset: int) -> Tensor:
         plan, full = self.plan, map_size(tokens)
         window = None
         if plan.scope == "window" and isinstance(plan.reducer, GridReducer):
             window = plan.reducer.cells((stage.window_size, stage.window_size))
 
         def blocks(refined: Tensor, sizes: Tensor | None, positions: Tensor | None) -> Tensor:
-            if positions is not None:
+            if positions is not None and window is None:
                 raise InputError(
-                    f"Swin's windows take a reducer that keeps tokens on the regular grid, got {plan.reducer!r}"
+                    "Swin's windows take tokens on the regular grid, or those of a GridReducer under scope "
+                    f'"window"; got some that lie elsewhere, from {plan.reducer!r}'
                 )
+            options = (sizes, window, plan.published, plan.fast, positions)
             for block in stage.blocks[planned.start : planned.stop]:
-                refined = run_checkpointed(stage, block, refined, full, sizes, window, plan.published, plan.fast)
+                refined = run_checkpointed(stage, block, refined, full, *options)
             return refined
 
         return plan.run(self.reducer, tokens, blocks)
+
+    def _run_selecting(self, stage: nn.Module, tokens: Tensor, planned: range, offset: int) -> Tensor:
+        """Attention of all tokens, the perceptron of those that are selected. ``offset`` makes numbers in the plan."""
+        for i in planned:
+            perceptron = partial(run_selected_perceptron, reducer=self.reducer, number=i + offset, masked=self.training)
+            options = (None, None, False, self.plan.fast, None, perceptron)
+            tokens = run_checkpointed(stage, stage.blocks[i], tokens, map_size(tokens), *options)
+        return tokens
 
 
 def _run_detectron2_stage(stage: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:

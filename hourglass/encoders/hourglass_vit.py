@@ -13,6 +13,7 @@ from hourglass.encoders.vit import (
     run_block,
     run_convolutions,
     run_perceptron,
+    run_selected_perceptron,
 )
 from hourglass.encoders.windows import EachWindow, MergeEachWindow, WindowList
 from hourglass.errors import InputError
@@ -122,8 +123,7 @@ class HourglassViT(Backbone):
             return self._run_merging(planned, tokens)
         if isinstance(self.reducer, SelectingReducer):
             for i, block in enumerate(planned):
-                run = self._run_masked if self.training else self._run_selected
-                tokens = run_convolutions(block, run(i, block, tokens))
+                tokens = run_convolutions(block, self._run_selecting(i, block, tokens))
             return tokens
         full = map_size(tokens)
 
@@ -156,32 +156,22 @@ class HourglassViT(Backbone):
             tokens = restore(tokens)
         return windows.unflatten(tokens)
 
-    def _run_selected(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
-        """A block on the tokens that are selected, image by image: each may keep another number."""
+    def _run_selecting(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
+        """A block on the tokens that are selected for it; in training all tokens run, and the others are masked out."""
         full, fast = map_size(tokens), self.plan.fast
         if block.window_size > 0:
             attended = run_attention(block.attn, block.norm1(tokens), full, block.window_size, fast=fast)
             tokens = tokens + block.drop_path(attended)
+            return run_selected_perceptron(block, tokens, self.reducer, i, masked=self.training)
+        if self.training:
+            mask = self.reducer.mask(tokens, i)
+            attended = attend_to_selected(block.attn, block.norm1(tokens), mask, fast)
+            return run_perceptron(block, tokens + mask * block.drop_path(attended), mask)
         images = []
-        for image in tokens.split(1):
+        for image in tokens.split(1):  # each may keep another number of tokens
             selected, positions, _, restore = self.reducer(image, i)
-            if selected.numel() > 0 and block.window_size > 0:
-                selected = run_perceptron(block, selected)
-            elif selected.numel() > 0:
+            if selected.numel() > 0:
                 attended = run_attention(block.attn, block.norm1(selected), full, 0, positions=positions, fast=fast)
                 selected = run_perceptron(block, selected + block.drop_path(attended))
             images.append(restore(selected))
         return torch.cat(images)
-
-    def _run_masked(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
-        """:meth:`_run_selected` for training: all tokens run, those that are not selected are masked out."""
-        fast = self.plan.fast
-        if block.window_size > 0:
-            attended = run_attention(block.attn, block.norm1(tokens), map_size(tokens), block.window_size, fast=fast)
-            tokens = tokens + block.drop_path(attended)
-            mask = self.reducer.mask(tokens, i)
-        else:
-            mask = self.reducer.mask(tokens, i)
-            attended = attend_to_selected(block.attn, block.norm1(tokens), mask, fast)
-            tokens = tokens + mask * block.drop_path(attended)
-        return run_perceptron(block, tokens, mask)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from hourglass.errors import InputError
-from hourglass.reduction import Reducer, SkipBlocks
+from hourglass.reduction import Reducer, SelectingReducer, SkipBlocks
 from hourglass.reduction.reducer import check_choice, check_count
 
 SCOPES = ("map", "window")
@@ -55,8 +55,8 @@ class Plan:
                 raise InputError(f"{name} takes True or False, got {value!r}")
         if attention is not None:
             check_choice("attention", attention, ATTENTION)
-        if isinstance(reducer, SkipBlocks) and scope != "map":
-            raise InputError(f'SkipBlocks leaves out whole blocks and takes scope "map", got {scope!r}')
+        if isinstance(reducer, SkipBlocks | SelectingReducer) and scope != "map":
+            raise InputError(f'{type(reducer).__name__} acts on whole blocks and takes scope "map", got {scope!r}')
         self.reducer = reducer.published_form() if published and reducer is not None else reducer
         self.start = start
         self.stop = stop

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from hourglass.attention import attend_windows, bias_index, read_bias
-from hourglass.encoders.vit import Mlp
+from hourglass.attention import attend_windows, bias_index, read_bias, read_bias_at
+from hourglass.encoders.vit import Mlp, run_perceptron
 from hourglass.encoders.windows import Strip, join, pad, split, window_of
 from hourglass.errors import InputError
 from hourglass.operators import operator
@@ -92,6 +92,7 @@ def run_attention(
     window: tuple[int, int] | None = None,
     published: bool = False,
     fast: bool = False,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """
     Run a block's attention, Detectron2's or ours, in the windows of a map.
@@ -100,7 +101,7 @@ def run_attention(
         attn: module with the parameters of :class:`WindowAttention`.
         tokens: (B, h, w, C).
         shifted: whether windows are shifted. What the roll then brings together from opposite edges is kept apart.
-        full, sizes, window, published, fast: as in :func:`run_block`.
+        full, sizes, window, published, fast, positions: as in :func:`run_block`.
 
     Returns:
         (B, h, w, C)
@@ -114,6 +115,7 @@ def run_attention(
             attn.qkv.bias,
             table,
             sizes,
+            positions,
             attn.num_heads,
             attn.scale,
             shifted,
@@ -127,13 +129,15 @@ def run_attention(
     size = map_size(tokens)
     place = _place(size, full, window_size, window, shifted, published)
     qkv = attn.qkv(_pad_and_roll(tokens, place))
-    mixed = _attend(qkv, size, table, sizes, attn.num_heads, attn.scale, window_size, place, published, dropout)
+    mixed = _attend(
+        qkv, size, table, sizes, positions, attn.num_heads, attn.scale, window_size, place, published, dropout
+    )
     return attn.proj_drop(attn.proj(mixed))
 
 
 @operator(
-    "Tensor qkv, Tensor? bias, Tensor table, Tensor? sizes, int heads, float scale, bool shifted, int window_size, "
-    "SymInt full_h, SymInt full_w, int window_h, int window_w, bool published, float dropout",
+    "Tensor qkv, Tensor? bias, Tensor table, Tensor? sizes, Tensor? positions, int heads, float scale, bool shifted, "
+    "int window_size, SymInt full_h, SymInt full_w, int window_h, int window_w, bool published, float dropout",
     lambda qkv, *_: [*qkv.shape[:3], qkv.shape[3] // 3],
 )
 def _swin_attention(
@@ -141,6 +145,7 @@ def _swin_attention(
     bias: Tensor | None,
     table: Tensor,
     sizes: Tensor | None,
+    positions: Tensor | None,
     heads: int,
     scale: float,
     shifted: bool,
@@ -168,7 +173,7 @@ def _swin_attention(
     window = (window_h, window_w) if window_h else None
     place = _place(size, (full_h, full_w), window_size, window, shifted, published)
     qkv = _pad_and_roll(qkv, place, 0.0 if bias is None else bias)
-    return _attend(qkv, size, table, sizes, heads, scale, window_size, place, published, dropout, fast=True)
+    return _attend(qkv, size, table, sizes, positions, heads, scale, window_size, place, published, dropout, fast=True)
 
 
 def _attend(
@@ -176,6 +181,7 @@ def _attend(
     size: tuple[int, int],
     table: Tensor,
     sizes: Tensor | None,
+    positions: Tensor | None,
     heads: int,
     scale: float,
     window_size: int,
@@ -189,6 +195,7 @@ def _attend(
         qkv: (B, H, W, 3 C), padded and rolled.
         size: (h, w) of the map.
         sizes: (B, h, w).
+        positions: (B, h, w, 2).
 
     Returns:
         (B, h, w, C)
@@ -209,10 +216,14 @@ def _attend(
         log_sizes = [part.flatten(1) for part in split(sizes.clamp(min=1e-6).log(), rows, columns)]
 
     extent = (window_size, window_size)
-    bias = read_bias(table, extent, place.window, place.step, resize=published)
+    if positions is None:
+        biases = [read_bias(table, extent, place.window, place.step, resize=published)] * len(parts)
+    else:
+        windows = split(_positions_in_windows(positions, window_size, place), rows, columns)
+        biases = [read_bias_at(table, extent, window.flatten(1, 2)) for window in windows]
     lasts = [(row is rows[-1], column is columns[-1]) for row in rows for column in columns]
     mixed = []
-    for part, log_size, last in zip(parts, log_sizes, lasts):
+    for part, bias, log_size, last in zip(parts, biases, log_sizes, lasts):
         masks = [masked if is_last else 0 for masked, is_last in zip(place.masked_shift, last)]
         part_bias = bias.masked_fill(_apart(place.window, masks, bias.device), -torch.inf) if any(masks) else bias
         q, k, v = part.reshape(*part.shape[:1], -1, 3, heads, part.shape[3] // (3 * heads)).permute(2, 0, 3, 1, 4)
@@ -222,6 +233,18 @@ def _attend(
     if any(place.shift):
         mixed = torch.roll(mixed, place.shift, dims=(1, 2))
     return mixed[:, : size[0], : size[1]]
+
+
+def _positions_in_windows(positions: Tensor, window_size: int, place: _Place) -> Tensor:
+    """(B, h, w, 2) padded and rolled. What fills a cut window lies there as on the regular grid."""
+    bottom, right = (-length % side for length, side in zip(map_size(positions), place.window))
+    padded = pad(positions, bottom, right, torch.nan)
+    axes = []
+    for length, side, step in zip(map_size(padded), place.window, place.step):
+        index = torch.arange(length, device=padded.device)
+        axes.append(index // side * window_size + (index % side + 0.5) * step - 0.5)
+    regular = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    return _pad_and_roll(torch.where(padded.isnan(), regular, padded), place)
 
 
 def _pad_and_roll(tokens: Tensor, place: _Place, value: float | Tensor = 0.0) -> Tensor:
@@ -273,6 +296,8 @@ def run_block(
     window: tuple[int, int] | None = None,
     published: bool = False,
     fast: bool = False,
+    positions: Tensor | None = None,
+    perceptron: Callable[[nn.Module, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """
     Run a Swin block, Detectron2's or ours, on a full map or a reduced one: windows and their shift shrink with the map,
@@ -287,14 +312,18 @@ def run_block(
         published: as in Expedit's code, the bias's table is stretched to the window
             (:func:`hourglass.attention.read_bias`) and the mask of shifted windows stays that of the full map.
         fast: attention, see :func:`hourglass.attention.attend_windows`.
+        positions: (B, h, w, 2), where the tokens lie, in original ones; None: on the regular grid.
+        perceptron: what runs the second half of the block; None: :func:`run_perceptron`.
 
     Returns:
         (B, h, w, C)
     """
     attended = block.norm1(tokens)
-    attended = run_attention(block.attn, attended, full, block.shift_size > 0, sizes, window, published, fast)
+    attended = run_attention(
+        block.attn, attended, full, block.shift_size > 0, sizes, window, published, fast, positions
+    )
     tokens = tokens + block.drop_path(attended)
-    return tokens + block.drop_path(block.mlp(block.norm2(tokens)))
+    return (perceptron or run_perceptron)(block, tokens)
 
 
 class PatchMerging(nn.Module):

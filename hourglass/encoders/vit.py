@@ -23,6 +23,7 @@ from hourglass.attention import attend, attend_at, read_table
 from hourglass.encoders.windows import WindowList, partition, unpartition, window_of
 from hourglass.errors import InputError
 from hourglass.operators import operator
+from hourglass.reduction import SelectingReducer
 from hourglass.reduction.reducer import map_size
 
 
@@ -418,6 +419,31 @@ def run_perceptron(block: nn.Module, tokens: Tensor, mask: Tensor | float = 1.0)
     """The second half of a block, (B, h, w, C) -> (B, h, w, C). ``mask`` multiplies what is added."""
     update = block.drop_path(block.mlp(block.norm2(tokens)))
     return tokens + (update if isinstance(mask, float) else update * mask)
+
+
+def run_selected_perceptron(
+    block: nn.Module, tokens: Tensor, reducer: SelectingReducer, number: int, masked: bool
+) -> Tensor:
+    """
+    The second half of a block on the tokens that are selected for it.
+
+    Args:
+        block: as in :func:`run_block`.
+        tokens: (B, H, W, C).
+        reducer: selects them.
+        number: of the block in the plan.
+        masked: run all tokens and mask what is not selected, for training.
+
+    Returns:
+        (B, H, W, C)
+    """
+    if masked:
+        return run_perceptron(block, tokens, reducer.mask(tokens, number))
+    images = []
+    for image in tokens.split(1):
+        selected, _, _, restore = reducer(image, number)
+        images.append(restore(run_perceptron(block, selected)))
+    return torch.cat(images)
 
 
 def run_convolutions(block: nn.Module, tokens: Tensor) -> Tensor:

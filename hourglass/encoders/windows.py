@@ -249,6 +249,8 @@ class MergeEachWindow(Reducer):
         reducer: of a window.
     """
 
+    each_block = True
+
     def __init__(self, reducer: MergingReducer):
         super().__init__()
         self.reducer = reducer

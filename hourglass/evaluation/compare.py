@@ -91,6 +91,7 @@ def compare(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     warmup: int = 3,
+    what: str | None = None,
 ) -> Comparison | None:
     """
     Run every model on every image, in turn and in alternating order, evaluate the outputs and time the runs.
@@ -104,6 +105,7 @@ def compare(
         device: "cuda" or "cpu".
         dtype: float32, or another type for autocast.
         warmup: untimed runs of each model on the first image.
+        what: text before the progress bar; None: the names of the models.
 
     Returns:
         the comparison; None in all but the main process.
@@ -116,7 +118,7 @@ def compare(
     peaks = dict.fromkeys(subjects, 0.0)
     encoder_inputs: dict[str, tuple] = {}
     names = list(subjects)
-    what = f"comparing {' and '.join(names)}"
+    what = what or f"comparing {' and '.join(names)}"
     for subject in subjects.values():
         subject.evaluator.reset()
     with contextlib.ExitStack() as stack:

@@ -46,16 +46,17 @@ class Run(NamedTuple):
         total: milliseconds from the input dictionaries to the output.
         encoder: milliseconds in the encoder.
         reduction: of those, milliseconds in reducers and in restoring.
-        full: tokens that entered the reducers; 0 without a reducer.
-        middle: tokens that left them.
+        full: tokens that entered the reducers; 0 without a reducer. Of those that act in each block, the mean over
+            blocks of the tokens that they had to stand for.
+        middle: tokens that left them, in the mean over blocks too.
         size: tokens of the encoder's finest output.
     """
 
     total: float
     encoder: float
     reduction: float
-    full: int
-    middle: int
+    full: float
+    middle: float
     size: int
 
 
@@ -73,7 +74,8 @@ class Stopwatch:
         self._model = model
         self._clock = clock
         self._spans: dict[str, list] = {"encoder": [], "reduction": []}
-        self._tokens = [0, 0]
+        self._tokens: list[tuple[int | torch.Tensor, int]] = []
+        self._each_block = False
         self._size = 0
         #: The encoder's input in the last run.
         self.encoder_input: tuple = ()
@@ -86,6 +88,7 @@ class Stopwatch:
             # A reducer may call others, whose time is in its own.
             if isinstance(module, Reducer) and not any(name.startswith(f"{outer}.") for outer in reducers):
                 reducers.append(name)
+                self._each_block = module.each_block
                 self._handles.append(module.register_forward_pre_hook(self._reducer_starts))
                 self._handles.append(module.register_forward_hook(self._reducer_stops))
 
@@ -93,7 +96,7 @@ class Stopwatch:
         """Run the model on Detectron2's ``inputs`` and return its outputs and times."""
         for spans in self._spans.values():
             spans.clear()
-        self._tokens = [0, 0]
+        self._tokens.clear()
         self._clock.synchronize()
         start = time.perf_counter()
         outputs = self._model(inputs)
@@ -102,7 +105,9 @@ class Stopwatch:
         encoder, reduction = (
             sum(self._clock.between(*span) for span in self._spans[part]) for part in ("encoder", "reduction")
         )
-        return outputs, Run(total, encoder, reduction, *self._tokens, self._size)
+        full, middle = (sum(float(count) for count in counts) for counts in zip(*self._tokens or [(0, 0)]))
+        calls = max(1, len(self._tokens)) if self._each_block else 1
+        return outputs, Run(total, encoder, reduction, full / calls, middle / calls, self._size)
 
     def close(self) -> None:
         for handle in self._handles:
@@ -127,8 +132,9 @@ class Stopwatch:
 
     def _reducer_stops(self, module: nn.Module, inputs: tuple, reduction: Reduction) -> Reduction:
         self._stop("reduction")
-        self._tokens[0] += inputs[0].shape[:-1].numel()
-        self._tokens[1] += reduction.tokens.shape[:-1].numel()
+        merged = self._each_block and reduction.sizes is not None
+        full = reduction.sizes.sum() if merged else inputs[0].shape[:-1].numel()
+        self._tokens.append((full, reduction.tokens.shape[:-1].numel()))
 
         def restore(refined: torch.Tensor) -> torch.Tensor:
             self._start("reduction")

@@ -44,6 +44,8 @@ class Reducer(nn.Module):
 
     #: Whether the smaller map's tokens lie on its regular grid (``Reduction.positions`` is None).
     on_grid = True
+    #: Whether it reduces anew in each of the plan's blocks.
+    each_block = False
 
     def forward(self, tokens: Tensor) -> Reduction:
         raise NotImplementedError
@@ -84,6 +86,7 @@ class MergingReducer(Reducer):
     """
 
     on_grid = False
+    each_block = True
 
     def left(self, length: int, full: int) -> int:
         """How many tokens a block leaves of ``length``, where there were ``full`` before the plan's first block."""
@@ -110,6 +113,8 @@ class SelectingReducer(Reducer):
     unchanged. In blocks with windows attention runs on all tokens and the perceptron on those selected, before which
     they are selected.
     """
+
+    each_block = True
 
     def forward(self, tokens: Tensor, block: int) -> Reduction:
         """
