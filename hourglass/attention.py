@@ -120,9 +120,9 @@ def attend_at(
     fast: bool = False,
 ) -> Tensor:
     """
-    :func:`attend` for tokens at any positions. Tables are read linearly at the distance of a query to the original rows
-    and columns; a key between two of these is, in linear shares, in both. At whole positions that is the embedding of
-    the distance itself.
+    :func:`attend` for tokens at any positions. Tables are read at the distance of query and key, linearly between two
+    rows, where the keys lie in no more rows (and columns) than the original tokens: at whole positions, say, or on any
+    grid. Else a key is, in linear shares, in the two original rows that it lies between.
 
     Args:
         q, k, v: (B, N, L, C).
@@ -140,11 +140,10 @@ def attend_at(
     query, key = [q * scale], [k]
     for axis, table in enumerate((table_h, table_w)):
         if table is not None:
-            place = positions[..., axis].float()
-            query.append(_scores_with_lines(q, resize_table(table, extent[axis]).to(q.dtype), extent[axis], place))
-            lines = torch.arange(extent[axis], device=place.device)
-            shares = (1 - (place[..., None] - lines).abs()).clamp(min=0).to(k.dtype)
-            key.append(shares[:, None].expand(-1, q.shape[1], -1, -1))
+            lines, shares = _lines(positions[..., axis], extent[axis])
+            resized = resize_table(table, extent[axis]).to(q.dtype)
+            query.append(_scores_with_lines(q, resized, extent[axis], positions[..., axis], lines))
+            key.append(shares.to(k.dtype)[:, None].expand(-1, q.shape[1], -1, -1))
     if log_sizes is not None:
         query.append(torch.ones_like(q[..., :1]))
         key.append(log_sizes[:, None, :, None].to(k.dtype).expand(*k.shape[:3], 1))
@@ -156,13 +155,27 @@ def attend_at(
     return _fused(query, key, v)
 
 
-def _scores_with_lines(q: Tensor, table: Tensor, extent: int, place: Tensor) -> Tensor:
+def _lines(place: Tensor, extent: int) -> tuple[Tensor, Tensor]:
+    """The ``extent`` rows, or columns, (B, m) that keys at ``place`` (B, L) are in, and their shares (B, L, m)."""
+    ordered = place.sort(dim=1).values
+    number = F.pad(ordered.diff(dim=1) != 0, (1, 0)).cumsum(1)
+    few = number[:, -1:] < extent
+    whole = torch.arange(extent, device=place.device, dtype=place.dtype).expand(len(place), -1)
+    own = torch.full_like(whole, -extent).scatter(
+        1, number.clamp(max=extent - 1), ordered
+    )  # those left over hold no key
+    lines = torch.where(few, own, whole)
+    apart = (place[..., None] - lines[:, None]).abs()
+    return lines, torch.where(few[..., None], (apart == 0).to(place.dtype), (1 - apart).clamp(min=0))
+
+
+def _scores_with_lines(q: Tensor, table: Tensor, extent: int, place: Tensor, lines: Tensor) -> Tensor:
     """
-    The scores of each query (B, N, L, C) at ``place`` (B, L) with the ``extent`` rows, or columns, of original tokens:
-    (B, N, L, extent), from their embeddings by distance (2 extent - 1, C).
+    The scores of each query (B, N, L, C) at ``place`` (B, L) with the rows, or columns, ``lines`` (B, m): (B, N, L, m),
+    from their embeddings by distance (2 extent - 1, C).
     """
     by_distance = q @ table.T
-    entry = place[..., None] - torch.arange(extent, device=place.device) + (extent - 1)
+    entry = place[..., None] - lines[:, None] + (extent - 1)
     entry = entry.clamp(0, 2 * extent - 2)[:, None].expand(-1, q.shape[1], -1, -1)
     below = entry.floor().long()
     above = (below + 1).clamp(max=2 * extent - 2)

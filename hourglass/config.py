@@ -21,7 +21,7 @@ from hourglass.encoders import HourglassSwin, HourglassViT, Plan, SimpleFeatureP
 from hourglass.encoders import expedite as expedite_model
 from hourglass.encoders.expedite import HOURGLASSES
 from hourglass.errors import InputError
-from hourglass.reduction import Reducer, TokenClustering
+from hourglass.reduction import GridReducer, MergingReducer, Reducer, SelectingReducer, TokenClustering
 from hourglass.reduction.reducer import check_choice
 
 
@@ -206,7 +206,8 @@ SWIN_NODES = {
 #: MODEL.HOURGLASS: a plan's arguments, and its reducer's. None leaves the choice to the constructor. The defaults suit
 #: ViTDet-B on 1024 x 1024 pixels; a Swin's maps shrink from stage to stage and take a GRID of shares or an early STOP.
 HOURGLASS_NODES = {
-    # A class of hourglass.reduction, such as "TokenClustering", "AveragePooling" or "SkipBlocks"; "": no reduction.
+    # A class of hourglass.reduction: "TokenClustering", "AveragePooling", "DensityPeaks", "BipartiteMatching",
+    # "TokenSelection" or "SkipBlocks"; "": no reduction.
     "REDUCER": "TokenClustering",
     "START": 3,
     "STOP": None,
@@ -218,14 +219,23 @@ HOURGLASS_NODES = {
     "ATTENTION": None,
     # Rows and columns of the smaller map, or the shares of them that are kept, such as [0.7, 0.7].
     "GRID": [46, 46],
-    # What a restored token gets; TokenClustering and AveragePooling.
+    # What a restored token gets.
     "RESTORE": "update",
+    # How many centres TokenClustering restores from, and neighbours tell DensityPeaks a token's density.
+    "K": None,
+    # DensityPeaks only.
+    "SPATIAL": None,
+    # BipartiteMatching only: tokens that merge in each block, or their share.
+    "R": None,
+    # TokenSelection only: the file of selectors, and what they are trained for.
+    "SELECTORS": None,
+    "TARGET": None,
+    "LOSS_WEIGHT": None,
     # TokenClustering only.
     "ITERATIONS": 2,
     "NEIGHBORHOOD": 5,
     "TEMPERATURE": None,
     "RESTORE_TEMPERATURE": None,
-    "K": 10,
     "WEIGHTS": "sum",
     "CANDIDATES": "neighborhood",
 }
@@ -268,7 +278,8 @@ def build_plan(cfg: CfgNode) -> Plan:
 
 
 def _is_reducer(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Reducer) and kind.forward is not Reducer.forward
+    contracts = (Reducer, GridReducer, MergingReducer, SelectingReducer)
+    return isinstance(kind, type) and issubclass(kind, Reducer) and kind not in contracts
 
 
 def _arguments(kind: type, nodes: CfgNode, leave_out: tuple[str, ...] = ("reducer",)) -> dict[str, Any]:

@@ -133,14 +133,14 @@ def test_attention_at_any_positions_equals_plain_loops(proportional, gradient, f
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_at_the_grids_positions_it_is_the_grids_attention(fast):
-    """Of a whole map, and of every second row and third column of one."""
-    for h, w, step in ((5, 4, (1, 1)), (3, 2, (2, 3))):
-        extent = (h * step[0], w * step[1])
+    """Of a whole map, of every second row and third column of one, and of a smaller map of cells that cut tokens."""
+    for h, w, extent in ((5, 4, (5, 4)), (3, 2, (6, 6)), (5, 4, (8, 6))):
+        step = (extent[0] / h, extent[1] / w)
         q, k, v = (draw(2, 3, h, w, 8, seed=i) for i in range(3))
         tables = [draw(2 * side - 1, 8, seed=3) for side in extent]
         log_sizes = draw(2, h, w, seed=4)
         grid = attend(q, k, v, *(read_table(*of) for of in zip(tables, extent, (h, w), step)), log_sizes)
-        lines = [torch.arange(n) * apart for n, apart in zip((h, w), step)]
+        lines = [(torch.arange(n).double() + 0.5) * apart - 0.5 for n, apart in zip((h, w), step)]
         positions = torch.stack(torch.meshgrid(*lines, indexing="ij"), dim=-1).flatten(0, 1).expand(2, -1, -1)
         flat = (x.flatten(2, 3) for x in (q, k, v))
         out = attend_at(*flat, *tables, extent, positions, log_sizes.flatten(1), fast)

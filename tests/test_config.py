@@ -12,7 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 import hourglass
-from hourglass import AveragePooling, HourglassSwin, HourglassViT, InputError, Plan, SkipBlocks, TokenClustering
+from hourglass import (
+    AveragePooling,
+    BipartiteMatching,
+    DensityPeaks,
+    HourglassSwin,
+    HourglassViT,
+    InputError,
+    Plan,
+    SkipBlocks,
+    TokenClustering,
+    TokenSelection,
+)
 from hourglass.compat import own_encoder
 from hourglass.config import SWIN_NODES, add_hourglass_config, build_plan, build_swin_plan, expedite
 from hourglass.encoders import Swin, ViT
@@ -269,9 +280,16 @@ def test_yacs_plans():
     assert build_plan(cfg).reducer.describe() == AveragePooling((0.5, 0.75)).describe()
     cfg.MODEL.HOURGLASS.REDUCER = "SkipBlocks"
     assert isinstance(build_plan(cfg).reducer, SkipBlocks)
+    cfg.merge_from_list(["MODEL.HOURGLASS.SPATIAL", 0.5, "MODEL.HOURGLASS.REDUCER", "DensityPeaks"])
+    assert build_plan(cfg).reducer.describe() == DensityPeaks((0.5, 0.75), k=3, spatial=0.5).describe()
+    cfg.merge_from_list(["MODEL.HOURGLASS.R", 0.2, "MODEL.HOURGLASS.REDUCER", "BipartiteMatching"])
+    assert build_plan(cfg).reducer.describe() == BipartiteMatching(0.2).describe()
+    cfg.merge_from_list(["MODEL.HOURGLASS.SELECTORS", "random", "MODEL.HOURGLASS.TARGET", [0.7, 0.5]])
+    cfg.MODEL.HOURGLASS.REDUCER = "TokenSelection"
+    assert build_plan(cfg).reducer.describe() == TokenSelection("random", [0.7, 0.5]).describe()
 
 
-@pytest.mark.parametrize("reducer", ["GridReducer", "Reduction", "pooling"])
+@pytest.mark.parametrize("reducer", ["GridReducer", "MergingReducer", "Reduction", "pooling"])
 def test_yacs_reducer_that_is_none(reducer):
     cfg = small_yacs()
     cfg.MODEL.HOURGLASS.REDUCER = reducer

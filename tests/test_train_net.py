@@ -298,6 +298,55 @@ def test_training(tmp_path, expedite, capsys):
     run("--eval-only", *UNTRAINED, f"train.init_checkpoint={tmp_path}/model_final.pth", f"train.output_dir={tmp_path}")
 
 
+SELECTION = [
+    "--config-file",
+    str(train_net.CONFIGS / "demo" / "vitdet_selection.py"),
+    *(override for override in UNTRAINED if not override.startswith("plan.")),
+]
+
+
+def test_selectors_are_trained_beside_a_model_that_stays(tmp_path):
+    """Then they are evaluated from the file that training wrote, and from the whole model's checkpoint."""
+    training = ["dataloader.train.num_workers=0", "dataloader.train.total_batch_size=2", "train.max_iter=2"]
+    training += ["evaluation.max_images=2", f"train.output_dir={tmp_path}"]
+    run(*SELECTION, *training, "plan.reducer.selectors=random")
+    figures = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert any("loss_selection" in line and {"kept/0", "kept/3"} <= set(line) for line in figures)
+    selectors = torch.load(tmp_path / "reducer.pth", weights_only=True)
+    assert {name.split(".")[1] for name in selectors if name.startswith("blocks")} == {"0", "1", "2", "3"}
+    # The model was not trained: made anew from the same seed it has the same weights.
+    model = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    cfg = train_net.load_config(SELECTION[1], SELECTION[2:])
+    train_net.seed_all_rng(cfg.train.seed)
+    fresh = train_net.build(cfg, "model").state_dict()
+    assert all(torch.equal(model[name], value) for name, value in fresh.items())
+    assert set(model) - set(fresh) == {f"backbone.net.reducer.{name}" for name in selectors}
+
+    tokens = []
+    for name in ("reducer.pth", "model_final.pth"):
+        folder = tmp_path / name[:5]
+        options = [f"plan.reducer.selectors={tmp_path / name}", "evaluation.max_images=2", f"train.output_dir={folder}"]
+        run("--eval-only", *SELECTION, *options)
+        tokens.append(read(folder)["models"]["expedited"]["tokens"])
+    assert tokens[0] == tokens[1] and 0 < tokens[0]["middle"] < tokens[0]["full"] == 256
+
+
+def test_training_nothing_is_refused(tmp_path, capsys):
+    training = ["train.max_iter=1", "train.trainable=reducer", f"train.output_dir={tmp_path}"]
+    assert 'train.trainable is "reducer", but no reducer that learns' in refusal(capsys, *UNTRAINED, *training)
+    assert "train.trainable takes 'all' or 'reducer', got 'selectors'" in refusal(
+        capsys, *UNTRAINED, *training, "train.trainable=selectors"
+    )
+
+
+def test_selectors_without_weights_are_refused(capsys):
+    line = refusal(capsys, "--eval-only", *SELECTION, "plan.reducer.selectors=null")
+    assert "selectors takes a file of trained selectors" in line
+    assert "selectors none.pth cannot be read" in refusal(
+        capsys, "--eval-only", *SELECTION, "plan.reducer.selectors=none.pth"
+    )
+
+
 def test_two_processes_give_the_accuracy_of_one(tmp_path):
     arguments = ["--eval-only", "evaluation.max_images=5", "evaluation.warmup=0"]
     run(*arguments, f"train.output_dir={tmp_path}/one")

@@ -83,7 +83,7 @@ class BipartiteMatching(MergingReducer):
         InputError: for an argument out of range.
     """
 
-    def __init__(self, r: int | float, restore: str = "update"):
+    def __init__(self, r: int | float = 0.05, restore: str = "update"):
         super().__init__()
         whole = isinstance(r, Integral) and not isinstance(r, bool) and r >= 0
         if not whole and (isinstance(r, bool) or not isinstance(r, Real) or not 0 <= r <= 0.5):

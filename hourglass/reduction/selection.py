@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from hourglass.errors import InputError
 from hourglass.reduction.reducer import Reduction, SelectingReducer
 
+# Of the running mean of thresholds, in training.
+MOMENTUM = 0.95
+
 #: In place of a file: selectors as initialised, to be trained.
 RANDOM = "random"
 
@@ -81,6 +84,10 @@ class TokenSelection(SelectingReducer):
     masked out of attention, and the squared difference of the share kept over the batch and ``target``, in the mean
     over blocks and times ``loss_weight``, is a loss beside the model's (:func:`collect_losses`).
 
+    Ours is the threshold: the paper keeps what is more probably kept than not, which only a long training makes agree
+    with the share that is drawn (where each token is kept with a probability of 0.6, all are). So training also
+    follows, in a running mean, the log-odds that ``target`` of a batch's tokens lie above, and inference keeps those.
+
     Args:
         selectors: file of trained selectors: ``reducer.pth``, which training writes, or a checkpoint of the whole
             model; "random": as initialised, to be trained.
@@ -115,6 +122,7 @@ class TokenSelection(SelectingReducer):
         self.loss_weight = loss_weight
         self.temperature = temperature
         self.blocks = nn.ModuleList()
+        self.register_buffer("thresholds", torch.zeros(0))
         if self.selectors != RANDOM:
             self._read()
 
@@ -128,9 +136,10 @@ class TokenSelection(SelectingReducer):
         found = {
             name.rpartition("reducer.")[2]: value.float()
             for name, value in weights.items()
-            if name.startswith("blocks.") or "reducer.blocks." in name
+            if name.startswith(("blocks.", "thresholds")) or "reducer." in name
         }
-        count = len({name.split(".")[1] for name in found})
+        count = len(found.get("thresholds", ()))
+        self.thresholds = torch.zeros(count)
         try:
             self.blocks.extend(Selector(len(found[f"blocks.{i}.0.weight"])) for i in range(count))
             self.load_state_dict(found)
@@ -143,6 +152,7 @@ class TokenSelection(SelectingReducer):
         targets = self.targets(len(channels))
         if not self.blocks:
             self.blocks.extend(Selector(width, target) for width, target in zip(channels, targets))
+            self.thresholds = torch.zeros(len(channels))
         have = [len(selector[0].weight) for selector in self.blocks]
         if have != list(channels):
             raise InputError(
@@ -158,14 +168,15 @@ class TokenSelection(SelectingReducer):
         return targets
 
     def _scores(self, tokens: Tensor, block: int) -> Tensor:
+        """(..., C) -> (..., 2)"""
         selector = self.blocks[block]
-        return selector(tokens.to(selector[0].weight.dtype))
+        return selector(tokens.to(selector[0].weight.dtype)).float()
 
     def forward(self, tokens: Tensor, block: int) -> Reduction:
         width, channels = tokens.shape[2:]
         flat = tokens.reshape(-1, channels)
         scores = self._scores(flat, block)
-        kept = (scores[:, 0] >= scores[:, 1]).nonzero()[:, 0]
+        kept = (scores[:, 0] - scores[:, 1] >= self.thresholds[block]).nonzero()[:, 0]
         positions = torch.stack([kept // width, kept % width], dim=-1).float()
 
         def restore(refined: Tensor) -> Tensor:
@@ -176,13 +187,16 @@ class TokenSelection(SelectingReducer):
     def mask(self, tokens: Tensor, block: int) -> Tensor:
         scores = self._scores(tokens, block)
         mask = F.gumbel_softmax(scores, tau=self.temperature, hard=True)[..., :1]
+        target = self.targets(len(self.blocks))[block]
+        odds = (scores[..., 0] - scores[..., 1]).detach()
         collected = _collecting.get()
         if collected is not None:
-            share, blocks = mask.mean(), len(self.blocks)
-            loss = self.loss_weight / blocks * (share - self.targets(blocks)[block]).square()
+            loss = self.loss_weight / len(self.blocks) * (mask.mean() - target).square()
             collected.losses["loss_selection"] = collected.losses.get("loss_selection", 0) + loss
-            # What inference would keep, which draws nothing.
-            collected.figures[f"kept/{block}"] = float((scores[..., 0] >= scores[..., 1]).float().mean())
+            collected.figures[f"kept/{block}"] = float((odds >= self.thresholds[block]).float().mean())
+        skipped = min(odds.numel() - 1, round((1 - target) * odds.numel()))
+        threshold = odds.flatten().kthvalue(skipped + 1).values
+        self.thresholds[block].lerp_(threshold.to(self.thresholds.dtype), 1 - MOMENTUM)
         return mask
 
 

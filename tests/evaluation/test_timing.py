@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from hourglass import Plan, TokenClustering, expedite
+from hourglass import BipartiteMatching, Plan, Reduction, TokenClustering, expedite
 from hourglass.encoders import ViT
 from hourglass.evaluation.cost import PeakMemory, count_gflops
 from hourglass.evaluation.timing import Clock, Stopwatch, ratio_of_medians
+from hourglass.reduction import SelectingReducer
+from hourglass.reduction.reducer import grid_positions
 
 
 def tiny_vit(**kwargs) -> ViT:
@@ -67,6 +69,37 @@ def test_the_parts_of_a_run_are_told_apart(device, scope, grid):
     assert outputs[0]["features"]["last_feat"].shape == (1, 16, 8, 8)
     watch.close()
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Halves(SelectingReducer):
+    """Selects the tokens of the left half, then those of the left quarter; takes 10 ms to select and 5 to put back."""
+
+    def forward(self, tokens, block):
+        time.sleep(0.01)
+        width = tokens.shape[2] // 2 ** (block + 1)
+        left = tokens[:, :, :width]
+        positions = grid_positions(left.shape[1:3], tokens.device).view(1, 1, -1, 2).float()
+
+        def restore(refined):
+            time.sleep(0.005)
+            return torch.cat([refined.view_as(left), tokens[:, :, width:]], dim=2)
+
+        return Reduction(left.reshape(1, 1, -1, tokens.shape[3]), positions, None, restore)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_reducers_that_act_in_each_block_are_counted_in_the_mean_over_blocks(device):
+    inputs = [{"image": INPUTS[0]["image"].to(device)}]
+    for plan, middle, least in (
+        (Plan(BipartiteMatching(4), 1, scope="window"), (48 + 32) / 2, 0),
+        (Plan(Halves(), 1), (32 + 16) / 2, 30),
+    ):
+        model = Detector(expedite(tiny_vit(depth=3, window_block_indexes=(0, 1)), plan)).to(device)
+        watch = Stopwatch(model, model.encoder, Clock(device))
+        watch.run(inputs)
+        _, run = watch.run(inputs)
+        assert (run.full, run.middle) == (64, middle)
+        assert run.encoder >= run.reduction >= least and run.reduction > 0
 
 
 def test_timing_leaves_the_output_as_it_is():

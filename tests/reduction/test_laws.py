@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hourglass import AveragePooling, InputError, SkipBlocks, TokenClustering
+from hourglass import AveragePooling, BipartiteMatching, DensityPeaks, InputError, SkipBlocks, TokenClustering
 
 sides = st.integers(1, 19)
 
@@ -39,6 +39,8 @@ def reducers(draw, grid):
         draw(clusterings(grid)),
         AveragePooling(grid, restore="update"),
         AveragePooling(grid, restore="features"),
+        DensityPeaks(grid, k=draw(st.integers(1, 6)), spatial=draw(st.sampled_from([0, 0.1, 1.0])), restore="update"),
+        DensityPeaks(grid, restore="features"),
         SkipBlocks(),
     ]
 
@@ -62,7 +64,7 @@ def test_laws(data, drawn):
         torch.testing.assert_close(of_constant.tokens, torch.full_like(of_constant.tokens, 3.0))
         torch.testing.assert_close(of_constant.restore(of_constant.tokens), constant)
         # A constant change reaches every token whole.
-        if isinstance(reducer, TokenClustering | AveragePooling):
+        if isinstance(reducer, TokenClustering | AveragePooling | DensityPeaks):
             moved = reduction.restore(torch.full_like(reduction.tokens, 2.0))
             if reducer.restore == "features":
                 torch.testing.assert_close(moved, torch.full_like(tokens, 2.0))
@@ -95,14 +97,14 @@ def test_l2_weights_scale_a_constant(drawn):
     torch.testing.assert_close(reduction.restore(reduction.tokens), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reducer", [TokenClustering, AveragePooling])
+@pytest.mark.parametrize("reducer", [TokenClustering, AveragePooling, DensityPeaks])
 def test_a_share_suits_maps_of_any_size(reducer):
     for size, grid in (((10, 20), (6, 12)), ((1, 3), (1, 2)), ((33, 7), (20, 4))):
         assert reducer(0.6)(torch.randn(1, *size, 2)).tokens.shape[1:3] == grid
 
 
-def test_a_reducer_keeps_nothing_between_calls():
-    reducer = TokenClustering((3, 3))
+@pytest.mark.parametrize("reducer", [TokenClustering((3, 3)), DensityPeaks((3, 3))], ids=["clustering", "peaks"])
+def test_a_reducer_keeps_nothing_between_calls(reducer):
     first, second = torch.randn(2, 1, 6, 6, 4)
     before = reducer(first)
     expected = before.restore(before.tokens + 1)
@@ -132,6 +134,14 @@ def test_descriptions_name_the_arguments():
         (lambda: TokenClustering((4, 4), k=0), "k takes a whole number of at least 1, got 0"),
         (lambda: TokenClustering((4, 4), weights="max"), "weights takes 'sum' or 'l2', got 'max'"),
         (lambda: TokenClustering((4, 4), candidates="some"), "candidates takes 'neighborhood' or 'all', got 'some'"),
+        (lambda: DensityPeaks((4, 4), k=0), "k takes a whole number of at least 1, got 0"),
+        (lambda: DensityPeaks((4, 4), spatial=-1), "spatial takes a number of at least 0, got -1"),
+        (lambda: DensityPeaks((4, 4), restore="copy"), "restore takes 'update' or 'features', got 'copy'"),
+        (lambda: BipartiteMatching(-1), r"r takes a number of tokens of at least 0, or a share of them in \[0, 0.5\]"),
+        (lambda: BipartiteMatching(0.6), "got 0.6"),
+        (lambda: BipartiteMatching("half"), "got 'half'"),
+        (lambda: BipartiteMatching(3, restore="copy"), "restore takes 'update' or 'features', got 'copy'"),
+        (lambda: BipartiteMatching(9).relative_to((4, 4)), "r takes at most half of the 16 tokens of a window, got 9"),
         (lambda: TokenClustering((4, 4))(torch.zeros(1, 3, 9, 2)), "which has 3 x 9 tokens"),
     ],
 )
