@@ -335,9 +335,8 @@ def attend_in_list(
 
 def _cells_beyond(shape: tuple[int, int], window_size: int, like: Tensor) -> Tensor:
     """(m, 2) the cells of a window that are not among its first ``shape`` rows and columns."""
-    side = torch.arange(window_size, device=like.device, dtype=like.dtype)
-    cells = torch.stack(torch.meshgrid(side, side, indexing="ij"), dim=-1).flatten(0, 1)
-    return cells[(cells[:, 0] >= shape[0]) | (cells[:, 1] >= shape[1])]
+    (height, width), side = shape, torch.arange(window_size, device=like.device, dtype=like.dtype)
+    return torch.cat([torch.cartesian_prod(side[:height], side[width:]), torch.cartesian_prod(side[height:], side)])
 
 
 def _bias(linear: nn.Linear, like: Tensor) -> Tensor:

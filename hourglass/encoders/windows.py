@@ -117,7 +117,12 @@ def _windows_of_strip(tokens: Tensor, top: int, left: int, rows: int, wh: int, c
 
 def join(windows: list[Tensor], rows: list[Strip], columns: list[Strip]) -> Tensor:
     """The way back of :func:`split`."""
-    return _join(windows, *([value for strip in strips for value in strip] for strips in (rows, columns)))
+    return _join(windows, _numbers(rows), _numbers(columns))
+
+
+def _numbers(strips: list[Strip]) -> list[int]:
+    """An operator takes no tuples."""
+    return [value for strip in strips for value in strip]
 
 
 def _joined_shape(windows: list[Tensor], rows: list[int], columns: list[int]) -> list:
@@ -173,18 +178,27 @@ class EachWindow(Reducer):
             sizes = join(sizes, smaller_rows, smaller_columns)[..., 0]
         if reductions[0].positions is not None:
             positions = join([reduction.positions for reduction in reductions], smaller_rows, smaller_columns)
-            positions = positions + _origins(smaller_rows, smaller_columns, self.window, positions.device)
+            positions = _in_map(positions, _numbers(smaller_rows), _numbers(smaller_columns), self.window)
         reduced = join([reduction.tokens for reduction in reductions], smaller_rows, smaller_columns)
         return Reduction(reduced, positions, sizes, restore)
 
 
-def _origins(rows: list[Strip], columns: list[Strip], window: int, device: torch.device) -> Tensor:
-    """(h, w, 2) where the window of each token of a smaller map begins, in original tokens, ``window`` a side."""
+@operator(
+    "Tensor positions, SymInt[] rows, SymInt[] columns, int window", lambda positions, *_: list(positions.shape)
+)
+def _in_map(positions: Tensor, rows: list[int], columns: list[int], window: int) -> Tensor:
+    """
+    Positions in windows to those in the map, (B, h, w, 2).
+
+    Args:
+        rows, columns: number and side of the windows of each strip, on the smaller map.
+        window: tokens a side on the full map.
+    """
     starts = []
-    for strips_of_axis in (rows, columns):
-        each = [strip.side for strip in strips_of_axis for _ in range(strip.windows)]
-        starts.append((window * torch.arange(len(each))).repeat_interleave(torch.tensor(each)).to(device))
-    return torch.stack(torch.meshgrid(*starts, indexing="ij"), dim=-1)
+    for axis in (rows, columns):
+        sides = torch.tensor([side for n, side in zip(axis[::2], axis[1::2]) for _ in range(n)])
+        starts.append((window * torch.arange(len(sides))).repeat_interleave(sides).to(positions.device))
+    return positions + torch.stack(torch.meshgrid(*starts, indexing="ij"), dim=-1)
 
 
 class WindowList:

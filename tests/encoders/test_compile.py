@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import hourglass
-from hourglass import AveragePooling, Plan, TokenClustering
+from hourglass import AveragePooling, DensityPeaks, Plan, TokenClustering
 from tests.encoders import test_hourglass_swin as of_swin
 from tests.encoders import test_hourglass_vit as of_vit
 
@@ -47,15 +47,20 @@ def test_a_vit_compiles_once_for_all_sizes(plan):
     check(of_vit.tiny_vit(), plan, SIZES, graphs=2)
 
 
+def test_representatives_of_the_whole_map_compile_once_for_all_sizes():
+    check(of_vit.tiny_vit(window_block_indexes=()), Plan(DensityPeaks((5, 5)), 1, 4), SIZES, graphs=2)
+
+
 def test_a_swin_compiles_once_for_all_sizes():
     check(of_swin.tiny_swin(), Plan(attention="fast"), SIZES, graphs=2)
 
 
+@pytest.mark.parametrize("reducer", [TokenClustering((3, 3)), DensityPeaks((3, 3))], ids=["clustering", "peaks"])
 @pytest.mark.parametrize("encoder", [of_vit.tiny_vit, of_swin.tiny_swin])
-def test_under_scope_window_it_compiles_once_for_each_way_the_map_is_cut(encoder):
+def test_under_scope_window_it_compiles_once_for_each_way_the_map_is_cut(encoder, reducer):
     """Maps in whole windows, however many."""
     start, stop, side = (1, 4, 32) if encoder is of_vit.tiny_vit else (4, 8, 96)
-    plan = Plan(TokenClustering((3, 3)), start, stop, scope="window")
+    plan = Plan(reducer, start, stop, scope="window")
     check(encoder(), plan, [(2 * side, 2 * side), (3 * side, 4 * side), (4 * side, 3 * side)], graphs=2)
     check(encoder(), plan, [(2 * side + side // 2, 3 * side)], graphs=1)
 
