@@ -17,7 +17,8 @@ from hourglass.errors import InputError
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """
     Override contents of a config in place, as Detectron2's ``LazyConfig.apply_overrides``, which adds whatever key it
-    does not know. A key is known where the config has it, or where its parent is a call that takes it.
+    does not know. A key is known where the config has it, or where its parent is a call that takes it. With a new
+    ``_target_`` the config's arguments that it does not take are gone.
 
     Args:
         cfg: the config.
@@ -35,6 +36,15 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
             LazyConfig.apply_overrides(cfg, [override])
         except Exception as error:  # OmegaConf has many
             raise InputError(f"override {override!r} cannot be applied: {str(error).splitlines()[0]}") from error
+        if key.endswith("._target_"):
+            _drop_foreign_arguments(OmegaConf.select(cfg, key.removesuffix("._target_")))
+
+
+def _drop_foreign_arguments(node: DictConfig) -> None:
+    """What the config gave to another target goes, where the new one does not take it."""
+    known = _arguments(node._target_)
+    for name in [] if known is None else [str(name) for name in node if name not in ("_target_", *known)]:
+        del node[name]
 
 
 def _parse(override: str) -> str:

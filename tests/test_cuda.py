@@ -11,6 +11,7 @@ from hourglass.attention import attend, attend_windows
 from hourglass.encoders import SimpleFeaturePyramid
 from tests.encoders import test_hourglass_swin as of_swin
 from tests.encoders import test_hourglass_vit as of_vit
+from tests.encoders.test_reducers import FEWER
 
 pytestmark = [
     pytest.mark.cuda,
@@ -121,6 +122,18 @@ def test_encoders(encoder, plan, dtype):
     make, plans = ENCODERS[encoder]
     cpu, cuda = (hourglass.expedite(model, plans[plan]) for model in (make(), make().cuda()))
     check_encoder(cpu, cuda, draw(2, 3, 120, 200, seed=0), dtype)
+
+
+@pytest.mark.parametrize("attention", ["fast", "plain"])
+@pytest.mark.parametrize("make", FEWER.values(), ids=FEWER)
+def test_encoders_whose_tokens_are_chosen(make, attention):
+    """In float64, so that rounding does not choose others."""
+    models = []
+    for vit in (of_vit.tiny_vit().double(), of_vit.tiny_vit().double().cuda()):
+        plan = make()
+        plan.attention = attention
+        models.append(hourglass.expedite(vit, plan))
+    check_encoder(*models, draw(2, 3, 120, 200, seed=0).double(), torch.float32)
 
 
 @DTYPES

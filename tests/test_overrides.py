@@ -27,6 +27,9 @@ def test_arguments_are_those_of_the_target_that_is_given_with_them():
     cfg = config()
     apply_overrides(cfg, ["plan.reducer.restore=features", "plan.reducer._target_=hourglass.AveragePooling"])
     assert cfg.plan.reducer.restore == "features"
+    cfg = config()
+    apply_overrides(cfg, ["plan.reducer.r=0.2", "plan.reducer._target_=hourglass.BipartiteMatching"])
+    assert dict(cfg.plan.reducer) == {"_target_": "hourglass.BipartiteMatching", "r": 0.2}  # which takes no grid
     with pytest.raises(InputError, match="plan.reducer has no 'k'"):
         apply_overrides(config(), ["plan.reducer.k=3", "plan.reducer._target_=hourglass.AveragePooling"])
 
