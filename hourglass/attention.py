@@ -161,9 +161,8 @@ def _lines(place: Tensor, extent: int) -> tuple[Tensor, Tensor]:
     number = F.pad(ordered.diff(dim=1) != 0, (1, 0)).cumsum(1)
     few = number[:, -1:] < extent
     whole = torch.arange(extent, device=place.device, dtype=place.dtype).expand(len(place), -1)
-    own = torch.full_like(whole, -extent).scatter(
-        1, number.clamp(max=extent - 1), ordered
-    )  # those left over hold no key
+    own = torch.full_like(whole, -extent)  # where no key is
+    own = own.scatter(1, number.clamp(max=extent - 1), ordered)
     lines = torch.where(few, own, whole)
     apart = (place[..., None] - lines[:, None]).abs()
     return lines, torch.where(few[..., None], (apart == 0).to(place.dtype), (1 - apart).clamp(min=0))

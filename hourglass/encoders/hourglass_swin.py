@@ -130,8 +130,10 @@ class HourglassSwin(Backbone):
         for block in stage.blocks[: planned.start]:
             tokens = self._run_whole(stage, block, tokens)
         if planned:
-            run = self._run_selecting if isinstance(self.reducer, SelectingReducer) else self._run_planned
-            tokens = run(stage, tokens, planned, first - self._planned.start)
+            if isinstance(self.reducer, SelectingReducer):
+                tokens = self._run_selecting(stage, tokens, planned, first - self._planned.start)
+            else:
+                tokens = self._run_planned(stage, tokens, planned)
         for block in stage.blocks[planned.stop :]:
             tokens = self._run_whole(stage, block, tokens)
         return tokens, None if stage.downsample is None else merge_patches(stage.downsample, tokens)
@@ -139,7 +141,7 @@ class HourglassSwin(Backbone):
     def _run_whole(self, stage: nn.Module, block: nn.Module, tokens: Tensor) -> Tensor:
         return run_checkpointed(stage, block, tokens, map_size(tokens), None, None, False, self.plan.fast)
 
-    def _run_planned(self, stage: nn.Module, tokens: Tensor, planned: range, offset: int) -> Tensor:
+    def _run_planned(self, stage: nn.Module, tokens: Tensor, planned: range) -> Tensor:
         plan, full = self.plan, map_size(tokens)
         window = None
         if plan.scope == "window" and isinstance(plan.reducer, GridReducer):
@@ -159,7 +161,10 @@ class HourglassSwin(Backbone):
         return plan.run(self.reducer, tokens, blocks)
 
     def _run_selecting(self, stage: nn.Module, tokens: Tensor, planned: range, offset: int) -> Tensor:
-        """Attention of all tokens, the perceptron of those that are selected. ``offset`` makes numbers in the plan."""
+        """
+        Attention of all tokens, the perceptron of those that are selected. ``offset`` is added to a block's number in
+        the stage to have that in the plan.
+        """
         for i in planned:
             perceptron = partial(run_selected_perceptron, reducer=self.reducer, number=i + offset, masked=self.training)
             options = (None, None, False, self.plan.fast, None, perceptron)

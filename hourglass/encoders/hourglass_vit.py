@@ -3,6 +3,7 @@
 import torch
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.vit import (
@@ -123,7 +124,11 @@ class HourglassViT(Backbone):
             return self._run_merging(planned, tokens)
         if isinstance(self.reducer, SelectingReducer):
             for i, block in enumerate(planned):
-                tokens = run_convolutions(block, self._run_selecting(i, block, tokens))
+                if getattr(block, "use_act_checkpoint", False) and self.training:
+                    tokens = checkpoint(self._run_selecting, i, block, tokens, use_reentrant=False)
+                else:
+                    tokens = self._run_selecting(i, block, tokens)
+                tokens = run_convolutions(block, tokens)
             return tokens
         full = map_size(tokens)
 

@@ -414,10 +414,10 @@ def _run_block(
     return run_convolutions(block, run_perceptron(block, tokens + block.drop_path(attended)))
 
 
-def run_perceptron(block: nn.Module, tokens: Tensor, mask: Tensor | float = 1.0) -> Tensor:
-    """The second half of a block, (B, h, w, C) -> (B, h, w, C). ``mask`` multiplies what is added."""
+def run_perceptron(block: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The second half of a block, (B, h, w, C) -> (B, h, w, C). ``mask`` (B, h, w, 1) multiplies what is added."""
     update = block.drop_path(block.mlp(block.norm2(tokens)))
-    return tokens + (update if isinstance(mask, float) else update * mask)
+    return tokens + (update if mask is None else mask * update)
 
 
 def run_selected_perceptron(

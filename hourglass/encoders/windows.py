@@ -183,9 +183,7 @@ class EachWindow(Reducer):
         return Reduction(reduced, positions, sizes, restore)
 
 
-@operator(
-    "Tensor positions, SymInt[] rows, SymInt[] columns, int window", lambda positions, *_: list(positions.shape)
-)
+@operator("Tensor positions, SymInt[] rows, SymInt[] columns, int window", lambda positions, *_: list(positions.shape))
 def _in_map(positions: Tensor, rows: list[int], columns: list[int], window: int) -> Tensor:
     """
     Positions in windows to those in the map, (B, h, w, 2).

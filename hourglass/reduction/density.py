@@ -54,7 +54,7 @@ def _density_peaks(features: Tensor, n: int, k: int) -> Tensor:
     return torch.cat([_peaks_of_images(part, int(n), k) for part in features.split(images)])
 
 
-def density_peaks(features: Tensor, n: int, k: int = 5) -> tuple[Tensor, Tensor]:
+def density_peaks(features: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     """
     Representative tokens by density peaks with k nearest neighbours (arXiv 2311.01197 and the DPC-KNN that it
     extends). With d the distance of two tokens, a token's density is rho = exp(-mean of d^2 over its k nearest others)
@@ -126,8 +126,9 @@ class DensityPeaks(GridReducer):
     blocks run on the means. Relative positions are read at the representatives' own places.
 
     The paper says of its spatial term that there is one; this one is ours: distances are taken in the features, by
-    their standard deviation, and in the map, ``spatial`` standard deviations a token. The representatives lie in the
-    smaller map as near to their places in the full one as they fit: rows are bands of it, in the order of columns.
+    their standard deviation, and in the map, ``spatial`` standard deviations a token. It and ``k`` are what kept most
+    AP on training images of the demo (benchmarks/README.md). The representatives lie in the smaller map as near to
+    their places in the full one as they fit: rows are bands of it, in the order of columns.
 
     In a plain ViT it takes the whole map; where blocks have windows it takes scope "window".
 
@@ -144,7 +145,7 @@ class DensityPeaks(GridReducer):
 
     on_grid = False
 
-    def __init__(self, grid: Sequence[int | float] | float, k: int = 5, spatial: float = 0.1, restore: str = "update"):
+    def __init__(self, grid: Sequence[int | float] | float, k: int = 3, spatial: float = 0.07, restore: str = "update"):
         super().__init__(grid)
         check_count("k", k, 1)
         if isinstance(spatial, bool) or not isinstance(spatial, Real) or not 0 <= spatial < float("inf"):

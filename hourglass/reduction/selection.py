@@ -189,9 +189,9 @@ class TokenSelection(SelectingReducer):
         mask = F.gumbel_softmax(scores, tau=self.temperature, hard=True)[..., :1]
         target = self.targets(len(self.blocks))[block]
         odds = (scores[..., 0] - scores[..., 1]).detach()
+        loss = self.loss_weight / len(self.blocks) * (mask.mean() - target).square()  # in recomputed passes too
         collected = _collecting.get()
         if collected is not None:
-            loss = self.loss_weight / len(self.blocks) * (mask.mean() - target).square()
             collected.losses["loss_selection"] = collected.losses.get("loss_selection", 0) + loss
             collected.figures[f"kept/{block}"] = float((odds >= self.thresholds[block]).float().mean())
         skipped = min(odds.numel() - 1, round((1 - target) * odds.numel()))

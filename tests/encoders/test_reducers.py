@@ -217,8 +217,9 @@ def test_training_masks_what_inference_leaves_out(windows):
     torch.testing.assert_close(masked, selected, atol=1e-5, rtol=1e-5)
 
 
-def test_training_reaches_the_selectors_and_the_model():
-    vit = tiny_vit().train()
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_reaches_the_selectors_and_the_model(recompute):
+    vit = tiny_vit(use_act_checkpoint=recompute).train()
     reducer = selection(target=0.3).float()
     expedited = hourglass.expedite(vit, Plan(reducer, 1, 4)).train()
     with collect_losses() as collected:
