@@ -34,6 +34,7 @@ from hourglass.encoders import find_encoder
 from hourglass.evaluation import Subject, check_folder, compare, describe, to_json, to_table, write_report
 from hourglass.overrides import apply_overrides
 from hourglass.reduction.reducer import check_count
+from hourglass.reduction.selection import RANDOM
 from hourglass.training import train
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -162,6 +163,8 @@ def main(args: argparse.Namespace) -> None:
     if args.eval_only:
         if not cfg.train.init_checkpoint:
             print("warning: train.init_checkpoint is empty, the weights are random", file=sys.stderr)
+        if getattr(plan.reducer, "selectors", None) == RANDOM:
+            print(f'warning: plan.reducer.selectors is "{RANDOM}", what they select is random', file=sys.stderr)
         run_comparison(cfg, model.eval(), plan, args)
         return
 

@@ -231,7 +231,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(13, 5.5), layout="constrained")
+    figure, panels = plt.subplots(1, len(TASKS), figsize=(13, 6), layout="constrained")
     kinds = list(dict.fromkeys(name.split(",")[0] for name in document["models"]))
     style = {kind: (f"C{i}", "os^Dvph*X"[i % 9]) for i, kind in enumerate(kinds)}
     for axes, (task, label) in zip(panels, TASKS.items()):
@@ -253,16 +253,19 @@ def plot(document: dict[str, Any], path: Path) -> None:
                 alpha=0.9,
                 label=kind if kind not in axes.get_legend_handles_labels()[1] else None,
             )
+            budget = name.partition(", ")[2].removesuffix(" %")
+            axes.annotate(budget, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
             if row["front"][task]:
                 front.append((x, y))
         axes.plot(*zip(*sorted(front)), color="black", linewidth=1, linestyle="--", zorder=0, label="Pareto front")
         axes.set_xlabel("encoder speed-up, times the unmodified encoder")
         axes.set_ylabel(f"{label} kept, %")
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8, loc="lower left")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.suptitle(
         f"The demo's ViTDet, blocks {document['start']} to {document['stop'] - 1} on fewer tokens: "
-        f"{document['images']} images, {document['device']}, {document['dtype']}; bars are 95 % bootstrap intervals",
+        f"{document['images']} images, {document['device']}, {document['dtype']}.\n"
+        "Numbers are budgets in % of the tokens, bars 95 % bootstrap intervals over images",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)

@@ -14,9 +14,9 @@ optimizer.weight_decay = 0.0
 train.output_dir = "output/demo_selection"
 train.expedite = True
 train.trainable = "reducer"
-train.max_iter = 250
-train.eval_period = 250
-lr_multiplier.warmup_length = 20 / train.max_iter
+train.max_iter = 200
+train.eval_period = 200
+lr_multiplier.warmup_length = 0.08
 
 plan = L(Plan)(
     reducer=L(TokenSelection)(selectors=str(Path(__file__).parent / "vitdet_selectors_60.pth"), target=0.6),

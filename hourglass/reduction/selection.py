@@ -57,7 +57,7 @@ def collect_losses() -> Iterator[Collected]:
 class Selector(nn.Sequential):
     """
     The two-layer perceptron that tells for each token whether to keep it: (..., C) -> (..., 2), log-probabilities of
-    keeping and of skipping it (SViT, section 3.3).
+    keeping and of skipping it (arXiv 2306.07050).
 
     Args:
         channels: C.
