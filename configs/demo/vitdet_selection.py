@@ -8,7 +8,7 @@ from hourglass import Plan, TokenSelection
 
 from .vitdet import dataloader, evaluation, lr_multiplier, model, optimizer, train
 
-optimizer.lr = 3e-3
+optimizer.lr = 5e-3
 optimizer.weight_decay = 0.0
 
 train.output_dir = "output/demo_selection"
