@@ -232,11 +232,11 @@ def test_a_smaller_map_needs_fewer_windows():
         ),
         (
             lambda: last(hourglass.expedite(tiny_vit(), Plan(Shuffle(), 1, 4)), image()),
-            "blocks with windows .* take a reducer that keeps tokens on the regular grid",
+            "blocks with windows .* take tokens on the regular grid, or those of a GridReducer",
         ),
         (
             lambda: last(hourglass.expedite(tiny_vit(), Plan(Shuffle(), 0, 2, scope="window")), image()),
-            'scope "window" takes a reducer that keeps tokens on the regular grid',
+            "blocks with windows .* take tokens on the regular grid, or those of a GridReducer",
         ),
         (lambda: hourglass.expedite(torch.nn.Linear(2, 2), Plan()), "got Linear with none"),
         (lambda: hourglass.expedite(tiny_vit(), None), "plan takes a hourglass.Plan, got None"),
