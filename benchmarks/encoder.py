@@ -162,11 +162,13 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device, dtype, enabled=dtype != torch.float32)
 
 
-def _reduction_gflops(encoder: nn.Module, image: Tensor) -> float:
-    """Of reducing and restoring alone."""
+def _reduction_gflops(encoder: nn.Module, image: Tensor) -> float | None:
+    """Of reducing and restoring alone; None where that is part of each block."""
     reducer = getattr(encoder, "reducer", None)
     if reducer is None:
         return 0.0
+    if reducer.each_block:
+        return None
     return sum(count_gflops(ReduceAndRestore(reducer), (tokens,)) for tokens in _reduced_maps(encoder, image))
 
 
@@ -338,7 +340,7 @@ def to_table(document: dict[str, Any]) -> str:
                 f"{result['ideal_ms']:.1f}" if planned else "",
                 f"{100 * result['efficiency']:.1f} %" if planned else "",
                 "" if result["gflops"] is None else f"{result['gflops']:.1f}",
-                f"{result['reduction_gflops']:.1f}" if planned else "",
+                f"{result['reduction_gflops']:.1f}" if planned and result["reduction_gflops"] is not None else "",
                 f"{result['peak_memory_mb']:.0f}" if result["peak_memory_mb"] else "",
             ]
         )
@@ -369,8 +371,8 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"--scaling takes a ViT's model, got {args.model}")
     windowed = next(block for block in encoder.blocks if block.window_size > 0)
     whole = next(block for block in encoder.blocks if block.window_size == 0)
-    if plan.reducer is None or plan.scope != "map":
-        raise InputError(f'--scaling takes a plan with a reducer and scope "map", got {plan!r}')
+    if plan.reducer is None or plan.reducer.each_block or plan.scope != "map":
+        raise InputError(f'--scaling takes a plan with a reducer that makes one smaller map, scope "map", got {plan!r}')
     # Its budget as a share of the config's map, 64 x 64 tokens at 1024 pixels.
     reducer = plan.reducer.relative_to((64, 64))
     times: dict[str, dict[int, float]] = {}

@@ -72,8 +72,9 @@ def test_scaling(tmp_path, monkeypatch):
 def test_scaling_takes_a_vit():
     with pytest.raises(InputError, match="--scaling takes a ViT's model, got swin_t"):
         main(parse(["--scaling", "--model", "swin_t", "--device", "cpu"]))
-    for overrides in (["plan.reducer=null"], ["plan.scope=window", "plan.reducer.grid=[10,10]"]):
-        with pytest.raises(InputError, match='--scaling takes a plan with a reducer and scope "map"'):
+    merging = ["plan.reducer._target_=hourglass.BipartiteMatching", "plan.scope=window"]
+    for overrides in (["plan.reducer=null"], ["plan.scope=window", "plan.reducer.grid=[10,10]"], merging):
+        with pytest.raises(InputError, match="--scaling takes a plan with a reducer that makes one smaller map"):
             main(parse(["--scaling", "--device", "cpu", *overrides]))
 
 
@@ -95,6 +96,14 @@ def test_compiled_encoders_have_their_rows(tmp_path, monkeypatch):
     encoders = run(tmp_path, "--compile", "--no-memory", "--repeats", "1")["encoders"]
     assert encoders["expedited, compiled"]["reduction_ms"] == 0 and encoders["expedited"]["reduction_ms"] > 0
     assert encoders["fast attention, compiled"]["gflops"] is None
+
+
+def test_a_reducer_that_acts_in_each_block_has_its_row(tmp_path):
+    options = ["--size", "128", "--repeats", "1", "--device", "cpu", "--no-memory", "--output", str(tmp_path)]
+    overrides = ["plan.reducer._target_=hourglass.BipartiteMatching", "plan.reducer.r=0.1", "plan.scope=window"]
+    main(parse([*options, *overrides, "plan.start=9"]))
+    expedited = json.loads((tmp_path / "vitdet_b_128_cpu_float32.json").read_text())["encoders"]["expedited"]
+    assert expedited["reduction_ms"] > 0 and expedited["gflops"] > 0 and expedited["reduction_gflops"] is None
 
 
 def test_parts_are_compared_on_the_same_input(tmp_path):
