@@ -24,10 +24,12 @@ from hourglass.reduction.reducer import grid_positions, map_size
 
 class HourglassViT(Backbone):
     """
-    A ViT whose middle blocks run on fewer tokens.
+    A ViT whose middle blocks run on fewer tokens: on a smaller map, on a list of tokens that merge block by block
+    (``MergingReducer``), or on those that are selected for each block (``SelectingReducer``).
 
     It holds the encoder's own modules and parameters, under their own names: checkpoints of the encoder load, and
-    changing a parameter of one changes it for both.
+    changing a parameter of one changes it for both. A reducer's parameters, if it has some, are beside them under
+    "reducer".
 
     Args:
         encoder: a :class:`~hourglass.encoders.ViT` or Detectron2's ``ViT``.
