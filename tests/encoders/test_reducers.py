@@ -5,12 +5,13 @@ import torch
 
 import hourglass
 from hourglass import AveragePooling, BipartiteMatching, DensityPeaks, InputError, Plan, SkipBlocks, TokenSelection
+from hourglass.compat import own_encoder
 from hourglass.encoders import find_encoder
 from hourglass.encoders.vit import embed, run_block
 from hourglass.reduction import collect_losses
 from hourglass.reduction.reducer import grid_positions
 from tests.encoders import test_hourglass_swin as of_swin
-from tests.encoders.test_hourglass_vit import image, last, tiny_vit
+from tests.encoders.test_hourglass_vit import TINY, image, last, tiny_vit
 from tests.reduction import references
 
 SIZES = pytest.mark.parametrize("size", [(64, 64), (56, 104), (8, 8)], ids=str)
@@ -286,6 +287,20 @@ def test_an_expedited_model_holds_its_selectors_and_shares_them():
     extra = set(expedited.state_dict()) - set(vit.state_dict())
     assert extra == {f"reducer.{name}" for name in reducer.state_dict()}
     assert find_encoder(expedited)[1].reducer is reducer
+
+
+@pytest.mark.skipif(own_encoder("ViT") is None, reason="this Detectron2 has no ViT of its own")
+@pytest.mark.parametrize("plan", FEWER.values(), ids=FEWER)
+def test_detectron2s_own_vit(plan):
+    pytest.importorskip("timm")
+    from detectron2.modeling import ViT as TheirViT
+
+    ours = tiny_vit().double()
+    theirs = TheirViT(**TINY).double().eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = image(2, 56, 72).double()
+    expected = last(hourglass.expedite(ours, plan()), x)
+    torch.testing.assert_close(last(hourglass.expedite(theirs, plan()), x), expected, atol=1e-6, rtol=1e-6)
 
 
 def swin(reducer, scope):
