@@ -76,11 +76,10 @@ class HourglassSwin(Backbone):
             raise InputError(f"{type(reducer).__name__} takes a ViT, got a Swin, whose windows are shifted")
         if not reducer.on_grid and plan.scope != "window":
             raise InputError(f'{type(reducer).__name__} takes scope "window" in Swin, got {plan.scope!r}')
+        blocks = [block for stage in self.layers for block in stage.blocks]
         if isinstance(reducer, SelectingReducer):
-            blocks = [block for stage in self.layers for block in stage.blocks]
             reducer.fit([blocks[i].norm1.weight.numel() for i in self._planned])
-            reducer.to(blocks[0].norm1.weight.device)
-        self.reducer = reducer
+        self.reducer = reducer.to(blocks[0].norm1.weight.device)
         if plan.scope == "window":
             self.reducer = EachWindow(reducer, self.layers[0].window_size, pad=plan.published)
         if plan.published:

@@ -75,8 +75,7 @@ class HourglassViT(Backbone):
             raise InputError(f"{type(reducer).__name__} takes blocks without convolutions, got some {where}")
         if isinstance(reducer, SelectingReducer):
             reducer.fit([block.norm1.weight.numel() for block in planned])
-            reducer.to(self.blocks[0].norm1.weight.device)
-        self.reducer = reducer
+        self.reducer = reducer.to(planned[0].norm1.weight.device)
         if plan.scope == "window":
             (self._window_size,) = windows
             window = (self._window_size, self._window_size)
