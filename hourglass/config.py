@@ -231,7 +231,7 @@ HOURGLASS_NODES = {
     "SELECTORS": None,
     "TARGET": None,
     "LOSS_WEIGHT": None,
-    # TokenClustering only.
+    # TokenClustering only; TEMPERATURE is also that of TokenSelection's Gumbel softmax.
     "ITERATIONS": 2,
     "NEIGHBORHOOD": 5,
     "TEMPERATURE": None,

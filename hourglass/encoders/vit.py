@@ -24,7 +24,7 @@ from hourglass.encoders.windows import WindowList, partition, unpartition, windo
 from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction import SelectingReducer
-from hourglass.reduction.reducer import map_size
+from hourglass.reduction.reducer import grid_positions, map_size
 
 
 class ChannelLayerNorm(nn.Module):
@@ -318,12 +318,12 @@ def attend_in_list(
         return attn.proj(mixed), keys
     parts = []
     sizes_of = [None] * len(lengths) if sizes is None else windows.split(sizes[..., None], lengths)
-    starts = windows.origins(positions.device)
-    for part, size, place, start, shape in zip(
-        windows.split(qkv, lengths), sizes_of, windows.split(positions, lengths), starts, windows.shapes
+    cells = windows.split(windows.flatten(grid_positions(full, positions.device)[None]), windows.lengths)
+    for part, size, place, cell, shape in zip(
+        windows.split(qkv, lengths), sizes_of, windows.split(positions, lengths), cells, windows.shapes
     ):
         length = part.shape[1]
-        place = (place.unflatten(0, (-1, len(start))) - start[:, None]).flatten(0, 1)
+        place = (place.unflatten(0, (-1, len(cell))) - cell[:, :1]).flatten(0, 1)  # from the window's first cell
         # Tokens of zeros fill cut windows in the full map: they stay, where they lie beyond the edge.
         beyond = _cells_beyond(shape, window_size, place)
         part = torch.cat([part, _bias(attn.qkv, part).expand(len(part), len(beyond), -1)], dim=1)

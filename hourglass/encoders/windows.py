@@ -218,7 +218,6 @@ class WindowList:
         self.counts = [row.windows * column.windows for row, column in kinds]
         #: How many tokens each window of a kind has in the map.
         self.lengths = [height * width for height, width in self.shapes]
-        self._window = window
 
     def flatten(self, tokens: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, 1, H * W, C)"""
@@ -228,19 +227,6 @@ class WindowList:
         """The way back of :meth:`flatten`."""
         parts = self.split(tokens, self.lengths)
         return join([part.unflatten(1, shape) for part, shape in zip(parts, self.shapes)], self.rows, self.columns)
-
-    def origins(self, device: torch.device) -> list[Tensor]:
-        """(n, 2) the first row and column of each window, for each kind."""
-        rows, columns = (
-            [torch.arange(strip.windows, device=device) for strip in strips] for strips in (self.rows, self.columns)
-        )
-        for axis in (rows, columns):
-            for i in range(1, len(axis)):
-                axis[i] = axis[i] + len(axis[i - 1])
-        return [
-            torch.stack([row * self._window[0], column * self._window[1]], dim=-1).flatten(0, 1)
-            for row, column in (torch.meshgrid(row, column, indexing="ij") for row in rows for column in columns)
-        ]
 
     def split(self, tokens: Tensor, lengths: list[int]) -> list[Tensor]:
         """A list (B, 1, L, C) whose windows have ``lengths`` tokens -> (B * n, tokens, C), the windows of each kind."""

@@ -12,16 +12,13 @@ from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction.neighborhoods import PART, at_home, neighborhoods
 from hourglass.reduction.pooling import average_pool
-from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction, check_choice, check_count, map_size
+from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction, check_choice, check_count, map_size
 
 WEIGHTS = ("sum", "l2")
 CANDIDATES = ("neighborhood", "all")
 
 # "auto" is this over the mean squared distance of tokens and their home centres.
 AUTO_TEMPERATURE = 8.0
-
-# Tokens x centres that are compared at a time where all centres are candidates: 16 MiB of scores.
-PAIRS = 1 << 22
 
 # A centre that stands for less than this share of a token stays where it was.
 EMPTY = 1e-30

@@ -10,6 +10,7 @@ from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
 from hourglass.reduction.reducer import (
+    PAIRS,
     RESTORE,
     GridReducer,
     Reduction,
@@ -18,9 +19,6 @@ from hourglass.reduction.reducer import (
     grid_positions,
     map_size,
 )
-
-# Pairs of tokens whose distances are held at a time: 16 MiB of them.
-PAIRS = 1 << 22
 
 
 def standardize(tokens: Tensor, spatial: float) -> Tensor:

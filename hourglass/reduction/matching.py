@@ -10,10 +10,7 @@ from torch import Tensor
 from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
-from hourglass.reduction.reducer import RESTORE, MergingReducer, Reduction, check_choice
-
-# Pairs of tokens that are compared at a time: 16 MiB of scores.
-PAIRS = 1 << 22
+from hourglass.reduction.reducer import PAIRS, RESTORE, MergingReducer, Reduction, check_choice
 
 
 def bipartite_matching(metric: Tensor, r: int, class_token: bool = False) -> Tensor:

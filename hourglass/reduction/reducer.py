@@ -18,6 +18,9 @@ from hourglass.errors import InputError
 # What the smaller map's result is to a token: its change, or its features.
 RESTORE = ("update", "features")
 
+# Pairs of tokens, or of tokens and centres, that are compared at a time: 16 MiB of scores or distances.
+PAIRS = 1 << 22
+
 
 class Reduction(NamedTuple):
     """
