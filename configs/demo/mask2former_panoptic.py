@@ -4,15 +4,14 @@ from pathlib import Path
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.evaluation import COCOEvaluator
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
 from hourglass import Plan, TokenClustering
-from hourglass.data import STUFF, THINGS, register_demo
+from hourglass.data import STUFF, THINGS, PanopticMapper, register_demo
 from hourglass.encoders import Swin
-from hourglass.evaluation import PanopticEvaluator
-from projects.mask2former import Mask2Former, PanopticMapper, optimizer_params
+from hourglass.evaluation import InstanceEvaluator, PanopticEvaluator
+from projects.mask2former import Mask2Former, optimizer_params
 
 from ..common.coco import dataloader
 from ..common.optimizer import AdamW as optimizer
@@ -74,7 +73,7 @@ dataloader.test.mapper.augmentations = []
 dataloader.test.num_workers = 1
 dataloader.evaluator = [
     L(PanopticEvaluator)(dataset_name="${...test.dataset.names}"),
-    L(COCOEvaluator)(dataset_name="${...test.dataset.names}", tasks=("segm",), use_fast_impl=False),
+    L(InstanceEvaluator)(dataset_name="${...test.dataset.names}", tasks=("segm",), use_fast_impl=False),
 ]
 
 optimizer.params = L(optimizer_params)(base_lr="${..lr}", weight_decay="${..weight_decay}", backbone_multiplier=1.0)

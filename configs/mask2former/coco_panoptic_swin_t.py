@@ -1,12 +1,12 @@
 """Mask2Former with Swin-T on COCO panoptic."""
 
 from detectron2.config import LazyCall as L
-from detectron2.evaluation import COCOEvaluator
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from hourglass import Plan, TokenClustering
-from hourglass.evaluation import PanopticEvaluator
-from projects.mask2former import PanopticMapper, optimizer_params
+from hourglass.data import PanopticMapper
+from hourglass.evaluation import InstanceEvaluator, PanopticEvaluator
+from projects.mask2former import optimizer_params
 
 from ..common.coco import dataloader
 from ..common.mask2former import model
@@ -26,7 +26,7 @@ dataloader.test.dataset.names = "coco_2017_val_panoptic"
 dataloader.test.mapper.augmentations[0].update(short_edge_length=800, max_size=1333)
 dataloader.evaluator = [
     L(PanopticEvaluator)(dataset_name="${...test.dataset.names}"),
-    L(COCOEvaluator)(dataset_name="${...test.dataset.names}", tasks=("segm",), use_fast_impl=False),
+    L(InstanceEvaluator)(dataset_name="${...test.dataset.names}", tasks=("segm",), use_fast_impl=False),
 ]
 
 train.init_checkpoint = (

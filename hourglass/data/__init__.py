@@ -1,12 +1,28 @@
-"""The embedded demo data set, and its registration with Detectron2."""
+"""The embedded demo data set and BBBC038, their registration with Detectron2, and what reads training images."""
 
 import os
 from functools import partial
 
+from hourglass.data.augmentation import EnlargeShortestEdge, RandomStain, StretchContrast
 from hourglass.data.demo import CATEGORIES, write_demo
+from hourglass.data.mapper import PanopticMapper
+from hourglass.data.nuclei import register_nuclei
 from hourglass.data.scenes import STUFF, THINGS, Scene, draw_scene
 
-__all__ = ["DEMO_IMAGES", "STUFF", "THINGS", "Scene", "draw_scene", "register_demo", "write_demo"]
+__all__ = [
+    "DEMO_IMAGES",
+    "STUFF",
+    "THINGS",
+    "EnlargeShortestEdge",
+    "PanopticMapper",
+    "RandomStain",
+    "Scene",
+    "StretchContrast",
+    "draw_scene",
+    "register_demo",
+    "register_nuclei",
+    "write_demo",
+]
 
 DEMO_IMAGES = {"train": 8000, "val": 100}
 

@@ -66,7 +66,7 @@ def build_loader(node: DictConfig, max_images: int | None = None) -> tuple[Any, 
         missing = [path for path in paths if not _is_there(path)]
         if missing:
             what = f"{len(missing)} of the {len(paths)} {kind} of data set {name!r}"
-            raise InputError(f"{what} are missing, such as {missing[0]} ({_root()})")
+            raise InputError(f"{what} are missing, such as {missing[0]} ({_where(name)})")
     arguments = {key: instantiate(node[key]) for key in node if key not in ("_target_", "dataset", "mapper")}
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
     return target(dataset=records, mapper=ReadableMapper(instantiate(node.mapper)), **arguments), records
@@ -84,13 +84,21 @@ def _check_registered(names: list[str]) -> None:
         for path in expected:
             if not _is_there(path):
                 what = f"{path} is missing; {' and '.join(expected)} are expected"
-                raise InputError(f"data set {name!r} is not there: {what} ({_root()})")
+                raise InputError(f"data set {name!r} is not there: {what} ({_where(name)})")
 
 
 def _is_there(path: str) -> bool:
     return "://" in path or os.path.exists(path)
 
 
-def _root() -> str:
+def _where(name: str | list[str]) -> str:
+    """What says where the data set is; its metadata may name an environment variable of its own for that."""
+    first = name if isinstance(name, str) else name[0]
+    own = MetadataCatalog.get(first).get("variable") if first else None
+    if own and os.environ.get(own):
+        return f"{own} is {os.environ[own]!r}"
+    unset = f"{own} is not set, and " if own else ""
     root = os.environ.get("DETECTRON2_DATASETS")
-    return f"DETECTRON2_DATASETS is {root!r}" if root else "DETECTRON2_DATASETS is not set, so 'datasets' is read"
+    if root:
+        return f"{unset}DETECTRON2_DATASETS is {root!r}"
+    return f"{unset}DETECTRON2_DATASETS is not set, so 'datasets' is read"

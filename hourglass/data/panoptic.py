@@ -234,7 +234,12 @@ def load_panoptic(metadata: PanopticMetadata) -> list[dict[str, Any]]:
 def _load_instances(metadata: PanopticMetadata) -> dict[Any, list[dict[str, Any]]]:
     contiguous = metadata.thing_dataset_id_to_contiguous_id
     instances = {}
-    for record in load_coco_json(metadata.json_file, metadata.image_root):
+    try:
+        records = load_coco_json(metadata.json_file, metadata.image_root)
+    except (AssertionError, KeyError, OSError, ValueError) as error:  # what it raises for bad files
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise InputError(f"instances JSON {metadata.json_file} cannot be read ({reason})") from error
+    for record in records:
         for instance in record["annotations"]:
             if instance["category_id"] not in contiguous:
                 raise InputError(

@@ -7,14 +7,12 @@ except ImportError as error:
     raise ImportError(f"Mask2Former needs {error.name}: pip install scipy transformers") from error
 
 from projects.mask2former.inference import instance_inference, panoptic_inference, semantic_inference
-from projects.mask2former.mapper import PanopticMapper
 from projects.mask2former.model import Mask2Former
 from projects.mask2former.solver import optimizer_params
 from projects.mask2former.weights import rename_weights
 
 __all__ = [
     "Mask2Former",
-    "PanopticMapper",
     "instance_inference",
     "optimizer_params",
     "panoptic_inference",

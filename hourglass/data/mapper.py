@@ -21,6 +21,7 @@ class PanopticMapper:
     Args:
         augmentations: Detectron2's, applied to the image and the segments.
         image_format: "RGB" or "BGR".
+        stuff: whether segments of stuff are instances too, as for Mask2Former; False: things alone, as for Mask R-CNN.
         semantic: also give ``sem_seg``, for Detectron2's semantic heads.
         ignore_label: the class of ``sem_seg`` where nothing is annotated, or a crowd.
     """
@@ -29,11 +30,13 @@ class PanopticMapper:
         self,
         augmentations: list[T.Augmentation | T.Transform],
         image_format: str = "RGB",
+        stuff: bool = True,
         semantic: bool = False,
         ignore_label: int = 255,
     ):
         self.augmentations = T.AugmentationList(augmentations)
         self.image_format = image_format
+        self.stuff = stuff
         self.semantic = semantic
         self.ignore_label = ignore_label
 
@@ -44,8 +47,9 @@ class PanopticMapper:
                 each segment, the category a contiguous id.
 
         Returns:
-            the record with ``image`` (3, H, W) uint8 and ``instances``: ``gt_classes`` (N,) int64 and ``gt_masks``,
-            ``BitMasks`` (N, H, W); N is 0 where nothing is annotated. With ``semantic``, ``sem_seg``: (H, W) int64.
+            the record with ``image`` (3, H, W) uint8 and ``instances``: ``gt_classes`` (N,) int64, ``gt_masks``,
+            ``BitMasks`` (N, H, W), and ``gt_boxes``; N is 0 where nothing is annotated. With ``semantic``,
+            ``sem_seg``: (H, W) int64.
 
         Raises:
             InputError: for a PNG that is missing or cannot be read, or whose segments are not those of the record.
@@ -74,6 +78,7 @@ class PanopticMapper:
         ids = segment_ids(transforms.apply_segmentation(colours))
 
         masks, classes, known = [], [], np.zeros(ids.shape, bool)
+        sem_seg = np.full(ids.shape, self.ignore_label)
         for segment in segments:
             mask = ids == segment["id"]
             known |= mask
@@ -82,8 +87,10 @@ class PanopticMapper:
                 if segment.get("isthing", True):
                     _check_listed(segment["id"], colours, path)
             elif not segment.get("iscrowd", 0):
-                masks.append(mask)
-                classes.append(segment["category_id"])
+                sem_seg[mask] = segment["category_id"]
+                if self.stuff or segment.get("isthing", True):
+                    masks.append(mask)
+                    classes.append(segment["category_id"])
         # 0 is "no label"; 255, 255, 255 is what Detectron2 may pad with.
         unknown = set(np.unique(ids[~known]).tolist()) - {0, 0xFFFFFF}
         if unknown:
@@ -96,12 +103,10 @@ class PanopticMapper:
         instances = Instances(image.shape[:2])
         instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
         instances.gt_masks = BitMasks(np.stack(masks) if masks else np.zeros((0, *image.shape[:2]), bool))
+        instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         record["instances"] = instances
         if self.semantic:
-            sem_seg = torch.full(image.shape[:2], self.ignore_label)
-            for mask, category in zip(masks, classes):
-                sem_seg[torch.from_numpy(mask)] = category
-            record["sem_seg"] = sem_seg
+            record["sem_seg"] = torch.from_numpy(sem_seg)
         return record
 
 

@@ -5,10 +5,7 @@ from detectron2.data import transforms as T
 from PIL import Image
 
 from hourglass import InputError
-
-pytest.importorskip("transformers")
-
-from projects.mask2former import PanopticMapper  # noqa: E402
+from hourglass.data import PanopticMapper
 
 SEGMENTS = [
     {"id": 7, "category_id": 2, "isthing": True, "iscrowd": 0},
@@ -56,6 +53,15 @@ def test_classes_of_pixels(record):
     assert sem_seg.dtype == torch.int64
     # Neither the crowd nor the row without a label has a class.
     assert sem_seg.tolist() == [[2, 2, 4, 4, 99, 99]] * 3 + [[99] * 6]
+
+
+def test_things_alone_with_their_boxes(record):
+    entry = PanopticMapper([], stuff=False, semantic=True)(record)
+    instances = entry["instances"]
+    assert instances.gt_classes.tolist() == [2] and len(instances.gt_masks) == 1
+    assert instances.gt_boxes.tensor.tolist() == [[0, 0, 2, 3]]
+    # The semantic classes have the stuff all the same.
+    assert 4 in entry["sem_seg"]
 
 
 def test_image_format(record):

@@ -1,0 +1,73 @@
+"""
+BBBC038 (the 2018 Data Science Bowl's nuclei, https://bbbc.broadinstitute.org/BBBC038) in COCO's layout.
+
+    root/{split}/*.png                                images, 8-bit RGB
+    root/annotations/instances_{split}.json           a mask a nucleus (compressed RLE)
+    root/annotations/panoptic_{split}.json            the panoptic segments: nuclei and background
+    root/annotations/panoptic_{split}/*.png           their ids: R + 256 G + 65536 B
+"""
+
+import os
+
+from hourglass.data.panoptic import PanopticMetadata, read_panoptic_json, register_panoptic_metadata
+from hourglass.errors import InputError
+
+VARIABLE = "HOURGLASS_NUCLEI"
+CATEGORIES = ["nucleus", "background"]
+
+
+def register_nuclei(root: str | os.PathLike | None = None) -> None:
+    """
+    Register ``hourglass_nuclei_train`` and ``hourglass_nuclei_val`` with Detectron2: nuclei as instances, and with the
+    background as panoptic segments. Nothing is read before it is asked for.
+
+    Args:
+        root: the folder of the data set. None stands for ``$HOURGLASS_NUCLEI`` as it is at the time of loading, or,
+            where that is not set, ``$DETECTRON2_DATASETS/nuclei`` (``datasets/nuclei`` without either). Data sets that
+            are registered already stay as they are where it is None, and move to `root` where it is not.
+    """
+    from detectron2.data import DatasetCatalog
+
+    for split in ("train", "val"):
+        name = f"hourglass_nuclei_{split}"
+        if name in DatasetCatalog.list():
+            if root is None:
+                continue
+            DatasetCatalog.remove(name)
+        register_panoptic_metadata(_Nuclei(name=name, root=root, split=split, variable=VARIABLE))
+
+
+class _Nuclei(PanopticMetadata):
+    root: str | os.PathLike | None
+    split: str
+
+    @property
+    def image_root(self) -> str:
+        return os.path.join(self._folder(), self.split)
+
+    @property
+    def json_file(self) -> str:
+        return os.path.join(self._folder(), "annotations", f"instances_{self.split}.json")
+
+    @property
+    def panoptic_json(self) -> str:
+        return os.path.join(self._folder(), "annotations", f"panoptic_{self.split}.json")
+
+    @property
+    def panoptic_root(self) -> str:
+        return os.path.join(self._folder(), "annotations", f"panoptic_{self.split}")
+
+    @property
+    def categories(self) -> list[dict]:
+        found = list(read_panoptic_json(self.panoptic_json).categories.values())
+        names = [category["name"] for category in found]
+        if names != CATEGORIES:
+            raise InputError(f"panoptic JSON {self.panoptic_json} has the categories {names}, not {CATEGORIES}")
+        return found
+
+    def _folder(self) -> str:
+        if self.root is not None:
+            return os.fspath(self.root)
+        if folder := os.environ.get(VARIABLE):
+            return os.path.expanduser(folder)
+        return os.path.join(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS") or "datasets"), "nuclei")

@@ -1,0 +1,1 @@
+"""Nuclei in microscopy (BBBC038): the data set in COCO's layout, and pictures of what fewer tokens do to it."""

@@ -1,0 +1,146 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from hourglass import InputError
+from hourglass.data import PanopticMapper, register_nuclei
+from hourglass.data.loading import build_loader
+from projects.nuclei import prepare
+from train_net import load_config
+
+ROOT = Path(__file__).parents[2]
+NAMES = {
+    "train": {"fluorescence_small": ["b1", "a2"], "purple_on_white": ["c3"]},
+    "val": {"fluorescence_small": ["d4"]},
+}
+# Three nuclei: the second overlaps the first in two pixels, which are the second's, as it is smaller.
+MASKS = [np.zeros((8, 10), bool) for _ in range(3)]
+MASKS[0][0:4, 0:4] = MASKS[1][3, 2:6] = MASKS[2][6:, 8:] = True
+
+
+@pytest.fixture
+def split(tmp_path, monkeypatch):
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps(NAMES))
+    monkeypatch.setattr(prepare, "SPLIT", path)
+
+
+@pytest.fixture
+def source(tmp_path, split):
+    rng = np.random.default_rng(0)
+    for kinds in NAMES.values():
+        for name in (name for names in kinds.values() for name in names):
+            folder = tmp_path / "stage1_train" / name
+            (folder / "images").mkdir(parents=True)
+            (folder / "masks").mkdir()
+            Image.fromarray(rng.integers(0, 256, (8, 10, 4), dtype=np.uint8)).save(folder / "images" / f"{name}.png")
+            for i, mask in enumerate(MASKS):
+                Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"{i}.png")
+    return tmp_path / "stage1_train"
+
+
+@pytest.fixture
+def nuclei(tmp_path, source, monkeypatch):
+    """The small set in COCO's layout, found through HOURGLASS_NUCLEI."""
+    folder = tmp_path / "made" / "nuclei"
+    prepare.main(prepare.parse([str(source), str(folder)]))
+    monkeypatch.setenv("HOURGLASS_NUCLEI", str(folder))
+    register_nuclei()
+    return folder
+
+
+def test_the_split_is_the_published_one():
+    split = json.loads((ROOT / "projects" / "nuclei" / "split.json").read_text())
+    names = {part: [name for names in kinds.values() for name in names] for part, kinds in split.items()}
+    assert len(names["train"]) == 471 and len(names["val"]) == 61
+    assert len(set(names["train"] + names["val"])) == 532
+    assert all(len(name) == 64 for part in names.values() for name in part)
+
+
+def test_prepared_records(nuclei):
+    records = DatasetCatalog.get("hourglass_nuclei_train")
+    assert [Path(record["file_name"]).name for record in records] == ["a2.png", "b1.png", "c3.png"]
+    record = records[0]
+    assert [annotation["bbox"] for annotation in record["annotations"]] == [[0, 0, 4, 4], [2, 3, 4, 1], [8, 6, 2, 2]]
+    content = json.loads((nuclei / "annotations" / "instances_train.json").read_text())
+    assert [image["image_type"] for image in content["images"]] == ["fluorescence_small"] * 2 + ["purple_on_white"]
+    assert [annotation["area"] for annotation in content["annotations"]] == [14, 4, 4] * 3
+    val = json.loads((nuclei / "annotations" / "instances_val.json").read_text())
+    assert val["images"][0]["id"] == 1001 and val["annotations"][0]["id"] == 100001
+
+    entry = PanopticMapper([], stuff=False, semantic=True)(record)
+    assert entry["image"].shape == (3, 8, 10)
+    np.testing.assert_array_equal(entry["instances"].gt_masks.tensor[1].numpy(), MASKS[1])
+    np.testing.assert_array_equal(entry["sem_seg"].numpy(), ~np.any(MASKS, axis=0))
+    metadata = MetadataCatalog.get("hourglass_nuclei_train")
+    assert metadata.thing_classes == ["nucleus"] and metadata.stuff_classes == ["nucleus", "background"]
+
+
+def test_prepare_refuses_and_leaves_nothing(tmp_path, source, split):
+    target = tmp_path / "nuclei"
+    (target / "annotations").mkdir(parents=True)
+    with pytest.raises(InputError, match="FOLDER takes a path where nothing is yet"):
+        prepare.main(prepare.parse([str(source), str(target)]))
+    with pytest.raises(InputError, match="lacks 4 of the 4 images, such as b1"):
+        prepare.main(prepare.parse([str(tmp_path), str(tmp_path / "new")]))
+    (source / "d4" / "masks" / "1.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="1.png cannot be read"):
+        prepare.main(prepare.parse([str(source), str(tmp_path / "new")]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nuclei", "split.json", "stage1_train"]
+
+
+def test_prepare_is_a_command(tmp_path):
+    command = [sys.executable, str(ROOT / "projects" / "nuclei" / "prepare.py")]
+    result = subprocess.run([*command, str(tmp_path), str(tmp_path / "x")], capture_output=True, text=True)
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"error: {tmp_path} lacks 532 of the 532 images")
+
+
+def load(split: str = "val"):
+    cfg = load_config(str(ROOT / "configs" / "nuclei" / "vitdet.py"), [])
+    return build_loader(cfg.dataloader.test if split == "val" else cfg.dataloader.train)
+
+
+def test_the_folder_is_found_by_either_variable(nuclei, monkeypatch):
+    assert len(load()[1]) == 1
+    monkeypatch.delenv("HOURGLASS_NUCLEI")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(nuclei.parent))
+    assert len(load()[1]) == 1 and len(load("train")[1]) == 3
+
+
+def test_a_half_copied_folder_is_refused(nuclei, monkeypatch):
+    (nuclei / "val" / "d4.png").unlink()
+    with pytest.raises(InputError, match=r"1 of the 1 images .* are missing, such as .*d4.png \(HOURGLASS_NUCLEI is"):
+        load()
+    (nuclei / "annotations" / "panoptic_train" / "c3.png").unlink()
+    with pytest.raises(InputError, match=r"1 of the 3 panoptic PNGs .* are missing, such as .*c3.png"):
+        load("train")
+    text = (nuclei / "annotations" / "instances_train.json").read_text()
+    (nuclei / "annotations" / "instances_train.json").write_text(text[: len(text) // 2])
+    with pytest.raises(InputError, match=r"instances JSON .*instances_train.json cannot be read \(JSONDecodeError"):
+        load("train")
+    (nuclei / "annotations" / "instances_train.json").unlink()
+    with pytest.raises(InputError, match="instances_train.json is missing"):
+        load("train")
+
+
+def test_a_wrong_folder_is_refused(tmp_path, nuclei, monkeypatch):
+    path = nuclei / "annotations" / "panoptic_val.json"
+    path.write_text(path.read_text().replace("background", "sky"))
+    with pytest.raises(InputError, match=r"has the categories \['nucleus', 'sky'\], not \['nucleus', 'background'\]"):
+        load()
+    monkeypatch.setenv("HOURGLASS_NUCLEI", str(tmp_path / "elsewhere"))
+    with pytest.raises(InputError, match="elsewhere/annotations/instances_val.json is missing"):
+        load()
+    monkeypatch.delenv("HOURGLASS_NUCLEI")
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="HOURGLASS_NUCLEI is not set, and DETECTRON2_DATASETS is not set, so"):
+        load()
