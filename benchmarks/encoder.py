@@ -41,7 +41,8 @@ from hourglass.encoders import HourglassViT  # noqa: E402
 from hourglass.encoders.vit import run_attention, run_block  # noqa: E402
 from hourglass.evaluation.cost import PeakMemory, count_gflops  # noqa: E402
 from hourglass.evaluation.report import check_folder, spread, write_whole  # noqa: E402
-from hourglass.evaluation.timing import Clock, Stopwatch, ratio_of_medians  # noqa: E402
+from hourglass.evaluation.resampling import ratio_of_medians  # noqa: E402
+from hourglass.evaluation.timing import Clock, Stopwatch  # noqa: E402
 from hourglass.reduction import Reducer  # noqa: E402
 from hourglass.reduction.reducer import check_count, map_size  # noqa: E402
 from train_net import build, load_config, refuse  # noqa: E402

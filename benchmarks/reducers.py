@@ -1,16 +1,19 @@
 #!/usr/bin/env python
 """
-Every reducer on the demo's model at three budgets of tokens: what AP each keeps, at what speed.
+Every reducer on a trained model at three budgets of tokens: what accuracy each keeps, at what speed.
 
-    python benchmarks/reducers.py
+    python benchmarks/reducers.py                                       the demo's ViTDet
     python benchmarks/reducers.py --images 100 --budgets 0.5 0.3
+    python benchmarks/reducers.py --config-file configs/nuclei/vitdet.py --images 61 --by image_type --sides 10 20
 """
 
 import argparse
+import json
+import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,8 +23,11 @@ import hourglass  # noqa: E402  (first: it mends Detectron2 0.6)
 # isort: split
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from detectron2.config import instantiate  # noqa: E402
+from detectron2.data import MetadataCatalog  # noqa: E402
+from detectron2.evaluation import DatasetEvaluators  # noqa: E402
 from detectron2.utils.env import seed_all_rng  # noqa: E402
+from detectron2.utils.registry import locate  # noqa: E402
+from omegaconf import ListConfig  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from benchmarks.encoder import machine, save  # noqa: E402
@@ -39,20 +45,39 @@ from hourglass.checkpoint import load_checkpoint  # noqa: E402
 from hourglass.data.loading import build_loader  # noqa: E402
 from hourglass.encoders import find_encoder  # noqa: E402
 from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, check_folder, compare  # noqa: E402
-from hourglass.evaluation.instances import retention_of_ap  # noqa: E402
+from hourglass.evaluation.instances import average_precision  # noqa: E402
+from hourglass.evaluation.report import describe_limit, without_nan  # noqa: E402
+from hourglass.evaluation.resampling import Interval, draw_samples, ratio_of_samples  # noqa: E402
 from hourglass.reduction.reducer import check_count  # noqa: E402
-from train_net import build, load_config, refuse  # noqa: E402
+from train_net import build, build_evaluator, load_config, refuse  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo" / "vitdet.py"
-SELECTORS = "vitdet_selectors_{:.0f}.pth"  # of a budget in percent, next to the config
 # Blocks that the demo's model needs: without them it keeps half of its AP.
-START, STOP = 2, 6
+BLOCKS = (2, 6)
 BUDGETS = (0.6, 0.4, 0.25)
-TASKS = {"bbox": "box AP", "segm": "mask AP"}
+FIGURES = {"bbox.AP": "box AP", "segm.AP": "mask AP", "panoptic_seg.PQ": "PQ"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", default=str(CONFIG), help="a LazyConfig of a ViTDet; without one, the demo's")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        nargs=2,
+        default=BLOCKS,
+        metavar=("START", "STOP"),
+        help="run these on fewer tokens, up to but without STOP (default: {} {})".format(*BLOCKS),
+    )
+    parser.add_argument("--by", metavar="KEY", help="also a table by what the JSON's images have under this key")
+    parser.add_argument(
+        "--sides",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="PIXELS",
+        help="also a table by the objects' size, parted at these sides (square roots of areas)",
+    )
     parser.add_argument("--images", type=int, default=50, metavar="N", help="validation images (default: 50)")
     parser.add_argument(
         "--budgets",
@@ -69,33 +94,37 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def make_plans(budgets: list[float], window: int, blocks: int) -> dict[str, Plan]:
+def make_plans(
+    budgets: list[float], window: int, start: int, stop: int, default: Plan, selectors: str = ""
+) -> dict[str, Plan]:
     """
     Name -> plan, the unmodified model first.
 
     Args:
         budgets: shares of the tokens that are left.
         window: tokens a side of the model's windows.
-        blocks: number of the plan's.
+        start, stop: the plans' blocks.
+        default: the config's own plan.
+        selectors: trained weights of `TokenSelection`, with {} for a budget in percent; where there are none, it is
+            left out with a warning.
     """
-    plans = {"unmodified": Plan(), "fast attention": Plan(attention="fast")}
+    plans = {"unmodified": Plan(), "fast attention": Plan(attention="fast"), "the config's plan": default}
     for budget in budgets:
         side = max(1, round(window * budget**0.5))
         grid = (side, side)
         at = f"{100 * budget:.0f} %"
         for reducer in (TokenClustering(grid), AveragePooling(grid), DensityPeaks(grid)):
-            plans[f"{type(reducer).__name__}, {at}"] = Plan(reducer, START, STOP, scope="window")
+            plans[f"{type(reducer).__name__}, {at}"] = Plan(reducer, start, stop, scope="window")
         reducer = TokenClustering.published(grid)
-        plans[f"TokenClustering.published, {at}"] = Plan(reducer, START, STOP, scope="window", published=True)
-        reducer = BipartiteMatching(merged_a_block(budget, window**2, blocks))
-        plans[f"BipartiteMatching, {at}"] = Plan(reducer, START, STOP, scope="window")
-        selectors = CONFIG.parent / SELECTORS.format(100 * budget)
-        if selectors.is_file():
-            reducer = TokenSelection(str(selectors), target=budget)
-            plans[f"TokenSelection, {at}"] = Plan(reducer, START, STOP)
+        plans[f"TokenClustering.published, {at}"] = Plan(reducer, start, stop, scope="window", published=True)
+        reducer = BipartiteMatching(merged_a_block(budget, window**2, stop - start))
+        plans[f"BipartiteMatching, {at}"] = Plan(reducer, start, stop, scope="window")
+        trained = selectors.format(f"{100 * budget:.0f}")
+        if os.path.isfile(trained):
+            plans[f"TokenSelection, {at}"] = Plan(TokenSelection(trained, target=budget), start, stop)
         else:
             print(f"warning: TokenSelection at {at} is left out, it has no trained selectors", file=sys.stderr)
-    plans["blocks left out (control)"] = Plan(SkipBlocks(), START, STOP)
+    plans["blocks left out (control)"] = Plan(SkipBlocks(), start, stop)
     return plans
 
 
@@ -112,20 +141,44 @@ def merged_a_block(budget: float, full: int, blocks: int) -> int:
     return min(range(full // 2 + 1), key=lambda r: abs(mean_left(r) - budget))
 
 
-def measure(args: argparse.Namespace) -> tuple[Comparison, dict[str, Plan], dict[str, InstanceEvaluator]]:
-    cfg = load_config(str(CONFIG), [f"train.device={args.device}"])
+class Measured(NamedTuple):
+    """
+    Attributes:
+        comparison: of the models under the plans.
+        plans: name -> plan.
+        instances: name -> what evaluated its boxes and masks, after evaluation.
+        groups: what :option:`--by` parts the images by -> their ids; empty without it.
+    """
+
+    comparison: Comparison
+    plans: dict[str, Plan]
+    instances: dict[str, InstanceEvaluator]
+    groups: dict[str, list]
+
+
+def measure(args: argparse.Namespace) -> Measured:
+    cfg = load_config(args.config_file, [f"train.device={args.device}"])
     args.device = cfg.train.device
+    nodes = cfg.dataloader.evaluator
+    for node in nodes if isinstance(nodes, ListConfig) else [nodes]:
+        if (locate(node._target_) if isinstance(node._target_, str) else node._target_) is InstanceEvaluator:
+            node.sides = list(args.sides)
     seed_all_rng(cfg.train.seed)
+    start, stop = args.blocks
+    config = Path(args.config_file)
+    selectors = str(config.with_name(f"{config.stem}_selectors_{{}}.pth"))
+    plans = make_plans(args.budgets, cfg.model.backbone.net.window_size, start, stop, build(cfg, "plan"), selectors)
     model = build(cfg, "model").to(args.device).eval()
     load_checkpoint(model, cfg.train.init_checkpoint)
     loader, records = build_loader(cfg.dataloader.test, args.images)
-    plans = make_plans(args.budgets, cfg.model.backbone.net.window_size, STOP - START)
-    evaluators, subjects = {}, {}
-    cfg.dataloader.evaluator._target_ = InstanceEvaluator
+    groups = part_images(cfg.dataloader.test.dataset.names, records, args.by) if args.by else {}
+    instances, subjects = {}, {}
     for name, plan in plans.items():
         view = hourglass.expedite(model, plan)
-        evaluators[name] = instantiate(cfg.dataloader.evaluator)
-        subjects[name] = Subject(view, find_encoder(view)[1], evaluators[name])
+        evaluator = build_evaluator(cfg)
+        members = evaluator._evaluators if isinstance(evaluator, DatasetEvaluators) else [evaluator]
+        instances[name] = next(member for member in members if isinstance(member, InstanceEvaluator))
+        subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
     comparison = compare(
         subjects,
         loader,
@@ -135,50 +188,89 @@ def measure(args: argparse.Namespace) -> tuple[Comparison, dict[str, Plan], dict
         warmup=1,
         what=f"comparing {len(subjects)} models",
     )
-    return comparison, plans, evaluators
+    return Measured(comparison, plans, instances, groups)
 
 
-def to_document(
-    comparison: Comparison, plans: dict[str, Plan], evaluators: dict[str, InstanceEvaluator], args: argparse.Namespace
-) -> dict[str, Any]:
+def part_images(dataset: str, records: list[dict[str, Any]], key: str) -> dict[str, list]:
+    """What the data set's JSON has under ``key`` of an image -> the ids of the images that are run."""
+    with open(MetadataCatalog.get(dataset).json_file) as file:
+        values = {image["id"]: image.get(key) for image in json.load(file)["images"]}
+    groups: dict[str, list] = {}
+    for record in records:
+        value = values[record["image_id"]]
+        if value is None:
+            raise InputError(f"--by takes a key of the JSON's images, got {key!r}: image {record['image_id']} lacks it")
+        groups.setdefault(str(value), []).append(record["image_id"])
+    return dict(sorted(groups.items()))
+
+
+def to_document(measured: Measured, args: argparse.Namespace) -> dict[str, Any]:
     """What was measured, for programs: times in ms, shares of the unmodified model's figures."""
-    first = evaluators["unmodified"].matches
-    full = comparison.models["unmodified"]
+    comparison, full = measured.comparison, measured.comparison.models["unmodified"]
     rows = {}
-    for name, plan in plans.items():
-        measured = comparison.models[name]
-        reduction = float(np.median(measured.runs["reduction"]))
+    for name, plan in measured.plans.items():
+        figures = comparison.models[name]
+        reduction = float(np.median(figures.runs["reduction"]))
         tokens = 1.0
         if plan.reducer is not None:
-            tokens = float(np.mean(measured.runs["middle"] / measured.runs["full"]))
+            tokens = float(np.mean(figures.runs["middle"] / figures.runs["full"]))
+        kept = comparison.retention(name)
         rows[name] = {
             "plan": plan.describe(),
             "tokens": tokens,
-            "accuracy": {task: measured.accuracy[task]["AP"] for task in TASKS},
-            "retention": {
-                task: retention_of_ap(first[task], evaluators[name].matches[task])._asdict() for task in TASKS
-            },
+            "accuracy": {key: float(figures.samples[key][0]) for key in FIGURES if key in kept},
+            "retention": {key: kept[key]._asdict() for key in FIGURES if key in kept},
             "speedup": comparison.speedup(name, "encoder")._asdict(),
-            "encoder_ms": float(np.median(measured.runs["encoder"])),
+            "encoder_ms": float(np.median(figures.runs["encoder"])),
             "reduction_ms": reduction,
-            "reduction_share": reduction / float(np.median(measured.runs["encoder"])),
-            "encoder_gflops": measured.encoder_gflops,
+            "reduction_share": reduction / float(np.median(figures.runs["encoder"])),
+            "encoder_gflops": figures.encoder_gflops,
         }
-    for task in TASKS:
-        points = {name: (row["speedup"]["ratio"], row["retention"][task]["ratio"]) for name, row in rows.items()}
+    for key in rows["unmodified"]["retention"]:
+        points = {name: (row["speedup"]["ratio"], row["retention"][key]["ratio"]) for name, row in rows.items()}
         front = pareto_front(points)
         for name, row in rows.items():
-            row.setdefault("front", {})[task] = name in front
+            row.setdefault("front", {})[key] = name in front
     return {
-        "model": "demo",
+        "config": os.path.relpath(args.config_file, ROOT),
         "device": args.device,
         "dtype": args.dtype,
         **machine(args.device),
         "images": len(full.runs["total"]),
-        "start": START,
-        "stop": STOP,
+        "max_detections": comparison.max_detections,
+        "start": args.blocks[0],
+        "stop": args.blocks[1],
         "models": rows,
+        "parts": to_parts(measured),
     }
+
+
+def to_parts(measured: Measured) -> dict[str, dict[str, Any]]:
+    """
+    Mask AP of the groups of images, and of the objects of some sizes: what it is called -> the number of images or
+    objects, and for each model its AP and the share of the unmodified model's that it keeps.
+    """
+    first = measured.instances["unmodified"]
+    parts = {}
+    for group, ids in measured.groups.items():
+        chosen = np.isin(first.image_ids, ids)
+        weights = np.zeros((501, len(chosen)), int)
+        weights[:, chosen] = draw_samples(len(ids))
+        samples = {name: each.resample(weights)["segm.AP"] for name, each in measured.instances.items()}
+        parts[group] = {"images": len(ids), **_part(samples)}
+    for low, high in first.matches_of_size:
+        of_size = {name: each.matches_of_size[low, high]["segm"] for name, each in measured.instances.items()}
+        weights = draw_samples(len(first.image_ids))
+        samples = {name: average_precision(matches, weights) for name, matches in of_size.items()}
+        objects = sum(int(category.objects.sum()) for category in of_size["unmodified"])
+        size = f"{low:g} to {high:g} px" if high < 1e5 else f"over {low:g} px"
+        parts[size] = {"objects": objects, **_part(samples)}
+    return parts
+
+
+def _part(samples: dict[str, np.ndarray]) -> dict[str, Any]:
+    kept = {name: ratio_of_samples(samples["unmodified"], each)._asdict() for name, each in samples.items()}
+    return {"accuracy": {name: float(each[0]) for name, each in samples.items()}, "retention": kept}
 
 
 def pareto_front(points: dict[str, tuple[float, float]]) -> set[str]:
@@ -191,10 +283,12 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> set[str]:
 
 
 def to_table(document: dict[str, Any], tablefmt: str = "github") -> str:
+    figures = list(document["models"]["unmodified"]["retention"])
+    limit = describe_limit(document["max_detections"])
     headers = [
         "reducer, budget",
         "tokens",
-        *(f"{label} kept" for label in TASKS.values()),
+        *(f"{FIGURES[key]} kept{limit if key.endswith('AP') else ''}" for key in figures),
         "encoder speed-up",
         "encoder, ms",
         "reducing and restoring, ms",
@@ -203,23 +297,41 @@ def to_table(document: dict[str, Any], tablefmt: str = "github") -> str:
     ]
     rows = []
     for name, row in document["models"].items():
-        kept = [
-            "{:.1f} % ({:.1f}-{:.1f})".format(*(100 * row["retention"][task][key] for key in ("ratio", "low", "high")))
-            for task in TASKS
-        ]
         reduces = row["reduction_ms"] > 0
         rows.append(
             [
                 name,
                 f"{100 * row['tokens']:.0f} %",
-                *kept,
+                *(_percent(row["retention"][key]) for key in figures),
                 "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**row["speedup"]),
                 f"{row['encoder_ms']:.0f}",
                 f"{row['reduction_ms']:.1f}" if reduces else "",
                 f"{100 * row['reduction_share']:.1f} %" if reduces else "",
-                " and ".join(label.split()[0] for task, label in TASKS.items() if row["front"][task]),
+                ", ".join(FIGURES[key].split()[0] for key in figures if row["front"][key]),
             ]
         )
+    return _tabulate(rows, headers, tablefmt)
+
+
+def to_parts_table(document: dict[str, Any], tablefmt: str = "github") -> str:
+    """Mask AP by image and by size: of the unmodified model in percent, of the others the share that is kept."""
+    parts = document["parts"]
+    counts = {name: (count, kind) for name, part in parts.items() for kind, count in list(part.items())[:1]}
+    limit = describe_limit(document["max_detections"])
+    headers = [f"mask AP{limit}", *(f"{name}, {count} {kind}" for name, (count, kind) in counts.items())]
+    rows = [["unmodified, AP", *(f"{part['accuracy']['unmodified']:.1f}" for part in parts.values())]]
+    for name in list(document["models"])[1:]:
+        rows.append([f"{name}, kept", *(_percent(part["retention"][name]) for part in parts.values())])
+    return _tabulate(rows, headers, tablefmt)
+
+
+def _percent(share: dict[str, float | None]) -> str:
+    if share["low"] is None:
+        return "-"
+    return "{:.1f} % ({:.1f}-{:.1f})".format(*(100 * share[key] for key in Interval._fields))
+
+
+def _tabulate(rows: list[list[str]], headers: list[str], tablefmt: str) -> str:
     return tabulate(
         rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
     )
@@ -231,15 +343,17 @@ def plot(document: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(TASKS), figsize=(13, 6), layout="constrained")
+    figures = list(document["models"]["unmodified"]["retention"])
+    figure, panels = plt.subplots(1, len(figures), figsize=(6.5 * len(figures), 6), layout="constrained", squeeze=False)
+    panels = panels[0]
     kinds = list(dict.fromkeys(name.split(",")[0] for name in document["models"]))
     style = {kind: (f"C{i}", "os^Dvph*X"[i % 9]) for i, kind in enumerate(kinds)}
-    for axes, (task, label) in zip(panels, TASKS.items()):
+    for axes, key in zip(panels, figures):
         front = []
         for name, row in document["models"].items():
             kind = name.split(",")[0]
             color, marker = style[kind]
-            speed, kept = row["speedup"], row["retention"][task]
+            speed, kept = row["speedup"], row["retention"][key]
             x, y = speed["ratio"], 100 * kept["ratio"]
             axes.errorbar(
                 x,
@@ -255,15 +369,15 @@ def plot(document: dict[str, Any], path: Path) -> None:
             )
             budget = name.partition(", ")[2].removesuffix(" %")
             axes.annotate(budget, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
-            if row["front"][task]:
+            if row["front"][key]:
                 front.append((x, y))
         axes.plot(*zip(*sorted(front)), color="black", linewidth=1, linestyle="--", zorder=0, label="Pareto front")
         axes.set_xlabel("encoder speed-up, times the unmodified encoder")
-        axes.set_ylabel(f"{label} kept, %")
+        axes.set_ylabel(f"{FIGURES[key]} kept, %")
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.suptitle(
-        f"The demo's ViTDet, blocks {document['start']} to {document['stop'] - 1} on fewer tokens: "
+        f"{document['config']}, blocks {document['start']} to {document['stop'] - 1} on fewer tokens: "
         f"{document['images']} images, {document['device']}, {document['dtype']}.\n"
         "Numbers are budgets in % of the tokens, bars 95 % bootstrap intervals over images",
         fontsize=10,
@@ -279,8 +393,10 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--budgets takes shares of the tokens in (0, 1], got {budget}")
     check_folder("--output", args.output)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    document = to_document(*measure(args), args)
+    document = without_nan(to_document(measure(args), args))
     table = to_table(document)
+    if document["parts"]:
+        table += f"\n\n{to_parts_table(document)}"
     folder, name = Path(args.output), f"reducers_{args.device}_{args.dtype}"
     print(f"\n{table}\n")
     save(folder, name, document, table)

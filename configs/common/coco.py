@@ -6,7 +6,8 @@ from detectron2.data import (
     build_detection_train_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.evaluation import COCOEvaluator
+
+from hourglass.evaluation import InstanceEvaluator
 
 image_size = 1024
 
@@ -39,5 +40,5 @@ dataloader = dict(
         num_workers=4,
     ),
     # The fast implementation needs Detectron2's compiled extension and is unofficial.
-    evaluator=L(COCOEvaluator)(dataset_name="${..test.dataset.names}", tasks=("bbox", "segm"), use_fast_impl=False),
+    evaluator=L(InstanceEvaluator)(dataset_name="${..test.dataset.names}", tasks=("bbox", "segm"), use_fast_impl=False),
 )

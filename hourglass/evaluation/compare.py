@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from hourglass.errors import InputError
 from hourglass.evaluation.cost import PeakMemory, count_gflops
-from hourglass.evaluation.timing import Clock, Interval, Run, Stopwatch, ratio_of_medians
+from hourglass.evaluation.resampling import Interval, draw_samples, ratio_of_medians, ratio_of_samples
+from hourglass.evaluation.timing import Clock, Run, Stopwatch
 
 # The figure that a task's retention is of; AP for the tasks that are not here.
 MAIN_METRICS = {"panoptic_seg": "PQ", "sem_seg": "mIoU"}
@@ -43,39 +44,52 @@ class Measurement(NamedTuple):
 
     Attributes:
         accuracy: task -> metric -> figure, from the evaluator; nan where there is none.
+        samples: "task.metric" -> (samples,), the figure on samples of the images, the same ones for each model; the
+            first sample is the images themselves. Of evaluators that can be resampled.
         runs: part of a :class:`Run` -> (images,).
         encoder_gflops: of the first image.
         peak_memory_mb: over all images.
     """
 
     accuracy: dict[str, dict[str, float]]
+    samples: dict[str, np.ndarray]
     runs: dict[str, np.ndarray]
     encoder_gflops: float
     peak_memory_mb: float
 
 
 class Comparison(NamedTuple):
-    """Measurements of models on the same images. The first model is what the others are compared with."""
+    """
+    Measurements of models on the same images. The first model is what the others are compared with.
+
+    Attributes:
+        models: name -> measurement.
+        max_detections: how many of an image COCO's evaluation takes; None where there is none.
+    """
 
     models: dict[str, Measurement]
+    max_detections: int | None = None
 
     def speedup(self, name: str, part: str) -> Interval:
         """How many times faster than the first model ``name`` runs ``part``, "encoder" or "total"."""
         first = next(iter(self.models.values()))
         return ratio_of_medians(first.runs[part], self.models[name].runs[part])
 
-    def retention(self, name: str) -> dict[str, float]:
+    def retention(self, name: str) -> dict[str, Interval]:
         """
-        Share of the first model's AP, PQ or mIoU that ``name`` keeps: "bbox.AP" -> share, nan where there is no figure.
+        Share of the first model's AP, PQ or mIoU that ``name`` keeps: "bbox.AP" -> share, nan where there is no figure,
+        with a paired bootstrap interval over images, nan where the evaluator cannot be resampled.
         """
-        first = next(iter(self.models.values())).accuracy
-        kept = self.models[name].accuracy
+        first, kept = next(iter(self.models.values())), self.models[name]
         shares = {}
-        for task, metrics in first.items():
+        for task, metrics in first.accuracy.items():
             main = MAIN_METRICS.get(task, "AP")
-            if main in metrics:
-                figure = kept.get(task, {}).get(main, np.nan)
-                shares[f"{task}.{main}"] = figure / metrics[main] if metrics[main] > 0 else np.nan
+            key = f"{task}.{main}"
+            if key in first.samples and key in kept.samples:
+                shares[key] = ratio_of_samples(first.samples[key], kept.samples[key])
+            elif main in metrics:
+                figure = kept.accuracy.get(task, {}).get(main, np.nan)
+                shares[key] = Interval(figure / metrics[main] if metrics[main] > 0 else np.nan, np.nan, np.nan)
         return shares
 
     def efficiency(self, name: str) -> float:
@@ -145,6 +159,7 @@ def compare(
         gflops = {name: count_gflops(subjects[name].encoder, inputs) for name, inputs in encoder_inputs.items()}
 
     accuracy = {name: _evaluate(subject.evaluator, image_ids) for name, subject in subjects.items()}
+    samples = {name: _resample(subject.evaluator) for name, subject in subjects.items()}
     shares = comm.gather((runs, peaks, gflops))
     if not comm.is_main_process():
         return None
@@ -153,11 +168,13 @@ def compare(
         every = [run for runs, _, _ in shares for run in runs[name]]
         measurements[name] = Measurement(
             accuracy=accuracy[name],
+            samples=samples[name],
             runs={part: np.array([getattr(run, part) for run in every]) for part in Run._fields},
             encoder_gflops=next(gflops[name] for _, _, gflops in shares if name in gflops),
             peak_memory_mb=max(peaks[name] for _, peaks, _ in shares),
         )
-    return Comparison(measurements)
+    limits = [getattr(member, "max_detections", None) for member in _members(subjects[names[0]].evaluator)]
+    return Comparison(measurements, next((limit for limit in limits if limit is not None), None))
 
 
 @contextlib.contextmanager
@@ -168,6 +185,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def _members(evaluator: DatasetEvaluator) -> list[DatasetEvaluator]:
+    return evaluator._evaluators if isinstance(evaluator, DatasetEvaluators) else [evaluator]
+
+
+def _resample(evaluator: DatasetEvaluator) -> dict[str, np.ndarray]:
+    figures = {}
+    for member in _members(evaluator):
+        # In all but the main process an evaluator has nothing to draw from.
+        if hasattr(member, "resample") and len(member.image_ids):
+            figures.update(member.resample(draw_samples(len(member.image_ids))))
+    return figures
 
 
 def _evaluate(evaluator: DatasetEvaluator, image_ids: list | None) -> dict[str, dict[str, Any]]:

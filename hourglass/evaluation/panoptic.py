@@ -149,6 +149,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self._root = metadata.panoptic_root
         self._thing_ids = {contiguous: id for id, contiguous in getattr(metadata, thing_ids).items()}
         self._stuff_ids = {contiguous: id for id, contiguous in getattr(metadata, stuff_ids).items()}
+        self._isthing = [category["isthing"] for category in self._truth.categories.values()]
         self._label_divisor = metadata.get("label_divisor")
         self._name = dataset_name
         self.reset()
@@ -159,6 +160,9 @@ class PanopticEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         #: Image id -> (K, 4) counts, of the images that this process has seen.
         self.counts: dict[Any, np.ndarray] = {}
+        #: The images that were evaluated, and their counts (images, K, 4), in the main process.
+        self.image_ids: list[Any] = []
+        self._evaluated = np.zeros((0, len(self._truth.categories), len(COUNTS)))
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         for input, output in zip(inputs, outputs):
@@ -238,9 +242,22 @@ class PanopticEvaluator(DatasetEvaluator):
         if unseen:
             what = f"{len(unseen)} of the {len(chosen)} images of data set {self._name!r} to be evaluated"
             raise InputError(f"{what} were not run, such as {unseen[0]!r}: img_ids takes those that were")
-        total = sum((counts[image_id] for image_id in chosen), np.zeros((len(self._truth.categories), len(COUNTS))))
-        isthing = [category["isthing"] for category in self._truth.categories.values()]
-        return OrderedDict({"panoptic_seg": panoptic_quality(total, isthing)})
+        self.image_ids = sorted(chosen)
+        self._evaluated = np.array([counts[image_id] for image_id in self.image_ids]).reshape(
+            -1, *self._evaluated.shape[1:]
+        )
+        return OrderedDict({"panoptic_seg": panoptic_quality(self._evaluated.sum(0), self._isthing)})
+
+    def resample(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """
+        Args:
+            weights: (samples, images), how often each of `image_ids` is in a sample.
+
+        Returns:
+            {"panoptic_seg.PQ": (samples,)} in percent.
+        """
+        counts = np.tensordot(weights, self._evaluated, 1)
+        return {"panoptic_seg.PQ": np.array([panoptic_quality(each, self._isthing)["PQ"] for each in counts])}
 
 
 def _size(segments: np.ndarray) -> str:

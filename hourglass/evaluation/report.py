@@ -18,7 +18,7 @@ from hourglass.errors import InputError
 from hourglass.evaluation.compare import Comparison, Measurement
 from hourglass.version import __version__
 
-SCHEMA = 1
+SCHEMA = 2
 TASKS = {"bbox": "box", "segm": "mask"}
 # What is reported of a task, and its label in the table: None is for the document alone. Of other tasks every AP is.
 METRICS = {
@@ -38,8 +38,8 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
         about: "dataset", "device", "dtype" and "plan".
 
     Returns:
-        the content of ``comparison.json``: latencies in ms, retention and efficiency as shares, None where a figure
-        does not exist.
+        the content of ``comparison.json``: latencies in ms, retention and efficiency as shares, retention and speed-up
+        with 95 % intervals, None where a figure does not exist.
     """
     models = comparison.models
     first = next(iter(models.values()))
@@ -49,6 +49,7 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
         "schema": SCHEMA,
         "dataset": about["dataset"],
         "images": len(first.runs["total"]),
+        "max_detections": comparison.max_detections,
         "device": about["device"],
         "dtype": about["dtype"],
         "threads": torch.get_num_threads(),
@@ -70,13 +71,17 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
     if "expedited" in models:
         document["efficiency"] = comparison.efficiency("expedited")
     if "unmodified" in models and "control" in models:
-        document["control_retention"] = comparison.retention("control")
-    return _without_nan(document)
+        document["control_retention"] = _retention(comparison, "control")
+    return without_nan(document)
 
 
 def _against_first(comparison: Comparison, name: str) -> dict[str, Any]:
     speedup = {part: comparison.speedup(name, part)._asdict() for part in ("encoder", "total")}
-    return {"speedup": speedup, "retention": comparison.retention(name)}
+    return {"speedup": speedup, "retention": _retention(comparison, name)}
+
+
+def _retention(comparison: Comparison, name: str) -> dict[str, dict[str, float]]:
+    return {figure: share._asdict() for figure, share in comparison.retention(name).items()}
 
 
 def _model(measurement: Measurement, reduced: np.ndarray | None) -> dict[str, Any]:
@@ -108,9 +113,10 @@ def spread(values: np.ndarray) -> dict[str, float]:
     return {"median": float(median), "p10": float(p10), "p90": float(p90)}
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """The same with None in the place of nan, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -135,15 +141,16 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
     def row(label: str, cells: list[str], ratios: dict[str, str] | None = None) -> None:
         rows.append([label, *cells, *((ratios or {}).get(name, "") for name in against)])
 
+    limit = describe_limit(document["max_detections"])
     for task in next(iter(models.values()))["accuracy"]:
         for metric in next(iter(models.values()))["accuracy"][task]:
-            label = METRICS[task][metric] if task in METRICS else f"{TASKS.get(task, task)} {metric}"
+            label = METRICS[task][metric] if task in METRICS else f"{TASKS.get(task, task)} {metric}{limit}"
             if label is None:
                 continue
             key = f"{task}.{metric}"
             cells = [_number(model["accuracy"].get(task, {}).get(metric), 1) for model in models.values()]
             shares = {name: ratios["retention"] for name, ratios in against.items()}
-            row(label, cells, {name: _percent(share[key]) for name, share in shares.items() if key in share})
+            row(label, cells, {name: _interval(share[key]) for name, share in shares.items() if key in share})
     for part in ("encoder", "total"):
         cells = [_latency(model["latency_ms"][part]) for model in models.values()]
         speedups = {name: ratios["speedup"] for name, ratios in against.items() if "speedup" in ratios}
@@ -164,6 +171,11 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
     return tabulate(
         rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
     )
+
+
+def describe_limit(max_detections: int | None) -> str:
+    """What a figure of AP is to say of the limit of detections an image; COCO's own, 100, needs no mention."""
+    return "" if max_detections in (None, 100) else f" (maxDets {max_detections})"
 
 
 def describe(document: dict[str, Any]) -> str:
@@ -216,6 +228,12 @@ def _number(value: float | None, digits: int) -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _interval(share: dict[str, float | None]) -> str:
+    if share["low"] is None:
+        return _percent(share["ratio"])
+    return "{ratio:.1f} % ({low:.1f}-{high:.1f})".format(**{key: 100 * value for key, value in share.items()})
 
 
 def _latency(spread: dict[str, float]) -> str:

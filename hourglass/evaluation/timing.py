@@ -1,9 +1,8 @@
-"""Times of a model's parts, taken from outside it, and what they say together."""
+"""Times of a model's parts, taken from outside it."""
 
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -143,26 +142,3 @@ class Stopwatch:
             return tokens
 
         return reduction._replace(restore=restore)
-
-
-class Interval(NamedTuple):
-    """A figure and the 95 % interval around it."""
-
-    ratio: float
-    low: float
-    high: float
-
-
-def ratio_of_medians(slow: np.ndarray, fast: np.ndarray, resamples: int = 2000, seed: int = 0) -> Interval:
-    """
-    How many times faster ``fast`` is, with a bootstrap interval over images.
-
-    Args:
-        slow, fast: (images,) milliseconds, in the same order of images.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-    """
-    draws = np.random.default_rng(seed).integers(len(slow), size=(resamples, len(slow)))
-    ratios = np.median(slow[draws], axis=1) / np.median(fast[draws], axis=1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return Interval(float(np.median(slow) / np.median(fast)), float(low), float(high))

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 import hourglass.data
 from benchmarks import reducers
 from benchmarks.reducers import make_plans, merged_a_block, pareto_front, parse
-from hourglass import BipartiteMatching, InputError
+from hourglass import BipartiteMatching, InputError, Plan, TokenClustering
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +31,11 @@ def test_the_front_is_what_nothing_beats():
 
 
 def test_every_reducer_has_a_plan_at_each_budget():
-    plans = make_plans([0.6, 0.4, 0.25], 16, 4)
-    assert list(plans)[:2] == ["unmodified", "fast attention"] and list(plans)[-1] == "blocks left out (control)"
+    default = Plan(TokenClustering((12, 12)), 3, 5, scope="window")
+    selectors = str(Path(reducers.CONFIG).with_name("vitdet_selectors_{}.pth"))
+    plans = make_plans([0.6, 0.4, 0.25], 16, 2, 6, default, selectors)
+    assert list(plans)[:3] == ["unmodified", "fast attention", "the config's plan"]
+    assert list(plans)[-1] == "blocks left out (control)" and plans["the config's plan"] is default
     kinds = {name.split(",")[0] for name in plans if "," in name}
     assert kinds == {
         "TokenClustering",
@@ -41,26 +45,36 @@ def test_every_reducer_has_a_plan_at_each_budget():
         "BipartiteMatching",
         "TokenSelection",
     }
-    assert len(plans) == 3 + 3 * len(kinds)
+    assert len(plans) == 4 + 3 * len(kinds)
     assert plans["TokenClustering, 25 %"].reducer.grid == (8, 8)
 
 
 def test_the_table_the_plot_and_the_document(tmp_path, capsys):
     """At one budget, on two images."""
     torch.manual_seed(0)
-    reducers.main(parse(["--images", "2", "--budgets", "0.25", "--device", "cpu", "--output", str(tmp_path)]))
+    options = ["--images", "2", "--budgets", "0.25", "--by", "file_name", "--sides", "48", "--device", "cpu"]
+    reducers.main(parse([*options, "--output", str(tmp_path)]))
     document = json.loads((tmp_path / "reducers_cpu_float32.json").read_text())
     rows = document["models"]
-    assert document["images"] == 2 and len(rows) == 9
-    assert rows["unmodified"]["retention"]["bbox"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
-    assert rows["fast attention"]["retention"]["segm"]["ratio"] == pytest.approx(1.0, abs=0.01)
+    assert document["images"] == 2 and len(rows) == 10
+    assert rows["unmodified"]["retention"]["bbox.AP"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
+    assert rows["fast attention"]["retention"]["segm.AP"]["ratio"] == pytest.approx(1.0, abs=0.01)
     for name, row in rows.items():
         assert row["speedup"]["low"] <= row["speedup"]["ratio"] <= row["speedup"]["high"]
         if "," in name:
             assert 0 < row["tokens"] < 0.5 and row["reduction_ms"] > 0 and row["encoder_gflops"] > 0
     assert rows["BipartiteMatching, 25 %"]["tokens"] == pytest.approx(0.25, abs=0.01)
     assert rows["blocks left out (control)"]["tokens"] == 0
-    assert any(row["front"]["bbox"] for row in rows.values())
+    parts = document["parts"]
+    assert list(parts) == ["000000000001.jpg", "000000000002.jpg", "0 to 48 px", "over 48 px"]
+    assert parts["000000000002.jpg"]["images"] == 1 and parts["0 to 48 px"]["objects"] > 0
+    for part in parts.values():
+        assert part["retention"]["unmodified"] in (
+            {"ratio": 1.0, "low": 1.0, "high": 1.0},
+            dict.fromkeys(["ratio", "low", "high"]),
+        )
+        assert part["accuracy"].keys() == rows.keys()
+    assert any(row["front"]["bbox.AP"] for row in rows.values())
     assert (tmp_path / "reducers_cpu_float32.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert all(
@@ -73,6 +87,7 @@ def test_the_table_the_plot_and_the_document(tmp_path, capsys):
     [
         (["--images", "0"], "--images takes a whole number of at least 1, got 0"),
         (["--budgets", "0.5", "1.5"], r"--budgets takes shares of the tokens in \(0, 1\], got 1.5"),
+        (["--images", "1", "--by", "stain"], "--by takes a key of the JSON's images, got 'stain': image 1 lacks it"),
         (["--output", "/dev/null/x"], "--output takes a folder that can be written to"),
     ],
 )

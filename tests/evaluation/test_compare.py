@@ -70,7 +70,40 @@ def test_several_evaluators_of_one_run():
     comparison = compare(compared, images(3), image_ids=[0, 1])
     for measured in comparison.models.values():
         assert measured.accuracy == {"bbox": {"AP": 2.0}, "panoptic_seg": {"PQ": 3.0}}
-    assert comparison.retention("expedited") == {"bbox.AP": 1.0, "panoptic_seg.PQ": 1.0}
+    assert {name: share.ratio for name, share in comparison.retention("expedited").items()} == {
+        "bbox.AP": 1.0,
+        "panoptic_seg.PQ": 1.0,
+    }
+
+
+class Drawn(Recorder):
+    """Its AP is the mean of its images' worth."""
+
+    max_detections = 7
+
+    def __init__(self, worth):
+        self.worth = np.array(worth)
+        self.image_ids = []
+
+    def evaluate(self, img_ids=None):
+        self.image_ids = sorted(self.seen)
+        return {"bbox": {"AP": self.worth.mean()}}
+
+    def resample(self, weights):
+        return {"bbox.AP": weights @ self.worth / weights.sum(1)}
+
+
+def test_retention_has_a_paired_interval_over_images():
+    compared = subjects()
+    worths = {"unmodified": [10.0, 50.0, 90.0], "expedited": [5.0, 25.0, 45.0], "control": [9.0, 5.0, 1.0]}
+    for name, subject in compared.items():
+        compared[name] = subject._replace(evaluator=Drawn(worths[name]))
+    comparison = compare(compared, images(3))
+    assert comparison.max_detections == 7
+    # Half of it on every image: nothing to be unsure of, however much images differ.
+    assert comparison.retention("expedited")["bbox.AP"] == (0.5, 0.5, 0.5)
+    share, low, high = comparison.retention("control")["bbox.AP"]
+    assert share == 15 / 150 and low < share < high
 
 
 def test_a_batch_of_several_images_is_refused():
@@ -93,6 +126,7 @@ def measurement(ap: float, encoder: list[float], reduction: float = 0.0, tokens=
     runs = [Run(2 * time, time, reduction, *tokens, 64) for time in encoder]
     return Measurement(
         accuracy={"bbox": {"AP": ap, "AP50": 60.0, "AP-disc": 3.0}, "segm": {"AP": float("nan")}},
+        samples={"bbox.AP": np.array([ap, 0.8 * ap, ap])},
         runs={part: np.array([getattr(run, part) for run in runs]) for part in Run._fields},
         encoder_gflops=2.0,
         peak_memory_mb=100.0,
@@ -111,12 +145,13 @@ def test_the_documents_figures_by_hand():
         expedited=measurement(49.0, [5.0, 10.0, 15.0], reduction=1.0, tokens=(64, 20)),
         control=measurement(25.0, [1.0, 2.0, 3.0], tokens=(64, 0)),
     )
-    assert content["schema"] == 1 and content["images"] == 3 and content["plan"]["reducer"]["grid"] == [5, 4]
+    assert content["schema"] == 2 and content["images"] == 3 and content["plan"]["reducer"]["grid"] == [5, 4]
     assert content["speedup"]["encoder"]["ratio"] == content["speedup"]["total"]["ratio"] == 2.0
-    assert content["retention"] == {"bbox.AP": 0.98, "segm.AP": None}
-    assert content["control_retention"] == {"bbox.AP": 0.5, "segm.AP": None}
+    assert content["retention"]["bbox.AP"] == pytest.approx({"ratio": 0.98, "low": 0.98, "high": 0.98})
+    assert content["retention"]["segm.AP"] == {"ratio": None, "low": None, "high": None}
+    assert content["control_retention"]["bbox.AP"]["ratio"] == 0.5
     assert content["fast_attention"]["speedup"]["encoder"]["ratio"] == 1.25
-    assert content["fast_attention"]["retention"] == {"bbox.AP": 1.0, "segm.AP": None}
+    assert content["fast_attention"]["retention"]["bbox.AP"]["ratio"] == 1.0
     assert content["efficiency"] == pytest.approx(0.9)
     unmodified, expedited = content["models"]["unmodified"], content["models"]["expedited"]
     assert unmodified["accuracy"]["bbox"] == {"AP": 50.0, "AP50": 60.0}
@@ -129,7 +164,7 @@ def test_the_documents_figures_by_hand():
     for cell in (
         "100.0 %",
         "1.25x (1.25-1.25)",
-        "98.0 %",
+        "98.0 % (98.0-98.0)",
         "50.0 %",
         "2.00x (2.00-2.00)",
         "20 of 64",
@@ -144,15 +179,17 @@ def test_the_documents_figures_by_hand():
 def segmentation(pq: float, miou: float) -> Measurement:
     panoptic = {f"{metric}{suffix}": pq for suffix in ("", "_th", "_st") for metric in ("PQ", "SQ", "RQ")}
     semantic = {"mIoU": miou, "fwIoU": 70.0, "IoU-sky": 3.0, "mACC": 80.0, "pACC": 90.0, "ACC-sky": 4.0}
-    return measurement(50.0, [5.0])._replace(accuracy={"panoptic_seg": panoptic, "sem_seg": semantic})
+    return measurement(50.0, [5.0])._replace(samples={}, accuracy={"panoptic_seg": panoptic, "sem_seg": semantic})
 
 
 def test_figures_of_segmentation():
     content = document(
         unmodified=segmentation(40.0, 60.0), expedited=segmentation(36.0, 57.0), control=segmentation(4.0, float("nan"))
     )
-    assert content["retention"] == {"panoptic_seg.PQ": 0.9, "sem_seg.mIoU": 0.95}
-    assert content["control_retention"] == {"panoptic_seg.PQ": 0.1, "sem_seg.mIoU": None}
+    kept = {name: share["ratio"] for name, share in content["retention"].items()}
+    assert kept == {"panoptic_seg.PQ": 0.9, "sem_seg.mIoU": 0.95}
+    assert content["control_retention"]["panoptic_seg.PQ"] == {"ratio": 0.1, "low": None, "high": None}
+    assert content["control_retention"]["sem_seg.mIoU"]["ratio"] is None
     accuracy = content["models"]["unmodified"]["accuracy"]
     assert accuracy["sem_seg"] == {"mIoU": 60.0, "fwIoU": 70.0, "mACC": 80.0, "pACC": 90.0}
     names = ["PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"]
@@ -166,6 +203,15 @@ def test_figures_of_segmentation():
     assert lines[9][1:] == ["60.0", "57.0", "-", "95.0 %", "-"]
 
 
+def test_a_limit_of_detections_that_is_not_cocos_is_said():
+    models = {"unmodified": measurement(50.0, [5.0])}
+    about = dict(dataset="scenes", device="cpu", dtype="float32", plan=Plan().describe())
+    assert "box AP  " in to_table(to_json(Comparison(models, 100), **about))
+    content = to_json(Comparison(models, 500), **about)
+    assert content["max_detections"] == 500
+    assert "box AP (maxDets 500)" in to_table(content) and "box AP50 (maxDets 500)" in to_table(content)
+
+
 def test_one_model_alone_is_compared_with_nothing():
     content = document(expedited=measurement(49.0, [5.0], 1.0, (64, 20)))
     assert "speedup" not in content and "retention" not in content and content["efficiency"] == 0.8
@@ -175,7 +221,7 @@ def test_one_model_alone_is_compared_with_nothing():
 
 def test_no_accuracy_gives_no_retention():
     content = document(unmodified=measurement(0.0, [5.0]), expedited=measurement(0.0, [5.0], 1.0, (64, 20)))
-    assert content["retention"]["bbox.AP"] is None
+    assert content["retention"]["bbox.AP"] == {"ratio": None, "low": None, "high": None}
 
 
 def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

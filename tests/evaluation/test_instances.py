@@ -9,8 +9,10 @@ from detectron2.data.datasets import register_coco_instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from hourglass import InputError
 from hourglass.evaluation import InstanceEvaluator
-from hourglass.evaluation.instances import average_precision, read_matches, retention_of_ap
+from hourglass.evaluation.instances import average_precision, read_matches
+from hourglass.evaluation.resampling import draw_samples, ratio_of_samples
 
 
 def dataset(seed: int, images: int = 12, digits: int = 1) -> tuple[dict, list[dict]]:
@@ -102,14 +104,30 @@ def test_a_sample_without_objects_has_no_ap():
 
 
 def test_the_interval_of_retention_is_paired_and_the_same_twice():
+    def ap(detections: list[dict], **options: int) -> np.ndarray:
+        return average_precision(read_matches(evaluated(annotations, detections)), draw_samples(12, 200, **options))
+
     annotations, detections = dataset(1)
-    first = read_matches(evaluated(annotations, detections))
-    assert retention_of_ap(first, first) == (1.0, 1.0, 1.0)
-    worse = read_matches(evaluated(annotations, [one for i, one in enumerate(detections) if i % 3]))
-    ratio, low, high = retention_of_ap(first, worse, resamples=200)
-    assert low < ratio < high and ratio < 1
-    assert retention_of_ap(first, worse, resamples=200) == (ratio, low, high)
-    assert retention_of_ap(first, worse, resamples=200, seed=1) != (ratio, low, high)
+    fewer = [one for i, one in enumerate(detections) if i % 3]
+    assert ratio_of_samples(ap(detections), ap(detections)) == (1.0, 1.0, 1.0)
+    share, low, high = ratio_of_samples(ap(detections), ap(fewer))
+    assert low < share < high and share < 1
+    assert ratio_of_samples(ap(detections), ap(fewer)) == (share, low, high)
+    assert ratio_of_samples(ap(detections, seed=1), ap(fewer, seed=1)) != (share, low, high)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_ap_of_objects_of_some_sizes_is_cocos(seed):
+    evaluation = evaluated(*dataset(seed))
+    small = average_precision(read_matches(evaluation, (0, 32**2)), np.ones((1, 12), dtype=int))
+    medium = average_precision(read_matches(evaluation, (32**2, 96**2)), np.ones((1, 12), dtype=int))
+    np.testing.assert_allclose([small[0], medium[0]], 100 * evaluation.stats[3:5], atol=1e-9)
+
+
+def test_sizes_that_do_not_grow_are_refused():
+    for sides in ([20, 10], [10, 10], [0, 10]):
+        with pytest.raises(InputError, match="sides takes growing numbers of pixels over 0"):
+            InstanceEvaluator("coco_2017_val", tasks=("bbox",), use_fast_impl=False, sides=sides)
 
 
 def test_the_evaluator_keeps_the_matches(tmp_path):
@@ -119,7 +137,8 @@ def test_the_evaluator_keeps_the_matches(tmp_path):
     register_coco_instances(name, {}, str(tmp_path / "truth.json"), str(tmp_path))
     try:
         DatasetCatalog.get(name)
-        evaluator = InstanceEvaluator(name, tasks=("bbox",), use_fast_impl=False)
+        evaluator = InstanceEvaluator(name, tasks=("bbox",), max_dets_per_image=50, use_fast_impl=False, sides=(32,))
+        assert evaluator.max_detections == 50
         evaluator.reset()
         for image in range(1, 13):
             found = [dict(one, category_id=one["category_id"] - 1) for one in detections if one["image_id"] == image]
@@ -128,6 +147,15 @@ def test_the_evaluator_keeps_the_matches(tmp_path):
             results = evaluator.evaluate()
         ap = average_precision(evaluator.matches["bbox"], np.ones((1, 12), dtype=int))[0]
         np.testing.assert_allclose(ap, results["bbox"]["AP"], atol=1e-9)
+        assert evaluator.image_ids == list(range(1, 13))
+        np.testing.assert_array_equal(evaluator.resample(np.ones((1, 12), dtype=int))["bbox.AP"], [ap])
+        small, large = (each["bbox"] for each in evaluator.matches_of_size.values())
+        assert list(evaluator.matches_of_size) == [(0, 32), (32, 1e5)]
+        ap = average_precision(small, np.ones((1, 12), dtype=int))[0]
+        np.testing.assert_allclose(ap, results["bbox"]["APs"], atol=1e-9)
+        assert sum(one.objects.sum() for one in small + large) == sum(
+            one.objects.sum() for one in evaluator.matches["bbox"]
+        )
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

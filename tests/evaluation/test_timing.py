@@ -8,7 +8,8 @@ from torch import nn
 from hourglass import BipartiteMatching, Plan, Reduction, TokenClustering, expedite
 from hourglass.encoders import ViT
 from hourglass.evaluation.cost import PeakMemory, count_gflops
-from hourglass.evaluation.timing import Clock, Stopwatch, ratio_of_medians
+from hourglass.evaluation.resampling import ratio_of_medians
+from hourglass.evaluation.timing import Clock, Stopwatch
 from hourglass.reduction import SelectingReducer
 from hourglass.reduction.reducer import grid_positions
 
