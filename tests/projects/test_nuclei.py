@@ -3,15 +3,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from hourglass import InputError
+from hourglass import AveragePooling, BipartiteMatching, InputError, Plan, TokenClustering, expedite
 from hourglass.data import PanopticMapper, register_nuclei
 from hourglass.data.loading import build_loader
-from projects.nuclei import prepare
+from hourglass.encoders import find_encoder
+from hourglass.encoders.windows import EachWindow
+from projects.nuclei import pictures, prepare
+from tests.evaluation.test_timing import tiny_vit
 from train_net import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -144,3 +149,61 @@ def test_a_wrong_folder_is_refused(tmp_path, nuclei, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="HOURGLASS_NUCLEI is not set, and DETECTRON2_DATASETS is not set, so"):
         load()
+
+
+class TestClusters:
+    def test_of_pooling_are_the_cells(self):
+        tokens = torch.randn(1, 12, 8, 5)
+        labels = pictures.find_clusters(tokens, AveragePooling((3, 2))(tokens))
+        cells = torch.arange(6).view(3, 2).repeat_interleave(4, 0).repeat_interleave(4, 1)
+        assert torch.equal(labels, cells)
+
+    @pytest.mark.parametrize("restore", ["update", "features"])
+    def test_of_windows_lie_inside_them(self, restore):
+        torch.manual_seed(0)
+        # Cut windows at the right and the lower edge.
+        tokens = torch.randn(1, 20, 13, 7)
+        reduction = EachWindow(TokenClustering((3, 3), restore=restore), 8)(tokens)
+        labels = pictures.find_clusters(tokens, reduction)
+        columns = reduction.tokens.shape[2]
+        row, column = labels // columns, labels % columns
+        assert (row[:8] < 3).all() and (row[8:16] // 3 == 1).all() and (column[:, :8] < 3).all()
+        assert (column[:, 8:] >= 3).all() and len(labels.unique()) > 20
+
+    def test_are_drawn_where_they_meet(self):
+        labels = np.array([[0, 0, 1], [0, 2, 1]])
+        drawn = pictures.draw_clusters(np.zeros((8, 12, 3), np.uint8), labels, 4)[..., 0] > 0
+        assert drawn[:, 8].all() and drawn[4:, 4].all() and drawn[4, 4:8].all()
+        assert not drawn[:4, :8].any() and not drawn[:, 9:].any() and not drawn[5:, 5:8].any()
+
+    @pytest.mark.parametrize("plan", [Plan(), Plan(BipartiteMatching(0.1), 1, scope="window")])
+    def test_are_of_one_smaller_map(self, plan):
+        with pytest.raises(InputError, match="clusters are drawn of a reducer that makes one smaller map"):
+            pictures.Clusters(find_encoder(expedite(tiny_vit(), plan))[1])
+
+
+def test_pictures(nuclei, tmp_path, capsys):
+    pictures.main(pictures.parse(["--images", "d4", "--output", str(tmp_path / "drawn")]))
+    picture = cv2.imread(str(tmp_path / "drawn" / "d4.png"))
+    # Four panels of 640 x 512, twice as large, with titles and gaps.
+    assert picture.shape == (2 * (1024 + 40 + 12), 2 * (1280 + 12), 3)
+    image, truth, _, expedited = (picture[y : y + 1024, x : x + 1280] for y in (40, 1116) for x in (0, 1292))
+    assert (image != truth).any() and (image != expedited).any()
+    with pytest.raises(InputError, match="--images takes names of the 1 validation images, got 'a2'"):
+        pictures.main(pictures.parse(["--images", "a2"]))
+    with pytest.raises(InputError, match="--score takes a score from 0 to 1, got 2"):
+        pictures.main(pictures.parse(["--score", "2"]))
+
+
+def test_the_committed_weights_are_evaluated(nuclei, tmp_path):
+    """Boxes, masks and panoptic segments of the one small image."""
+    command = [sys.executable, str(ROOT / "train_net.py"), "--eval-only", "--control", "--config-file"]
+    options = ["evaluation.warmup=0", f"train.output_dir={tmp_path / 'out'}", "train.device=cpu"]
+    result = subprocess.run(
+        [*command, str(ROOT / "configs" / "nuclei" / "vitdet.py"), *options], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert content["max_detections"] == 500 and "mask AP (maxDets 500)" in result.stdout
+    assert content["retention"].keys() == {"bbox.AP", "segm.AP", "panoptic_seg.PQ"}
+    assert content["models"].keys() == {"unmodified", "fast attention", "expedited", "control"}

@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""
+Draw nuclei: the image, the ground truth, what the unmodified model finds, and the expedited one with its clusters.
+
+    python projects/nuclei/pictures.py
+    python projects/nuclei/pictures.py --images f29fd9c52e04403cd2c7d43b6fe2479292e53b2f61969d25256d2d2aca7c6a81
+    python projects/nuclei/pictures.py 'plan.reducer.grid=[6,6]' plan.start=1
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import hourglass  # noqa: E402  (first: it mends Detectron2 0.6)
+
+# isort: split
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from pycocotools import mask as rle  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from hourglass import InputError  # noqa: E402
+from hourglass.checkpoint import load_checkpoint  # noqa: E402
+from hourglass.data.loading import build_loader  # noqa: E402
+from hourglass.encoders import find_encoder  # noqa: E402
+from hourglass.evaluation import check_folder  # noqa: E402
+from hourglass.reduction import Reducer, Reduction  # noqa: E402
+from hourglass.reduction.reducer import map_size  # noqa: E402
+from train_net import build, load_config, refuse  # noqa: E402
+
+CONFIG = ROOT / "configs" / "nuclei" / "vitdet.py"
+# Of the validation images: nuclei that shine, small and large ones, and stained tissue.
+IMAGES = [
+    "564fa390d9a9c26f986bf860d9091cbd84244bc1c8e3c9369f2f2e5b5fd99b92",
+    "03b9306f44e9b8951461623dcbd615550cdcf36ea93b203f2c8fa58ed1dffcbe",
+    "947c0d94c8213ac7aaa41c4efc95d854246550298259cf1bb489654d0e969050",
+    "708eb41a3fc8f2b6cd1f529cdf38dc4ad5d5f00ad30bdcba92884f37ff78d614",
+]
+SCALE = 2  # pixels of a picture for one of the model's input
+GAP = 12
+YELLOW, WHITE = (255, 220, 0), (255, 255, 255)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", default=str(CONFIG), help="a LazyConfig (default: configs/nuclei/vitdet.py)")
+    parser.add_argument(
+        "--images", nargs="+", default=IMAGES, metavar="NAME", help="published names (default: four validation images)"
+    )
+    parser.add_argument("--score", type=float, default=0.5, help="draw nuclei of at least this score (default: 0.5)")
+    parser.add_argument("--output", default="output/nuclei/pictures", metavar="FOLDER", help="of the PNGs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, as train_net.py takes them")
+    return parser.parse_intermixed_args(arguments)
+
+
+def find_clusters(reduced: Tensor, reduction: Reduction) -> Tensor:
+    """
+    Which token of the smaller map each token gets most of its result from: restoring is linear in what the blocks
+    changed, so that changing one token of the smaller map at a time shows where it goes.
+
+    Args:
+        reduced: (1, H, W, C), what was reduced.
+        reduction: to h x w tokens.
+
+    Returns:
+        (H, W) int64, in [0, h * w).
+    """
+    height, width = map_size(reduction.tokens)
+    channels = reduced.shape[-1]
+    still = reduction.restore(reduction.tokens)
+    shares = []
+    for first in range(0, height * width, channels):
+        # A channel for each of the next tokens.
+        change = torch.zeros(height * width, channels)
+        count = min(channels, height * width - first)
+        change[first + torch.arange(count), torch.arange(count)] = 1
+        moved = reduction.restore(reduction.tokens + change.view(1, height, width, channels))
+        shares.append((moved - still)[0, ..., :count])
+    return torch.cat(shares, dim=-1).argmax(dim=-1)
+
+
+class Clusters:
+    """Remembers what the reducer of an expedited encoder did in the last run."""
+
+    def __init__(self, encoder: nn.Module):
+        reducer = next((module for module in encoder.modules() if isinstance(module, Reducer)), None)
+        if reducer is None or reducer.each_block:
+            name = "none" if reducer is None else type(reducer).__name__
+            raise InputError(f"clusters are drawn of a reducer that makes one smaller map, the plan's is {name}")
+        reducer.register_forward_hook(self._remember)
+        self.labels = torch.zeros(0, 0)
+
+    def _remember(self, reducer: nn.Module, inputs: tuple[Tensor], reduction: Reduction) -> None:
+        self.labels = find_clusters(inputs[0], reduction)
+
+
+def outline(picture: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
+    """The picture with outlines of the masks (H, W), which are scaled to it."""
+    picture = picture.copy()
+    for mask in masks:
+        mask = cv2.resize(mask.astype(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
+        contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(picture, contours, -1, YELLOW, 2)
+    return picture
+
+
+def draw_clusters(picture: np.ndarray, labels: np.ndarray, patch: int) -> np.ndarray:
+    """The picture with the borders between tokens of different clusters; a token is ``patch`` pixels a side."""
+    cells = np.kron(labels, np.ones((patch, patch), labels.dtype))[: picture.shape[0], : picture.shape[1]]
+    border = np.zeros(cells.shape, bool)
+    border[:, 1:] |= cells[:, 1:] != cells[:, :-1]
+    border[1:] |= cells[1:] != cells[:-1]
+    picture = picture.copy()
+    picture[border] = (0.5 * picture[border] + 0.5 * np.array(WHITE)).astype(np.uint8)
+    return picture
+
+
+def draw(panels: dict[str, np.ndarray]) -> np.ndarray:
+    """The panels, of one size, two in a row, each under its title."""
+    titled = []
+    for title, panel in panels.items():
+        bar = np.full((40, panel.shape[1], 3), 255, np.uint8)
+        cv2.putText(bar, title, (4, 28), cv2.FONT_HERSHEY_SIMPLEX, 0.8, (0, 0, 0), 2, cv2.LINE_AA)
+        titled.append(np.pad(np.concatenate([bar, panel]), ((0, GAP), (0, GAP), (0, 0)), constant_values=255))
+    return np.concatenate([np.concatenate(titled[i : i + 2], axis=1) for i in range(0, len(titled), 2)])
+
+
+def find_nuclei(output: dict[str, Any], score: float) -> list[np.ndarray]:
+    instances = output["instances"].to("cpu")
+    return list(instances.pred_masks[instances.scores >= score].numpy())
+
+
+def main(args: argparse.Namespace) -> None:
+    if not 0 <= args.score <= 1:
+        raise InputError(f"--score takes a score from 0 to 1, got {args.score}")
+    check_folder("--output", args.output)
+    cfg = load_config(args.config_file, ["train.device=cpu", *args.overrides])
+    plan = build(cfg, "plan")
+    model = build(cfg, "model").eval()
+    expedited = hourglass.expedite(model, plan)
+    _, encoder = find_encoder(expedited)
+    clusters = Clusters(encoder)
+    patch = cfg.model.backbone.net.patch_size
+    loader, records = build_loader(cfg.dataloader.test)
+    wanted = {name.removesuffix(".png"): None for name in args.images}
+    found = {Path(record["file_name"]).stem: i for i, record in enumerate(records)}
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise InputError(f"--images takes names of the {len(found)} validation images, got {missing[0]!r}")
+    load_checkpoint(model, cfg.train.init_checkpoint)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in tqdm(wanted, desc="drawing", unit="image"):
+        inputs = loader.dataset[found[name]]
+        with torch.no_grad():
+            plain, fewer = (find_nuclei(each([inputs])[0], args.score) for each in (model, expedited))
+        image = inputs["image"].permute(1, 2, 0).numpy()
+        image = cv2.resize(image, None, fx=SCALE, fy=SCALE, interpolation=cv2.INTER_CUBIC)
+        truth = [rle.decode(one["segmentation"]) for one in records[found[name]]["annotations"]]
+        reduced = draw_clusters(image, clusters.labels.numpy(), SCALE * patch)
+        picture = draw(
+            {
+                "image": image,
+                f"ground truth: {len(truth)} nuclei": outline(image, truth),
+                f"unmodified: {len(plain)}": outline(image, plain),
+                f"expedited: {len(fewer)}, and its clusters": outline(reduced, fewer),
+            }
+        )
+        path = folder / f"{name[:8]}.png"
+        if not cv2.imwrite(str(path), picture[..., ::-1]):
+            raise InputError(f"--output takes a folder that can be written to, got {args.output!r}")
+    print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse())
+    except InputError as error:
+        refuse(str(error))
