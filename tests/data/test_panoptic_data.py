@@ -135,7 +135,7 @@ def test_only_the_images_that_are_run_have_to_be_there(birds):
 
 def test_what_detectron2_cannot_load_is_refused(birds):
     (birds / "instances.json").write_text("{")
-    with pytest.raises(InputError, match="data set 'birds' cannot be loaded .JSONDecodeError: "):
+    with pytest.raises(InputError, match="instances JSON .*instances.json cannot be read .JSONDecodeError: "):
         load("birds")
     (birds / "panoptic.json").write_text("{")
     with pytest.raises(InputError, match="panoptic JSON .* cannot be read .JSONDecodeError: "):
