@@ -24,7 +24,6 @@ import hourglass  # noqa: E402  (first: it mends Detectron2 0.6)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from detectron2.data import MetadataCatalog  # noqa: E402
-from detectron2.evaluation import DatasetEvaluators  # noqa: E402
 from detectron2.utils.env import seed_all_rng  # noqa: E402
 from detectron2.utils.registry import locate  # noqa: E402
 from omegaconf import ListConfig  # noqa: E402
@@ -45,6 +44,7 @@ from hourglass.checkpoint import load_checkpoint  # noqa: E402
 from hourglass.data.loading import build_loader  # noqa: E402
 from hourglass.encoders import find_encoder  # noqa: E402
 from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, check_folder, compare  # noqa: E402
+from hourglass.evaluation.compare import members  # noqa: E402
 from hourglass.evaluation.instances import average_precision  # noqa: E402
 from hourglass.evaluation.report import describe_limit, without_nan  # noqa: E402
 from hourglass.evaluation.resampling import Interval, draw_samples, ratio_of_samples  # noqa: E402
@@ -176,8 +176,7 @@ def measure(args: argparse.Namespace) -> Measured:
     for name, plan in plans.items():
         view = hourglass.expedite(model, plan)
         evaluator = build_evaluator(cfg)
-        members = evaluator._evaluators if isinstance(evaluator, DatasetEvaluators) else [evaluator]
-        instances[name] = next(member for member in members if isinstance(member, InstanceEvaluator))
+        instances[name] = next(each for each in members(evaluator) if isinstance(each, InstanceEvaluator))
         subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
     comparison = compare(
         subjects,
@@ -254,8 +253,9 @@ def to_parts(measured: Measured) -> dict[str, dict[str, Any]]:
     parts = {}
     for group, ids in measured.groups.items():
         chosen = np.isin(first.image_ids, ids)
-        weights = np.zeros((501, len(chosen)), int)
-        weights[:, chosen] = draw_samples(len(ids))
+        drawn = draw_samples(len(ids))
+        weights = np.zeros((len(drawn), len(chosen)), int)
+        weights[:, chosen] = drawn
         samples = {name: each.resample(weights)["segm.AP"] for name, each in measured.instances.items()}
         parts[group] = {"images": len(ids), **_part(samples)}
     for low, high in first.matches_of_size:

@@ -173,7 +173,7 @@ def compare(
             encoder_gflops=next(gflops[name] for _, _, gflops in shares if name in gflops),
             peak_memory_mb=max(peaks[name] for _, peaks, _ in shares),
         )
-    limits = [getattr(member, "max_detections", None) for member in _members(subjects[names[0]].evaluator)]
+    limits = [getattr(member, "max_detections", None) for member in members(subjects[names[0]].evaluator)]
     return Comparison(measurements, next((limit for limit in limits if limit is not None), None))
 
 
@@ -187,13 +187,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _members(evaluator: DatasetEvaluator) -> list[DatasetEvaluator]:
+def members(evaluator: DatasetEvaluator) -> list[DatasetEvaluator]:
+    """The evaluators that one of them may consist of."""
     return evaluator._evaluators if isinstance(evaluator, DatasetEvaluators) else [evaluator]
 
 
 def _resample(evaluator: DatasetEvaluator) -> dict[str, np.ndarray]:
     figures = {}
-    for member in _members(evaluator):
+    for member in members(evaluator):
         # In all but the main process an evaluator has nothing to draw from.
         if hasattr(member, "resample") and len(member.image_ids):
             figures.update(member.resample(draw_samples(len(member.image_ids))))
@@ -203,7 +204,7 @@ def _resample(evaluator: DatasetEvaluator) -> dict[str, np.ndarray]:
 def _evaluate(evaluator: DatasetEvaluator, image_ids: list | None) -> dict[str, dict[str, Any]]:
     if isinstance(evaluator, DatasetEvaluators):  # its own evaluate() takes no img_ids
         results = {}
-        for member in evaluator._evaluators:
+        for member in members(evaluator):
             for task, metrics in _evaluate(member, image_ids).items():
                 if task in results:
                     raise InputError(f"an evaluator for each task is taken, got two that evaluate {task!r}")
