@@ -5,6 +5,7 @@ from functools import partial
 
 from hourglass.data.augmentation import EnlargeShortestEdge, RandomStain, StretchContrast
 from hourglass.data.demo import CATEGORIES, write_demo
+from hourglass.data.folder import CocoFolder
 from hourglass.data.mapper import PanopticMapper
 from hourglass.data.nuclei import register_nuclei
 from hourglass.data.scenes import STUFF, THINGS, Scene, draw_scene
@@ -74,33 +75,11 @@ def register_demo(root: str | os.PathLike | None = None) -> None:
                 DatasetCatalog.register(name, partial(load_instances, metadata))
 
 
-class _Demo:
-    """Where the files are, for Detectron2's metadata. The split is drawn when its annotations are asked for."""
+class _Demo(CocoFolder):
+    """The split is drawn when its annotations are asked for."""
 
-    root: str | os.PathLike | None
-    split: str
+    folder = "hourglass_demo"
 
-    @property
-    def image_root(self) -> str:
-        return os.path.join(self._folder(), self.split)
-
-    @property
-    def json_file(self) -> str:
-        return self._drawn(f"instances_{self.split}.json")
-
-    @property
-    def panoptic_json(self) -> str:
-        return self._drawn(f"panoptic_{self.split}.json")
-
-    @property
-    def panoptic_root(self) -> str:
-        return os.path.join(self._folder(), "annotations", f"panoptic_{self.split}")
-
-    def _folder(self) -> str:
-        if self.root is not None:
-            return os.fspath(self.root)
-        return os.path.join(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")), "hourglass_demo")
-
-    def _drawn(self, name: str) -> str:
-        write_demo(self._folder(), {self.split: DEMO_IMAGES[self.split]})
-        return os.path.join(self._folder(), "annotations", name)
+    def annotations(self, name: str) -> str:
+        write_demo(self.path, {self.split: DEMO_IMAGES[self.split]})
+        return super().annotations(name)

@@ -9,7 +9,8 @@ BBBC038 (the 2018 Data Science Bowl's nuclei, https://bbbc.broadinstitute.org/BB
 
 import os
 
-from hourglass.data.panoptic import PanopticMetadata, read_panoptic_json, register_panoptic_metadata
+from hourglass.data.folder import CocoFolder
+from hourglass.data.panoptic import PanopticMetadata, register_panoptic_metadata
 from hourglass.errors import InputError
 
 VARIABLE = "HOURGLASS_NUCLEI"
@@ -34,40 +35,17 @@ def register_nuclei(root: str | os.PathLike | None = None) -> None:
             if root is None:
                 continue
             DatasetCatalog.remove(name)
-        register_panoptic_metadata(_Nuclei(name=name, root=root, split=split, variable=VARIABLE))
+        register_panoptic_metadata(_Nuclei(name=name, root=root, split=split))
 
 
-class _Nuclei(PanopticMetadata):
-    root: str | os.PathLike | None
-    split: str
-
-    @property
-    def image_root(self) -> str:
-        return os.path.join(self._folder(), self.split)
-
-    @property
-    def json_file(self) -> str:
-        return os.path.join(self._folder(), "annotations", f"instances_{self.split}.json")
-
-    @property
-    def panoptic_json(self) -> str:
-        return os.path.join(self._folder(), "annotations", f"panoptic_{self.split}.json")
-
-    @property
-    def panoptic_root(self) -> str:
-        return os.path.join(self._folder(), "annotations", f"panoptic_{self.split}")
+class _Nuclei(CocoFolder, PanopticMetadata):
+    folder = "nuclei"
+    variable = VARIABLE
 
     @property
     def categories(self) -> list[dict]:
-        found = list(read_panoptic_json(self.panoptic_json).categories.values())
+        found = super().categories
         names = [category["name"] for category in found]
         if names != CATEGORIES:
             raise InputError(f"panoptic JSON {self.panoptic_json} has the categories {names}, not {CATEGORIES}")
         return found
-
-    def _folder(self) -> str:
-        if self.root is not None:
-            return os.fspath(self.root)
-        if folder := os.environ.get(VARIABLE):
-            return os.path.expanduser(folder)
-        return os.path.join(os.path.expanduser(os.environ.get("DETECTRON2_DATASETS") or "datasets"), "nuclei")
