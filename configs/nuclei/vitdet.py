@@ -120,4 +120,4 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 
 # Chosen on training images, see the README.
-plan = L(Plan)(reducer=L(DensityPeaks)(grid=[12, 12]), start=2, stop=6, scope="window")
+plan = L(Plan)(reducer=L(DensityPeaks)(grid=[12, 12], k=1, spatial=0.05), start=2, stop=5, scope="window")
