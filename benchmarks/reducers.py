@@ -46,8 +46,8 @@ from hourglass.encoders import find_encoder  # noqa: E402
 from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, check_folder, compare  # noqa: E402
 from hourglass.evaluation.compare import members  # noqa: E402
 from hourglass.evaluation.instances import average_precision  # noqa: E402
-from hourglass.evaluation.report import describe_limit, without_nan  # noqa: E402
-from hourglass.evaluation.resampling import Interval, draw_samples, ratio_of_samples  # noqa: E402
+from hourglass.evaluation.report import describe_interval, describe_limit, without_nan  # noqa: E402
+from hourglass.evaluation.resampling import draw_samples, ratio_of_samples  # noqa: E402
 from hourglass.reduction.reducer import check_count  # noqa: E402
 from train_net import build, build_evaluator, load_config, refuse  # noqa: E402
 
@@ -302,7 +302,7 @@ def to_table(document: dict[str, Any], tablefmt: str = "github") -> str:
             [
                 name,
                 f"{100 * row['tokens']:.0f} %",
-                *(_percent(row["retention"][key]) for key in figures),
+                *(describe_interval(row["retention"][key]) for key in figures),
                 "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**row["speedup"]),
                 f"{row['encoder_ms']:.0f}",
                 f"{row['reduction_ms']:.1f}" if reduces else "",
@@ -316,19 +316,16 @@ def to_table(document: dict[str, Any], tablefmt: str = "github") -> str:
 def to_parts_table(document: dict[str, Any], tablefmt: str = "github") -> str:
     """Mask AP by image and by size: of the unmodified model in percent, of the others the share that is kept."""
     parts = document["parts"]
-    counts = {name: (count, kind) for name, part in parts.items() for kind, count in list(part.items())[:1]}
+    counts = {}
+    for name, part in parts.items():
+        kind, count = next(iter(part.items()))
+        counts[name] = f"{count} {kind if count > 1 else kind[:-1]}"
     limit = describe_limit(document["max_detections"])
-    headers = [f"mask AP{limit}", *(f"{name}, {count} {kind}" for name, (count, kind) in counts.items())]
+    headers = [f"mask AP{limit}", *(f"{name}, {count}" for name, count in counts.items())]
     rows = [["unmodified, AP", *(f"{part['accuracy']['unmodified']:.1f}" for part in parts.values())]]
     for name in list(document["models"])[1:]:
-        rows.append([f"{name}, kept", *(_percent(part["retention"][name]) for part in parts.values())])
+        rows.append([f"{name}, kept", *(describe_interval(part["retention"][name]) for part in parts.values())])
     return _tabulate(rows, headers, tablefmt)
-
-
-def _percent(share: dict[str, float | None]) -> str:
-    if share["low"] is None:
-        return "-"
-    return "{:.1f} % ({:.1f}-{:.1f})".format(*(100 * share[key] for key in Interval._fields))
 
 
 def _tabulate(rows: list[list[str]], headers: list[str], tablefmt: str) -> str:
@@ -355,11 +352,12 @@ def plot(document: dict[str, Any], path: Path) -> None:
             color, marker = style[kind]
             speed, kept = row["speedup"], row["retention"][key]
             x, y = speed["ratio"], 100 * kept["ratio"]
+            low, high = (y if kept[end] is None else 100 * kept[end] for end in ("low", "high"))
             axes.errorbar(
                 x,
                 y,
                 xerr=[[x - speed["low"]], [speed["high"] - x]],
-                yerr=[[y - 100 * kept["low"]], [100 * kept["high"] - y]],
+                yerr=[[y - low], [high - y]],
                 color=color,
                 marker=marker,
                 markersize=7,

@@ -150,7 +150,7 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
             key = f"{task}.{metric}"
             cells = [_number(model["accuracy"].get(task, {}).get(metric), 1) for model in models.values()]
             shares = {name: ratios["retention"] for name, ratios in against.items()}
-            row(label, cells, {name: _interval(share[key]) for name, share in shares.items() if key in share})
+            row(label, cells, {name: describe_interval(share[key]) for name, share in shares.items() if key in share})
     for part in ("encoder", "total"):
         cells = [_latency(model["latency_ms"][part]) for model in models.values()]
         speedups = {name: ratios["speedup"] for name, ratios in against.items() if "speedup" in ratios}
@@ -230,7 +230,8 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _interval(share: dict[str, float | None]) -> str:
+def describe_interval(share: dict[str, float | None]) -> str:
+    """An `Interval` of shares in percent, without the interval where it has none."""
     if share["low"] is None:
         return _percent(share["ratio"])
     return "{ratio:.1f} % ({low:.1f}-{high:.1f})".format(**{key: 100 * value for key, value in share.items()})

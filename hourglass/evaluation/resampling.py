@@ -33,10 +33,14 @@ def draw_samples(images: int, samples: int = 500, seed: int = 0) -> np.ndarray:
     """
     Returns:
         (1 + samples, images): how often each image is in a sample that is drawn with replacement. The first sample is
-        the images themselves. The same arguments give the same samples, so that figures of two models are paired.
+        the images themselves, of one image the only one: there is no other sample of it. The same arguments give the
+        same samples, so that figures of two models are paired.
     """
+    whole = np.ones((1, images), dtype=int)
+    if images == 1:
+        return whole
     draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=samples)
-    return np.concatenate([np.ones((1, images), dtype=int), draws])
+    return np.concatenate([whole, draws])
 
 
 def ratio_of_samples(first: np.ndarray, kept: np.ndarray) -> Interval:

@@ -69,8 +69,10 @@ def test_the_table_the_plot_and_the_document(tmp_path, capsys):
     assert list(parts) == ["000000000001.jpg", "000000000002.jpg", "0 to 48 px", "over 48 px"]
     assert parts["000000000002.jpg"]["images"] == 1 and parts["0 to 48 px"]["objects"] > 0
     for part in parts.values():
+        # There is no other sample of one image.
+        end = None if part.get("images") == 1 else 1.0
         assert part["retention"]["unmodified"] in (
-            {"ratio": 1.0, "low": 1.0, "high": 1.0},
+            {"ratio": 1.0, "low": end, "high": end},
             dict.fromkeys(["ratio", "low", "high"]),
         )
         assert part["accuracy"].keys() == rows.keys()

@@ -116,6 +116,12 @@ def test_the_interval_of_retention_is_paired_and_the_same_twice():
     assert ratio_of_samples(ap(detections, seed=1), ap(fewer, seed=1)) != (share, low, high)
 
 
+def test_one_image_has_no_interval():
+    assert draw_samples(1).tolist() == [[1]] and len(draw_samples(2)) > 1
+    share, low, high = ratio_of_samples(np.array([50.0]), np.array([25.0]))
+    assert share == 0.5 and np.isnan(low) and np.isnan(high)
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_ap_of_objects_of_some_sizes_is_cocos(seed):
     evaluation = evaluated(*dataset(seed))
