@@ -25,7 +25,7 @@ from pycocotools import mask as rle  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from hourglass import InputError  # noqa: E402
+from hourglass import InputError, Plan  # noqa: E402
 from hourglass.checkpoint import load_checkpoint  # noqa: E402
 from hourglass.data.loading import build_loader  # noqa: E402
 from hourglass.encoders import find_encoder  # noqa: E402
@@ -88,10 +88,10 @@ def find_clusters(reduced: Tensor, reduction: Reduction) -> Tensor:
 class Clusters:
     """Remembers what the reducer of an expedited encoder did in the last run."""
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: nn.Module, plan: Plan):
         reducer = next((module for module in encoder.modules() if isinstance(module, Reducer)), None)
         if reducer is None or reducer.each_block:
-            name = "none" if reducer is None else type(reducer).__name__
+            name = "none" if plan.reducer is None else type(plan.reducer).__name__
             raise InputError(f"clusters are drawn of a reducer that makes one smaller map, the plan's is {name}")
         reducer.register_forward_hook(self._remember)
         self.labels = torch.zeros(0, 0)
@@ -145,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
     model = build(cfg, "model").eval()
     expedited = hourglass.expedite(model, plan)
     _, encoder = find_encoder(expedited)
-    clusters = Clusters(encoder)
+    clusters = Clusters(encoder, plan)
     patch = cfg.model.backbone.net.patch_size
     loader, records = build_loader(cfg.dataloader.test)
     wanted = {name.removesuffix(".png"): None for name in args.images}

@@ -176,10 +176,13 @@ class TestClusters:
         assert drawn[:, 8].all() and drawn[4:, 4].all() and drawn[4, 4:8].all()
         assert not drawn[:4, :8].any() and not drawn[:, 9:].any() and not drawn[5:, 5:8].any()
 
-    @pytest.mark.parametrize("plan", [Plan(), Plan(BipartiteMatching(0.1), 1, scope="window")])
-    def test_are_of_one_smaller_map(self, plan):
-        with pytest.raises(InputError, match="clusters are drawn of a reducer that makes one smaller map"):
-            pictures.Clusters(find_encoder(expedite(tiny_vit(), plan))[1])
+    @pytest.mark.parametrize(
+        "plan, name",
+        [(Plan(), "none"), (Plan(BipartiteMatching(0.1), 1, scope="window"), "BipartiteMatching")],
+    )
+    def test_are_of_one_smaller_map(self, plan, name):
+        with pytest.raises(InputError, match=f"a reducer that makes one smaller map, the plan's is {name}$"):
+            pictures.Clusters(find_encoder(expedite(tiny_vit(), plan))[1], plan)
 
 
 def test_pictures(nuclei, tmp_path, capsys):
