@@ -351,6 +351,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
             kind = name.split(",")[0]
             color, marker = style[kind]
             speed, kept = row["speedup"], row["retention"][key]
+            if kept["ratio"] is None:  # the unmodified model has no AP on these images
+                continue
             x, y = speed["ratio"], 100 * kept["ratio"]
             low, high = (y if kept[end] is None else 100 * kept[end] for end in ("low", "high"))
             axes.errorbar(
@@ -369,7 +371,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
             axes.annotate(budget, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
             if row["front"][key]:
                 front.append((x, y))
-        axes.plot(*zip(*sorted(front)), color="black", linewidth=1, linestyle="--", zorder=0, label="Pareto front")
+        if front:
+            axes.plot(*zip(*sorted(front)), color="black", linewidth=1, linestyle="--", zorder=0, label="Pareto front")
         axes.set_xlabel("encoder speed-up, times the unmodified encoder")
         axes.set_ylabel(f"{FIGURES[key]} kept, %")
         axes.grid(alpha=0.3)
