@@ -314,7 +314,7 @@ def to_table(document: dict[str, Any], tablefmt: str = "github") -> str:
 
 
 def to_parts_table(document: dict[str, Any], tablefmt: str = "github") -> str:
-    """Mask AP by image and by size: of the unmodified model in percent, of the others the share that is kept."""
+    """Mask AP by group of images and by size: the unmodified model's in percent, the share that the others keep."""
     parts = document["parts"]
     counts = {}
     for name, part in parts.items():

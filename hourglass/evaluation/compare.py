@@ -78,7 +78,8 @@ class Comparison(NamedTuple):
     def retention(self, name: str) -> dict[str, Interval]:
         """
         Share of the first model's AP, PQ or mIoU that ``name`` keeps: "bbox.AP" -> share, nan where there is no figure,
-        with a paired bootstrap interval over images, nan where the evaluator cannot be resampled.
+        with a paired bootstrap interval over images, nan where the evaluator cannot be resampled or where there is one
+        image.
         """
         first, kept = next(iter(self.models.values())), self.models[name]
         shares = {}
