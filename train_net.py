@@ -11,34 +11,26 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
-from typing import Any
 
 import hourglass  # first: it mends Detectron2 0.6
 
 # isort: split
 import torch
-from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import launch
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.multiprocessing import ProcessExitedException
 
-from hourglass import InputError, Plan
+from hourglass import Plan
 from hourglass.checkpoint import load_checkpoint
 from hourglass.compat import init_process_group
 from hourglass.data.loading import build_loader
 from hourglass.encoders import find_encoder
-from hourglass.evaluation import Subject, check_folder, compare, describe, to_json, to_table, write_report
-from hourglass.overrides import apply_overrides
-from hourglass.reduction.reducer import check_count
+from hourglass.evaluation import Subject, compare, describe, to_json, to_table, write_report
+from hourglass.launch import DEMO, build, build_evaluator, load_config, one_line, refuse
 from hourglass.reduction.selection import RANDOM
 from hourglass.training import train
-
-CONFIGS = Path(__file__).parent / "configs"
-DEMO = CONFIGS / "demo" / "vitdet.py"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -59,58 +51,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.only and args.control:
         parser.error("--only runs one of the models, without --control")
     return args
-
-
-def load_config(path: str, overrides: list[str]) -> DictConfig:
-    if not os.path.isfile(path):
-        raise InputError(f"config file {path} is missing")
-    try:
-        cfg = LazyConfig.load(path)
-    except Exception as error:  # a config is a program
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"config file {path} cannot be loaded ({type(error).__name__}: {reason})") from error
-    for key in ("model", "dataloader", "plan"):
-        if not isinstance(cfg.get(key), DictConfig):
-            raise InputError(f"config file {path} has no {key!r}: configs/demo/vitdet.py is an example")
-    common = LazyConfig.load(str(CONFIGS / "common" / "train.py"))
-    for key in ("train", "evaluation"):
-        cfg[key] = OmegaConf.merge(common[key], cfg.get(key, {}))
-    apply_overrides(cfg, overrides)
-    check_options(cfg.train, cfg.evaluation)
-    return cfg
-
-
-def check_options(train: DictConfig, evaluation: DictConfig) -> None:
-    if train.device == "auto":
-        train.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if train.device not in ("cuda", "cpu"):
-        raise InputError(f'train.device takes "cuda", "cpu" or "auto", got {train.device!r}')
-    if train.device == "cuda" and not torch.cuda.is_available():
-        raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
-    if evaluation.dtype not in ("float32", "bfloat16"):
-        raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {evaluation.dtype!r}')
-    check_folder("train.output_dir", train.output_dir)
-    check_count("evaluation.warmup", evaluation.warmup, 0)
-    if evaluation.max_images is not None:
-        check_count("evaluation.max_images", evaluation.max_images, 1)
-
-
-def build(cfg: DictConfig, key: str) -> Any:
-    try:
-        return instantiate(cfg[key])
-    except (TypeError, ImportError) as error:  # an argument that a constructor does not take, a class that is not there
-        raise InputError(f"{key} cannot be built: {str(error).splitlines()[0]}") from error
-
-
-def build_evaluator(cfg: DictConfig) -> DatasetEvaluator:
-    try:
-        evaluator = instantiate(cfg.dataloader.evaluator)
-    except (AssertionError, AttributeError, ImportError, KeyError, TypeError) as error:  # data that it cannot evaluate
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        name = cfg.dataloader.test.dataset.get("names")
-        raise InputError(f"dataloader.evaluator cannot be built for data set {name!r} ({reason})") from error
-    # A config may have a list of them.
-    return evaluator if isinstance(evaluator, DatasetEvaluator) else DatasetEvaluators(list(evaluator))
 
 
 def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: argparse.Namespace) -> dict:
@@ -188,18 +128,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    try:
+    with one_line():
         main(args)
-    except InputError as error:
-        message = str(error).strip()
-        if message.startswith("Caught InputError in DataLoader worker"):  # with the worker's traceback
-            message = message.splitlines()[-1].removeprefix("hourglass.errors.InputError: ")
-        refuse(message)
-
-
-def refuse(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr, flush=True)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -35,17 +35,19 @@ from tqdm import tqdm  # noqa: E402
 
 from benchmarks.dense_clustering import DenseClustering  # noqa: E402
 from hourglass import InputError, Plan, TokenClustering  # noqa: E402
+from hourglass.checks import check_count  # noqa: E402
 from hourglass.compat import own_encoder  # noqa: E402
 from hourglass.config import find_encoder_node  # noqa: E402
 from hourglass.encoders import HourglassViT  # noqa: E402
 from hourglass.encoders.vit import run_attention, run_block  # noqa: E402
 from hourglass.evaluation.cost import PeakMemory, count_gflops  # noqa: E402
-from hourglass.evaluation.report import check_folder, spread, write_whole  # noqa: E402
+from hourglass.evaluation.report import spread  # noqa: E402
 from hourglass.evaluation.resampling import ratio_of_medians  # noqa: E402
 from hourglass.evaluation.timing import Clock, Stopwatch  # noqa: E402
+from hourglass.files import check_folder, write_whole  # noqa: E402
+from hourglass.launch import build, load_config, one_line  # noqa: E402
 from hourglass.reduction import Reducer  # noqa: E402
-from hourglass.reduction.reducer import check_count, map_size  # noqa: E402
-from train_net import build, load_config, refuse  # noqa: E402
+from hourglass.reduction.reducer import map_size  # noqa: E402
 
 MODELS = {
     "vitdet_b": "vitdet/mask_rcnn_b.py",
@@ -475,7 +477,5 @@ def save(folder: Path, name: str, document: dict[str, Any], table: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         main(parse())
-    except InputError as error:
-        refuse(str(error))

@@ -41,15 +41,16 @@ from hourglass import (  # noqa: E402
     TokenSelection,
 )
 from hourglass.checkpoint import load_checkpoint  # noqa: E402
+from hourglass.checks import check_count  # noqa: E402
 from hourglass.data.loading import build_loader  # noqa: E402
 from hourglass.encoders import find_encoder  # noqa: E402
-from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, check_folder, compare  # noqa: E402
+from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, compare  # noqa: E402
 from hourglass.evaluation.compare import members  # noqa: E402
 from hourglass.evaluation.instances import average_precision  # noqa: E402
 from hourglass.evaluation.report import describe_interval, describe_limit, without_nan  # noqa: E402
 from hourglass.evaluation.resampling import draw_samples, ratio_of_samples  # noqa: E402
-from hourglass.reduction.reducer import check_count  # noqa: E402
-from train_net import build, build_evaluator, load_config, refuse  # noqa: E402
+from hourglass.files import check_folder  # noqa: E402
+from hourglass.launch import build, build_evaluator, load_config, one_line  # noqa: E402
 
 CONFIG = ROOT / "configs" / "demo" / "vitdet.py"
 # Blocks that the demo's model needs: without them it keeps half of its AP.
@@ -406,7 +407,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         main(parse())
-    except InputError as error:
-        refuse(str(error))

@@ -17,12 +17,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from torch import nn
 
 from hourglass import reduction
+from hourglass.checks import check_choice
 from hourglass.encoders import HourglassSwin, HourglassViT, Plan, SimpleFeaturePyramid, Swin, ViT
 from hourglass.encoders import expedite as expedite_model
 from hourglass.encoders.expedite import HOURGLASSES
 from hourglass.errors import InputError
 from hourglass.reduction import GridReducer, MergingReducer, Reducer, SelectingReducer, TokenClustering
-from hourglass.reduction.reducer import check_choice
 
 
 def build_hourglass(plan: Plan, encoder: str | type, **arguments: Any) -> Backbone:

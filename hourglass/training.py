@@ -16,10 +16,10 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hourglass.checks import check_choice
 from hourglass.data.loading import build_loader
 from hourglass.errors import InputError
 from hourglass.reduction import Reducer, collect_losses
-from hourglass.reduction.reducer import check_choice
 
 #: What is trained: all of the model, or of it only a reducer that learns.
 TRAINABLE = ("all", "reducer")

@@ -17,6 +17,7 @@ from PIL import Image
 
 import hourglass.data.panoptic
 import train_net
+from hourglass import launch
 
 ROOT = Path(__file__).parent.parent
 # Small enough for a test: 256 tokens, of which the plan keeps 100.
@@ -110,7 +111,7 @@ def test_a_list_of_evaluators(tmp_path):
     config.write_text(
         "from detectron2.config import LazyCall as L, LazyConfig\n"
         "from detectron2.evaluation import COCOEvaluator\n"
-        f"demo = LazyConfig.load({str(train_net.DEMO)!r})\n"
+        f"demo = LazyConfig.load({str(launch.DEMO)!r})\n"
         "dataloader, evaluation, model, plan, train = (demo[key] for key in\n"
         "    ('dataloader', 'evaluation', 'model', 'plan', 'train'))\n"
         "dataloader.test.dataset.names = 'hourglass_demo_panoptic_val'\n"
@@ -127,7 +128,7 @@ def test_a_list_of_evaluators(tmp_path):
 # The panoptic demo, small and untrained, so that it finds a few segments and none of them right.
 PANOPTIC = [
     "--config-file",
-    str(train_net.CONFIGS / "demo" / "mask2former_panoptic.py"),
+    str(launch.CONFIGS / "demo" / "mask2former_panoptic.py"),
     "model.backbone.embed_dim=16",
     "model.backbone.num_heads=[1,1,1,1]",
     "model.encoder_layers=1",
@@ -175,7 +176,7 @@ def test_a_panoptic_model_trains(tmp_path):
 @pytest.fixture
 def panoptic_copy(tmp_path, datasets):
     """The demo's panoptic images as a data set of the user's own."""
-    train_net.load_config(PANOPTIC[1], [])
+    launch.load_config(PANOPTIC[1], [])
     folder = DatasetCatalog.get("hourglass_demo_panoptic_val") and datasets / "hourglass_demo"
     shutil.copytree(folder, tmp_path / "copy")
     annotations = tmp_path / "copy" / "annotations"
@@ -212,7 +213,7 @@ def test_wrong_panoptic_data_is_refused(panoptic_copy, tmp_path, capsys):
 
 def test_other_checkpoints_and_evaluators_are_refused(tmp_path, capsys):
     arguments = ["--eval-only", *PANOPTIC, f"train.output_dir={tmp_path}/o"]
-    line = refusal(capsys, *arguments, f"train.init_checkpoint={train_net.DEMO.parent / 'vitdet.pth'}")
+    line = refusal(capsys, *arguments, f"train.init_checkpoint={launch.DEMO.parent / 'vitdet.pth'}")
     assert "does not fit the model" in line
     # No semantic ground truth.
     target = "dataloader.evaluator.0._target_=detectron2.evaluation.SemSegEvaluator"
@@ -300,7 +301,7 @@ def test_training(tmp_path, expedite, capsys):
 
 SELECTION = [
     "--config-file",
-    str(train_net.CONFIGS / "demo" / "vitdet_selection.py"),
+    str(launch.CONFIGS / "demo" / "vitdet_selection.py"),
     *(override for override in UNTRAINED if not override.startswith("plan.")),
 ]
 
@@ -316,7 +317,7 @@ def test_selectors_are_trained_beside_a_model_that_stays(tmp_path):
     assert {name.split(".")[1] for name in selectors if name.startswith("blocks")} == {"0", "1", "2", "3"}
     # The model was not trained: made anew from the same seed it has the same weights.
     model = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
-    cfg = train_net.load_config(SELECTION[1], SELECTION[2:])
+    cfg = launch.load_config(SELECTION[1], SELECTION[2:])
     train_net.seed_all_rng(cfg.train.seed)
     fresh = train_net.build(cfg, "model").state_dict()
     assert all(torch.equal(model[name], value) for name, value in fresh.items())
@@ -482,7 +483,7 @@ def test_a_model_without_an_encoder_is_refused(tmp_path, capsys):
     config = tmp_path / "linear.py"
     config.write_text(
         "from torch import nn\nfrom detectron2.config import LazyCall as L, LazyConfig\n"
-        f"demo = LazyConfig.load({str(train_net.DEMO)!r})\n"
+        f"demo = LazyConfig.load({str(launch.DEMO)!r})\n"
         "dataloader, evaluation, plan, train = demo.dataloader, demo.evaluation, demo.plan, demo.train\n"
         "model = L(nn.Linear)(in_features=2, out_features=2)\n"
     )

@@ -3,8 +3,8 @@
 import numpy as np
 from detectron2.data import transforms as T
 
+from hourglass.checks import check_count
 from hourglass.errors import InputError
-from hourglass.reduction.reducer import check_count
 
 # Optical densities of haematoxylin, eosin and the residual (rows) in red, green and blue: Ruifrok and Johnston,
 # "Quantification of histochemical staining by color deconvolution", Analytical and Quantitative Cytology 23 (2001).

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hourglass.checks import check_choice, check_count
 from hourglass.errors import InputError
 from hourglass.reduction import Reducer, SelectingReducer, SkipBlocks
-from hourglass.reduction.reducer import check_choice, check_count
 
 SCOPES = ("map", "window")
 ATTENTION = ("plain", "fast")

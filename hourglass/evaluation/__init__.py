@@ -1,14 +1,13 @@
 from hourglass.evaluation.compare import Comparison, Subject, compare
 from hourglass.evaluation.instances import InstanceEvaluator
 from hourglass.evaluation.panoptic import PanopticEvaluator
-from hourglass.evaluation.report import check_folder, describe, to_json, to_table, write_report
+from hourglass.evaluation.report import describe, to_json, to_table, write_report
 
 __all__ = [
     "Comparison",
     "InstanceEvaluator",
     "PanopticEvaluator",
     "Subject",
-    "check_folder",
     "compare",
     "describe",
     "to_json",

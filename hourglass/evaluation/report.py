@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 import torchvision
 from tabulate import tabulate
 
-from hourglass.errors import InputError
 from hourglass.evaluation.compare import Comparison, Measurement
+from hourglass.files import write_whole
 from hourglass.version import __version__
 
 SCHEMA = 2
@@ -203,23 +202,6 @@ def write_report(document: dict[str, Any], folder: str | os.PathLike) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "comparison.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
     write_whole(folder / "comparison.md", f"{describe(document)}\n\n{to_table(document, 'github')}\n")
-
-
-def check_folder(name: str, folder: str | os.PathLike) -> None:
-    """Raise InputError if ``folder``, which the option ``name`` gives, can neither be written to nor made."""
-    nearest = Path(folder).absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{name} takes a folder that can be written to, got {str(folder)!r}")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write the file whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        whole.write_text(text)
-        os.replace(whole, path)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hourglass.checks import check_choice, check_count
 from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction.neighborhoods import PART, at_home, neighborhoods
 from hourglass.reduction.pooling import average_pool
-from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction, check_choice, check_count, map_size
+from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction, map_size
 
 WEIGHTS = ("sum", "l2")
 CANDIDATES = ("neighborhood", "all")

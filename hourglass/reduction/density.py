@@ -6,6 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from hourglass.checks import check_choice, check_count
 from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
@@ -14,8 +15,6 @@ from hourglass.reduction.reducer import (
     RESTORE,
     GridReducer,
     Reduction,
-    check_choice,
-    check_count,
     grid_positions,
     map_size,
 )

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hourglass.checks import check_choice
 from hourglass.errors import InputError
 from hourglass.operators import operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
-from hourglass.reduction.reducer import PAIRS, RESTORE, MergingReducer, Reduction, check_choice
+from hourglass.reduction.reducer import PAIRS, RESTORE, MergingReducer, Reduction
 
 
 def bipartite_matching(metric: Tensor, r: int, class_token: bool = False) -> Tensor:

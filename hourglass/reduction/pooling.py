@@ -3,8 +3,9 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from hourglass.checks import check_choice
 from hourglass.operators import operator
-from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction, check_choice, map_size
+from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction, map_size
 
 
 def average_pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

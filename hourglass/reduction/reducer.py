@@ -204,15 +204,3 @@ def map_size(tokens: Tensor) -> tuple[int, int]:
 def grid_positions(size: tuple[int, int], device: torch.device) -> Tensor:
     """(H, W, 2) row and column of each token of a map."""
     return torch.stack(torch.meshgrid(*(torch.arange(side, device=device) for side in size), indexing="ij"), dim=-1)
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise InputError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise InputError(f"{name} takes {' or '.join(repr(choice) for choice in choices)}, got {value!r}")
-
-
-def check_count(name: str, value: Any, smallest: int) -> None:
-    """Raise InputError unless ``value`` is a whole number of at least ``smallest``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
-        raise InputError(f"{name} takes a whole number of at least {smallest}, got {value!r}")

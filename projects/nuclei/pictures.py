@@ -29,10 +29,10 @@ from hourglass import InputError, Plan  # noqa: E402
 from hourglass.checkpoint import load_checkpoint  # noqa: E402
 from hourglass.data.loading import build_loader  # noqa: E402
 from hourglass.encoders import find_encoder  # noqa: E402
-from hourglass.evaluation import check_folder  # noqa: E402
+from hourglass.files import check_folder  # noqa: E402
+from hourglass.launch import build, load_config, one_line  # noqa: E402
 from hourglass.reduction import Reducer, Reduction  # noqa: E402
 from hourglass.reduction.reducer import map_size  # noqa: E402
-from train_net import build, load_config, refuse  # noqa: E402
 
 CONFIG = ROOT / "configs" / "nuclei" / "vitdet.py"
 # Of the validation images: nuclei that shine, small and large ones, and stained tissue.
@@ -179,7 +179,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         main(parse())
-    except InputError as error:
-        refuse(str(error))

@@ -27,8 +27,8 @@ from pycocotools import mask as rle  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from hourglass import InputError  # noqa: E402
-from hourglass.evaluation import check_folder  # noqa: E402
-from train_net import refuse  # noqa: E402
+from hourglass.files import check_folder  # noqa: E402
+from hourglass.launch import one_line  # noqa: E402
 
 PUBLISHED = "https://bbbc.broadinstitute.org/BBBC038"
 SPLIT = Path(__file__).with_name("split.json")
@@ -167,7 +167,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line():
         main(parse())
-    except InputError as error:
-        refuse(str(error))

@@ -15,9 +15,9 @@ from hourglass.data import PanopticMapper, register_nuclei
 from hourglass.data.loading import build_loader
 from hourglass.encoders import find_encoder
 from hourglass.encoders.windows import EachWindow
+from hourglass.launch import load_config
 from projects.nuclei import pictures, prepare
 from tests.evaluation.test_timing import tiny_vit
-from train_net import load_config
 
 ROOT = Path(__file__).parents[2]
 NAMES = {

@@ -1,0 +1,90 @@
+"""What commands share: a config, its parts, and one line for what the user got wrong."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from omegaconf import DictConfig, OmegaConf
+
+from hourglass.checks import check_count
+from hourglass.errors import InputError
+from hourglass.files import check_folder
+from hourglass.overrides import apply_overrides
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DEMO = CONFIGS / "demo" / "vitdet.py"
+
+
+def load_config(path: str, overrides: list[str]) -> DictConfig:
+    if not os.path.isfile(path):
+        raise InputError(f"config file {path} is missing")
+    try:
+        cfg = LazyConfig.load(path)
+    except Exception as error:  # a config is a program
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"config file {path} cannot be loaded ({type(error).__name__}: {reason})") from error
+    for key in ("model", "dataloader", "plan"):
+        if not isinstance(cfg.get(key), DictConfig):
+            raise InputError(f"config file {path} has no {key!r}: configs/demo/vitdet.py is an example")
+    common = LazyConfig.load(str(CONFIGS / "common" / "train.py"))
+    for key in ("train", "evaluation"):
+        cfg[key] = OmegaConf.merge(common[key], cfg.get(key, {}))
+    apply_overrides(cfg, overrides)
+    check_options(cfg.train, cfg.evaluation)
+    return cfg
+
+
+def check_options(train: DictConfig, evaluation: DictConfig) -> None:
+    if train.device == "auto":
+        train.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if train.device not in ("cuda", "cpu"):
+        raise InputError(f'train.device takes "cuda", "cpu" or "auto", got {train.device!r}')
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
+    if evaluation.dtype not in ("float32", "bfloat16"):
+        raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {evaluation.dtype!r}')
+    check_folder("train.output_dir", train.output_dir)
+    check_count("evaluation.warmup", evaluation.warmup, 0)
+    if evaluation.max_images is not None:
+        check_count("evaluation.max_images", evaluation.max_images, 1)
+
+
+def build(cfg: DictConfig, key: str) -> Any:
+    try:
+        return instantiate(cfg[key])
+    except (TypeError, ImportError) as error:  # an argument that a constructor does not take, a class that is not there
+        raise InputError(f"{key} cannot be built: {str(error).splitlines()[0]}") from error
+
+
+def build_evaluator(cfg: DictConfig) -> DatasetEvaluator:
+    try:
+        evaluator = instantiate(cfg.dataloader.evaluator)
+    except (AssertionError, AttributeError, ImportError, KeyError, TypeError) as error:  # data that it cannot evaluate
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        name = cfg.dataloader.test.dataset.get("names")
+        raise InputError(f"dataloader.evaluator cannot be built for data set {name!r} ({reason})") from error
+    # A config may have a list of them.
+    return evaluator if isinstance(evaluator, DatasetEvaluator) else DatasetEvaluators(list(evaluator))
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """What the user got wrong ends the command with one line and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error).strip()
+        if message.startswith("Caught InputError in DataLoader worker"):  # with the worker's traceback
+            message = message.splitlines()[-1].removeprefix("hourglass.errors.InputError: ")
+        refuse(message)
+
+
+def refuse(line: str) -> NoReturn:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
