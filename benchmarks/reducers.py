@@ -45,8 +45,8 @@ from hourglass.checks import check_count  # noqa: E402
 from hourglass.data.loading import build_loader  # noqa: E402
 from hourglass.encoders import find_encoder  # noqa: E402
 from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, compare  # noqa: E402
-from hourglass.evaluation.compare import members  # noqa: E402
 from hourglass.evaluation.instances import average_precision  # noqa: E402
+from hourglass.evaluation.journal import members  # noqa: E402
 from hourglass.evaluation.report import describe_interval, describe_limit, without_nan  # noqa: E402
 from hourglass.evaluation.resampling import draw_samples, ratio_of_samples  # noqa: E402
 from hourglass.files import check_folder  # noqa: E402
@@ -176,13 +176,12 @@ def measure(args: argparse.Namespace) -> Measured:
     instances, subjects = {}, {}
     for name, plan in plans.items():
         view = hourglass.expedite(model, plan)
-        evaluator = build_evaluator(cfg)
+        evaluator = build_evaluator(cfg, name)
         instances[name] = next(each for each in members(evaluator) if isinstance(each, InstanceEvaluator))
         subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
     comparison = compare(
         subjects,
         loader,
-        [record["image_id"] for record in records],
         device=args.device,
         dtype=getattr(torch, args.dtype),
         warmup=1,

@@ -49,6 +49,17 @@ def build_loader(node: DictConfig, max_images: int | None = None) -> tuple[Any, 
     Raises:
         InputError: for a data set that is not registered or not there, or without an image.
     """
+    records = load_records(node, max_images)
+    return load_images(node, records), records
+
+
+def load_records(node: DictConfig, max_images: int | None = None) -> list[dict[str, Any]]:
+    """
+    The records of the data set that ``node``, as in :func:`build_loader`, reads.
+
+    Raises:
+        InputError: for a data set that is not registered or not there, or without an image.
+    """
     name = node.dataset.get("names", "")
     if name:
         _check_registered([name] if isinstance(name, str) else list(name))
@@ -67,9 +78,16 @@ def build_loader(node: DictConfig, max_images: int | None = None) -> tuple[Any, 
         if missing:
             what = f"{len(missing)} of the {len(paths)} {kind} of data set {name!r}"
             raise InputError(f"{what} are missing, such as {missing[0]} ({_where(name)})")
+    return records
+
+
+def load_images(node: DictConfig, records: list[dict[str, Any]]) -> Any:
+    """The loader of ``node``, as in :func:`build_loader`, for these records alone; empty where there are none."""
+    if not records:  # Detectron2's samplers take at least one
+        return []
     arguments = {key: instantiate(node[key]) for key in node if key not in ("_target_", "dataset", "mapper")}
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
-    return target(dataset=records, mapper=ReadableMapper(instantiate(node.mapper)), **arguments), records
+    return target(dataset=records, mapper=ReadableMapper(instantiate(node.mapper)), **arguments)
 
 
 def _check_registered(names: list[str]) -> None:
