@@ -133,7 +133,12 @@ def main(args: argparse.Namespace) -> None:
             for metric, value in metrics.items()
         }
 
-    train(cfg, expedited if cfg.train.expedite else model, evaluate, args.resume)
+    try:
+        train(cfg, expedited if cfg.train.expedite else model, evaluate, args.resume)
+    except KeyboardInterrupt:
+        checkpoint = os.path.join(cfg.train.output_dir, "last_checkpoint")
+        kept = f"--resume goes on from the last checkpoint in {cfg.train.output_dir}"
+        raise KeyboardInterrupt(kept if os.path.exists(checkpoint) else "no checkpoint was written yet") from None
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,10 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -32,9 +30,6 @@ from hourglass.data.loading import FILES
 from hourglass.errors import InputError
 from hourglass.evaluation.environment import describe_environment
 from hourglass.files import write_whole
-
-# What a data set's metadata may name of what evaluators read.
-ANNOTATIONS = ("json_file", "panoptic_json")
 
 _logger = logging.getLogger(__name__)
 
@@ -83,10 +78,15 @@ class Journal:
         if not others:
             return f"{self._root} has no interrupted run"
         before, now = _flatten(json.loads(others[-1].read_text())), _flatten(json.loads(json.dumps(self._settings)))
-        differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        texts = [f"{name} (was {before.get(name)!r}, is {now.get(name)!r})" for name in differing[:3]]
-        more = ", ..." if len(differing) > 3 else ""
-        return f"the interrupted run in {self._root} differs in {', '.join(texts)}{more}"
+        differing = []
+        for name in {**before, **now}:
+            values = [repr(each.get(name)) for each in (before, now)]
+            if values[0] != values[1]:
+                # Checksums and long lists tell a reader nothing.
+                told = max(map(len, values)) <= 30
+                differing.append(f"{name} (was {values[0]}, is {values[1]})" if told else name)
+        more = ", ..." if len(differing) > 5 else ""
+        return f"the interrupted run in {self._root} differs in {', '.join(differing[:5])}{more}"
 
     def records(self) -> Iterator[dict[str, Any]]:
         """This process's records, in the order in which they were appended."""
@@ -203,13 +203,10 @@ def open_journal(
     config = {"model": cfg.model, "test": cfg.dataloader.test, "evaluator": cfg.dataloader.evaluator}
     config = {name: to_plain(node) for name, node in {**config, "evaluation": cfg.evaluation}.items()}
     config["test"].pop("num_workers", None)  # images are the same, and they are read before the clock starts
-    names = cfg.dataloader.test.dataset.get("names", ())
-    metadata = [MetadataCatalog.get(name) for name in ([names] if isinstance(names, str) else names)]
-    files = [path for each in metadata for key in ANNOTATIONS if (path := getattr(each, key, None))]
     settings = {
         "weights": digest_weights(models),
         "plans": {name: plan.describe() for name, plan in plans.items()},
-        "data": digest_data(records, files),
+        "data": digest_data(records),
         "config": config,
         "environment": describe_environment(cfg.train.device),
         "code": digest_code(models),
@@ -250,18 +247,11 @@ def digest_weights(models: Iterable[nn.Module]) -> str:
     return total.hexdigest()
 
 
-def digest_data(records: list[dict[str, Any]], annotations: Iterable[str]) -> str:
-    """
-    A checksum of a data set: its records, the sizes and times of the files that these name, and the contents of
-    the files of ``annotations``.
-    """
+def digest_data(records: list[dict[str, Any]]) -> str:
+    """A checksum of a data set's records, and of the sizes and times of the files that these name."""
     files = [path for record in records for key in FILES if (path := record.get(key)) and os.path.exists(path)]
-    states = [(path, status.st_size, status.st_mtime_ns) for path in files if (status := os.stat(path))]
-    contents = []
-    for path in annotations:
-        with PathManager.open(path, "rb") as file:
-            contents.append(hashlib.blake2b(file.read()).hexdigest())
-    return digest([records, states, contents])
+    states = [os.stat(path) for path in files]
+    return digest([records, files, [(state.st_size, state.st_mtime_ns) for state in states]])
 
 
 def digest_code(models: Iterable[nn.Module]) -> str:
