@@ -189,7 +189,6 @@ def _run(
         image id -> name -> what was measured; name -> GFLOPs of the encoder on the first of the images.
     """
     clock, memory = Clock(device), PeakMemory(device)
-    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     names = list(subjects)
     what = what or f"comparing {' and '.join(names)}"
     for subject in subjects.values():
@@ -203,26 +202,28 @@ def _run(
         stack.enter_context(torch.no_grad())
         watches = {name: Stopwatch(subject.model, subject.encoder, clock) for name, subject in subjects.items()}
         stack.callback(lambda: [watch.close() for watch in watches.values()])
+        # One context for all runs: what it casts of the weights is kept while it lasts, for each model alike.
+        stack.enter_context(torch.autocast(device, dtype, enabled=dtype != torch.float32))
         warm = False
         bar = tqdm(images, desc=what, unit="image", disable=not comm.is_main_process(), initial=len(finished))
         bar.total = len(images) + len(finished)
         for inputs in bar:
             image_id = _check_image(inputs, known, finished)
-            with autocast:
-                for name in [] if warm else names * warmup:
-                    watches[name].run(inputs)
-                warm = True
-                measured = {}
-                # In alternating order, wherever an interruption left it.
-                for name in names if len(finished) % 2 == 0 else reversed(names):
-                    memory.reset()
-                    outputs, run = watches[name].run(inputs)
-                    measured[name] = _Finished(run, memory.read())
-                    subjects[name].evaluator.process(inputs, outputs)
+            for name in [] if warm else names * warmup:
+                watches[name].run(inputs)
+            warm = True
+            measured = {}
+            # In alternating order, wherever an interruption left it.
+            for name in names if len(finished) % 2 == 0 else reversed(names):
+                memory.reset()
+                outputs, run = watches[name].run(inputs)
+                measured[name] = _Finished(run, memory.read())
+                subjects[name].evaluator.process(inputs, outputs)
             if not finished:
                 for name, subject in subjects.items():
                     watches[name].close()
-                    gflops[name] = count_gflops(subject.encoder, watches[name].encoder_input)
+                    with torch.autocast(device, enabled=False):
+                        gflops[name] = count_gflops(subject.encoder, watches[name].encoder_input)
                     watches[name] = Stopwatch(subject.model, subject.encoder, clock)
             finished[image_id] = measured
             if journal is not None:
