@@ -21,6 +21,7 @@ from PIL import Image
 import hourglass.data.panoptic
 import train_net
 from hourglass import launch
+from hourglass.evaluation.journal import read_records
 
 ROOT = Path(__file__).parent.parent
 # Small enough for a test: 256 tokens, of which the plan keeps 100.
@@ -357,7 +358,7 @@ def killed(command: list[str], folder: Path, images: int) -> None:
         command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 300
-    while sum(path.read_bytes().count(b"\n") for path in folder.glob("journal/*/*.jsonl")) < images:
+    while sum(1 for path in folder.glob("journal/*/*.msgpack") for _ in read_records(path)) < images:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()[-3000:]
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -449,7 +450,7 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
     line = refusal(capsys, "--eval-only", f"train.output_dir={tmp_path}/o", "evaluation.max_images=1", *UNTRAINED)
     assert line == f"error: {tmp_path}/o: No space left on device"
     # What was measured is there, for --resume.
-    assert len(next((tmp_path / "o").glob("journal/*/*.jsonl")).read_text().splitlines()) == 1
+    assert len(list(read_records(next((tmp_path / "o").glob("journal/*/*.msgpack"))))) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 What a comparison has finished, image by image, on disk: one that was killed goes on from there.
 
     FOLDER/journal/DIGEST/settings.json       what determines the figures; DIGEST is of it
-    FOLDER/journal/DIGEST/R_of_N.jsonl        of process R of N: a line an image, appended when all models have run
+    FOLDER/journal/DIGEST/R_of_N.msgpack      of process R of N: a record an image, appended when all models have run
 
-A line is a checksum (CRC-32, in hexadecimal), a space and JSON. Whatever follows the last whole line is dropped.
+A record is its length and its checksum (CRC-32), four bytes each, and MessagePack, which keeps every bit of a float and
+takes a tenth of JSON's time. Whatever follows the last whole record is dropped.
 """
 
 import hashlib
@@ -12,12 +13,14 @@ import json
 import logging
 import os
 import shutil
+import struct
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgpack
 import numpy as np
 import torch
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, DatasetEvaluators
@@ -30,6 +33,9 @@ from hourglass.data.loading import FILES
 from hourglass.errors import InputError
 from hourglass.evaluation.environment import describe_environment
 from hourglass.files import write_whole
+
+# Length and checksum.
+_HEAD = struct.Struct("<II")
 
 _logger = logging.getLogger(__name__)
 
@@ -51,13 +57,13 @@ class Journal:
         # Those of the main process: machines of one job may differ in what does not matter.
         self._settings = comm.all_gather(dict(settings))[0]
         self._folder = self._root / digest(self._settings)[:16]
-        self._path = self._folder / f"{comm.get_rank()}_of_{comm.get_world_size()}.jsonl"
+        self._path = self._folder / f"{comm.get_rank()}_of_{comm.get_world_size()}.msgpack"
         self._file: BinaryIO | None = None
         if comm.is_main_process():
             if resume and not self._folder.exists():
                 _logger.warning("nothing to resume, starting anew: %s", self._why_anew())
             if not resume and self._folder.exists():
-                finished = sum(1 for path in self._folder.glob("*.jsonl") for _ in read_lines(path))
+                finished = sum(1 for path in self._folder.glob("*.msgpack") for _ in read_records(path))
                 _logger.warning("starting anew, %d finished images are dropped: --resume would go on", finished)
                 shutil.rmtree(self._folder)
         comm.synchronize()
@@ -71,7 +77,7 @@ class Journal:
 
     def _scan(self) -> Iterator[tuple[dict[str, Any], int]]:
         if self._path.exists():
-            yield from read_lines(self._path)
+            yield from read_records(self._path)
 
     def _why_anew(self) -> str:
         others = sorted(self._root.glob("*/settings.json"), key=lambda path: path.stat().st_mtime)
@@ -96,19 +102,19 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """
         Args:
-            record: with "image_id"; as JSON has it.
+            record: with "image_id"; as MessagePack has it.
 
         Raises:
             InputError: where the file cannot be written, such as on a full disk.
         """
-        text = json.dumps(record, separators=(",", ":")).encode()
-        line = memoryview(b"%08x %s\n" % (zlib.crc32(text), text))
+        packed = msgpack.packb(record)
+        rest = memoryview(_HEAD.pack(len(packed), zlib.crc32(packed)) + packed)
         try:
             if self._file is None:
                 self._open()
             # Past Python's buffer, so that a process that is killed has lost nothing that it appended.
-            while line:
-                line = line[self._file.write(line) :]
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise InputError(f"{self._path} cannot be written ({error.strerror}); {self.describe()}") from error
         self.done.add(record["image_id"])
@@ -144,16 +150,16 @@ class Journal:
             pass
 
 
-def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The records of the whole lines that the file begins with, each with the number of bytes up to its end."""
-    end = 0
+def read_records(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The whole records that the file begins with, each with the number of bytes up to its end."""
     with open(path, "rb") as file:
-        for line in file:
-            checksum, _, text = line.removesuffix(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
+        while len(head := file.read(_HEAD.size)) == _HEAD.size:
+            length, checksum = _HEAD.unpack(head)
+            packed = file.read(length)
+            # No record is empty; the zeros that a crash may leave would be some.
+            if not length or len(packed) < length or zlib.crc32(packed) != checksum:
                 return
-            end += len(line)
-            yield json.loads(text), end
+            yield msgpack.unpackb(packed, strict_map_key=False), file.tell()
 
 
 def can_dump(evaluator: DatasetEvaluator) -> bool:

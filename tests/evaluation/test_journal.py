@@ -21,7 +21,16 @@ from torch import nn
 
 from hourglass import InputError, Plan, TokenClustering, expedite
 from hourglass.evaluation import InstanceEvaluator, Subject, compare, journal, report, to_json, write_report
-from hourglass.evaluation.journal import Journal, can_dump, digest, digest_code, digest_data, digest_weights, to_plain
+from hourglass.evaluation.journal import (
+    Journal,
+    can_dump,
+    digest,
+    digest_code,
+    digest_data,
+    digest_weights,
+    read_records,
+    to_plain,
+)
 from tests.evaluation.test_instances import dataset
 from tests.evaluation.test_timing import Detector, tiny_vit
 
@@ -241,7 +250,7 @@ def interrupted(folder: Path, finished: int) -> Path:
         patch.setattr(Journal, "append", append)
         with pytest.raises(KeyboardInterrupt):
             run(folder)
-    return next(folder.glob("journal/*/*.jsonl"))
+    return next(folder.glob("journal/*/*.msgpack"))
 
 
 @pytest.mark.parametrize("cut", [1, 2, 100])
@@ -254,12 +263,20 @@ def test_a_torn_last_record_is_dropped(tmp_path, uninterrupted, cut):
 
 def test_a_record_that_has_changed_is_dropped_with_those_behind_it(tmp_path, uninterrupted):
     path = interrupted(tmp_path, 4)
-    lines = path.read_bytes().splitlines(keepends=True)
-    digit = next(i for i in range(len(lines[2]) // 2, len(lines[2])) if lines[2][i : i + 1].isdigit())
-    lines[2] = lines[2][:digit] + (b"1" if lines[2][digit : digit + 1] != b"1" else b"2") + lines[2][digit + 1 :]
-    path.write_bytes(b"".join(lines))
+    ends = [end for _, end in read_records(path)]
+    changed = bytearray(path.read_bytes())
+    changed[(ends[1] + ends[2]) // 2] ^= 1
+    path.write_bytes(changed)
     document, ran = run(tmp_path, resume=True)
     assert ran == [3, 4, 5, 6] and figures(document) == uninterrupted
+
+
+@pytest.mark.parametrize("junk", [b"\0" * 100, b"\xff" * 100, b"0" * 7])
+def test_what_a_disk_leaves_behind_the_last_record_is_dropped(tmp_path, uninterrupted, junk):
+    path = interrupted(tmp_path, 4)
+    path.write_bytes(path.read_bytes() + junk)
+    document, ran = run(tmp_path, resume=True)
+    assert ran == [5, 6] and figures(document) == uninterrupted
 
 
 def test_an_interruption_says_how_to_go_on(tmp_path, uninterrupted):
