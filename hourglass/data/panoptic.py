@@ -72,7 +72,7 @@ def _read_panoptic_json(path: str, modified: int, size: int) -> PanopticTruth:
         }
         for annotation in annotations.values():
             for segment in annotation["segments_info"]:
-                missing = {"id", "category_id", "area"} - set(segment)
+                missing = {"id", "category_id"} - set(segment)
                 if missing:
                     raise KeyError(missing.pop())
                 if segment["category_id"] not in categories:

@@ -16,6 +16,7 @@ from detectron2.utils import comm
 
 from hourglass.data.panoptic import read_panoptic_json, read_panoptic_png, segment_ids
 from hourglass.errors import InputError
+from hourglass.evaluation.resampling import mean_of_classes, name_classes
 
 VOID = 0
 COUNTS = ("iou", "tp", "fp", "fn")
@@ -38,7 +39,8 @@ def count_segments(
 
     Args:
         truth: (H, W) integers, a segment's id at its pixels, 0 where there is none.
-        truth_info: a dictionary a segment: "id", "category_id", "area" in pixels (taken as it is) and "iscrowd".
+        truth_info: a dictionary a segment: "id", "category_id" and "iscrowd", which is 0 where it is missing. Areas are
+            counted from the map.
         predicted: (H, W) integers, as `truth`.
         predicted_info: a dictionary a segment: "id" and "category_id".
         categories: (K,) category ids.
@@ -47,8 +49,8 @@ def count_segments(
         (K, 4) float64: the sum of the matches' IoU, and the numbers of matches, of false and of missed segments.
 
     Raises:
-        InputError: for maps of different sizes, a predicted segment that only one of the map and the info has, and
-            categories that are none.
+        InputError: for maps of different sizes, a predicted segment that only one of the map and the info has, ids that
+            several segments have, and categories that are none.
     """
     if truth.shape != predicted.shape:
         raise InputError(f"the prediction is {_size(predicted)}, the panoptic ground truth {_size(truth)}")
@@ -74,7 +76,7 @@ def count_segments(
     overlap[rows[rows >= 0], columns[rows >= 0]] = pixels[rows >= 0]
 
     crowd = np.array([segment.get("iscrowd", 0) == 1 for segment in truth_info], bool)
-    truth_area = np.array([segment["area"] for segment in truth_info], float)
+    truth_area = overlap[1:].sum(axis=1)
     void = overlap[0, 1:]
     union = truth_area[:, None] + area - overlap[1:, 1:] - void
     iou = overlap[1:, 1:] / np.maximum(union, 1)  # a union of nothing has no overlap either
@@ -109,19 +111,31 @@ def panoptic_quality(counts: np.ndarray, isthing: Sequence[bool]) -> dict[str, f
         "PQ", "SQ" and "RQ" in percent, averaged over the categories that occur in ground truth or prediction; so ending
         in "_th" over things, in "_st" over stuff; nan where no such category occurs.
     """
-    iou, tp, fp, fn = counts.T
-    occurs = tp + fp + fn > 0
+    per_category = quality_of_categories(counts)
+    occurs = ~np.isnan(per_category["PQ"])
     things = np.asarray(isthing, bool)
-    detected = tp + fp / 2 + fn / 2
-    per_category = {
-        "PQ": iou / np.where(occurs, detected, 1),
-        "SQ": iou / np.maximum(tp, 1),
-        "RQ": tp / np.where(occurs, detected, 1),
-    }
     return {
-        f"{name}{suffix}": float(100 * values[group].mean()) if group.any() else float("nan")
+        f"{name}{suffix}": float(values[group].mean()) if group.any() else float("nan")
         for suffix, group in (("", occurs), ("_th", occurs & things), ("_st", occurs & ~things))
         for name, values in per_category.items()
+    }
+
+
+def quality_of_categories(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """
+    Args:
+        counts: (..., K, 4) as for :func:`panoptic_quality`.
+
+    Returns:
+        "PQ", "SQ" and "RQ" -> (..., K) in percent; nan for a category that neither ground truth nor prediction has.
+    """
+    iou, tp, fp, fn = np.moveaxis(counts, -1, 0)
+    occurs = tp + fp + fn > 0
+    detected = np.where(occurs, tp + fp / 2 + fn / 2, np.nan)
+    return {
+        "PQ": 100 * iou / detected,
+        "SQ": np.where(occurs, 100 * iou / np.maximum(tp, 1), np.nan),
+        "RQ": 100 * tp / detected,
     }
 
 
@@ -150,6 +164,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self._thing_ids = {contiguous: id for id, contiguous in getattr(metadata, thing_ids).items()}
         self._stuff_ids = {contiguous: id for id, contiguous in getattr(metadata, stuff_ids).items()}
         self._isthing = [category["isthing"] for category in self._truth.categories.values()]
+        self._classes = name_classes({id: category["name"] for id, category in self._truth.categories.items()})
         self._label_divisor = metadata.get("label_divisor")
         self._name = dataset_name
         self.reset()
@@ -184,13 +199,20 @@ class PanopticEvaluator(DatasetEvaluator):
             except InputError as error:
                 raise InputError(f"image {image_id!r} of data set {self._name!r}: {error}") from error
 
-    def dump(self, image_id: Any) -> Any:
-        """What :meth:`process` counted in an image, as JSON has it."""
-        return self.counts[image_id].tolist()
+    def dump(self, image_id: Any) -> list[list[float]]:
+        """
+        What :meth:`process` counted in an image, for JSON: of each category that has any, its place in the order of ids
+        and its counts. Floats come back as they are.
+        """
+        counts = self.counts[image_id]
+        return [[category, *counts[category].tolist()] for category in np.flatnonzero(counts.any(axis=1)).tolist()]
 
-    def restore(self, image_id: Any, record: Any) -> None:
-        """Keep what :meth:`dump` returned of an image."""
-        self.counts[image_id] = np.array(record)
+    def restore(self, image_id: Any, record: list[list[float]]) -> None:
+        """Take what :meth:`dump` gave of an image, in the place of :meth:`process`."""
+        counts = np.zeros(self._evaluated.shape[1:])
+        for category, *its_counts in record:
+            counts[category] = its_counts
+        self.counts[image_id] = counts
 
     def _prediction(self, segments: Any, info: list[dict] | None) -> tuple[np.ndarray, list[dict[str, int]]]:
         ids = segments.cpu().numpy().astype(np.int64)
@@ -264,8 +286,19 @@ class PanopticEvaluator(DatasetEvaluator):
         Returns:
             {"panoptic_seg.PQ": (samples,)} in percent.
         """
-        counts = np.tensordot(weights, self._evaluated, 1)
-        return {"panoptic_seg.PQ": np.array([panoptic_quality(each, self._isthing)["PQ"] for each in counts])}
+        (classes,) = self.resample_classes(weights).values()
+        return {"panoptic_seg.PQ": mean_of_classes(classes.values(), len(weights))}
+
+    def resample_classes(self, weights: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+        """
+        Args:
+            weights: as for :meth:`resample`.
+
+        Returns:
+            {"panoptic_seg.PQ": class -> (samples,)} in percent, nan where a sample has nothing of the class.
+        """
+        quality = quality_of_categories(np.tensordot(weights, self._evaluated, 1))["PQ"]
+        return {"panoptic_seg.PQ": dict(zip(self._classes.values(), quality.T))}
 
 
 def _size(segments: np.ndarray) -> str:
@@ -274,7 +307,11 @@ def _size(segments: np.ndarray) -> str:
 
 def _classes(what: str, info: Sequence[dict[str, Any]], index: dict[int, int]) -> np.ndarray:
     """Indices of the segments' categories."""
+    seen = set()
     for segment in info:
+        if segment["id"] in seen:
+            raise InputError(f"the {what} has segment {segment['id']} twice in segments_info: ids must be distinct")
+        seen.add(segment["id"])
         if segment["category_id"] not in index:
             where = f"segment {segment['id']} of the {what}"
             raise InputError(f"{where} has category_id {segment['category_id']}, which is none of {list(index)}")

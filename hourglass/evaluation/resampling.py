@@ -1,6 +1,6 @@
 """How sure figures are: intervals from drawing the images again (Efron's bootstrap)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,6 +10,14 @@ class Interval(NamedTuple):
     """A figure and the 95 % interval around it; nan where it has none."""
 
     ratio: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """By how many points a figure differs, and the 95 % interval around that; nan where there is none."""
+
+    points: float
     low: float
     high: float
 
@@ -27,6 +35,42 @@ class Resampled(Protocol):
         Returns:
             "task.figure" -> (samples,)
         """
+
+
+class ResampledByClass(Resampled, Protocol):
+    """One whose main figures are means over classes, and can be had by class too."""
+
+    def resample_classes(self, weights: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+        """
+        Args:
+            weights: as for ``resample``.
+
+        Returns:
+            "task.figure" -> class -> (samples,), nan where a sample has nothing of the class.
+        """
+
+
+def name_classes(classes: dict[Any, str]) -> dict[Any, str]:
+    """Id -> a name that no other class has: the id is added to names that several have."""
+    names = list(classes.values())
+    return {id: name if names.count(name) == 1 else f"{name} ({id})" for id, name in classes.items()}
+
+
+def mean_of_classes(classes: Iterable[np.ndarray], samples: int) -> np.ndarray:
+    """
+    Args:
+        classes: (samples,) of each class; nan where it has no figure.
+        samples: how many there are.
+
+    Returns:
+        (samples,) the mean over those that have one; nan where none has.
+    """
+    total, present = np.zeros(samples), np.zeros(samples)
+    for figures in classes:
+        known = ~np.isnan(figures)
+        total += np.where(known, figures, 0)
+        present += known
+    return np.divide(total, present, out=np.full(samples, np.nan), where=present > 0)
 
 
 def draw_samples(images: int, samples: int = 500, seed: int = 0) -> np.ndarray:
@@ -52,10 +96,26 @@ def ratio_of_samples(first: np.ndarray, kept: np.ndarray) -> Interval:
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = np.where(first > 0, kept / first, np.nan)
-    if np.isnan(shares[1:]).all():
-        return Interval(float(shares[0]), np.nan, np.nan)
-    low, high = np.nanpercentile(shares[1:], [2.5, 97.5])
-    return Interval(float(shares[0]), float(low), float(high))
+    return Interval(float(shares[0]), *_interval(shares[1:]))
+
+
+def difference_of_samples(first: np.ndarray, kept: np.ndarray) -> Difference:
+    """
+    By how many points a model's figure is over another's.
+
+    Args:
+        first, kept: (1 + samples,) the two models' figures on :func:`draw_samples`, in percent.
+    """
+    points = kept - first
+    return Difference(float(points[0]), *_interval(points[1:]))
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """The ends of the middle 95 % of those that are not nan; nan where all are."""
+    if np.isnan(values).all():
+        return np.nan, np.nan
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def ratio_of_medians(slow: np.ndarray, fast: np.ndarray, resamples: int = 2000, seed: int = 0) -> Interval:

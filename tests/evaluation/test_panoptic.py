@@ -96,11 +96,13 @@ class TestCountSegments:
         assert count(row((0, 10)), {}, row((5, 4), (6, 6)), {5: 1, 6: 7}) == [NOTHING] * 3
         assert count(row((0, 10)), {}, row((0, 10)), {}) == [NOTHING] * 3
 
-    def test_the_area_is_taken_as_it_is(self):
-        # 5 and 1 share 10 pixels, and the union would be 10, but the area is said to be 15: union 15.
-        info = [{"id": 1, "category_id": 1, "area": 15, "iscrowd": 0}]
+    @pytest.mark.parametrize("stated", [{"area": 0}, {"area": 5}, {"area": 15}, {"area": None}, {}], ids=str)
+    def test_areas_are_counted_whatever_is_stated(self, stated):
+        # 5 and 1 share 8 of 10 pixels.
+        info = [{"id": 1, "category_id": 1, **stated}]
         predicted = [{"id": 5, "category_id": 1}]
-        assert count_segments(row((1, 10)), info, row((5, 10)), predicted, CATEGORIES)[0].tolist() == [10 / 15, 1, 0, 0]
+        counts = count_segments(row((1, 10)), info, row((5, 8), (0, 2)), predicted, CATEGORIES)
+        assert counts[0].tolist() == [0.8, 1, 0, 0]
 
     def test_large_ids(self):
         largest = 256**3 - 1
@@ -289,6 +291,56 @@ class TestPanopticEvaluator:
         give(evaluator, "a")
         assert evaluator.counts["a"].tolist() == [[2, 2, 0, 0], [1, 1, 0, 1]]
 
+    @pytest.mark.parametrize("state", [lambda area: 0, lambda area: area // 2, lambda area: 32, None])
+    def test_the_areas_of_the_json_are_not_believed(self, cells, state):
+        """Of nothing, halved, the image's and none at all: the quality is that of the right ones."""
+        content = json.loads(json.dumps(CONTENT))
+        for segment in content["annotations"][0]["segments_info"]:
+            area = segment.pop("area")
+            if state:
+                segment["area"] = state(area)
+        (cells / "panoptic.json").write_text(json.dumps(content))
+        evaluator = PanopticEvaluator("cells")
+        give(evaluator, "a", row((1, 2), (4, 6)).repeat(4, 0), [PERFECT[0], PERFECT[2]])
+        figures = evaluator.evaluate(["a"])["panoptic_seg"]
+        assert figures["PQ"] == pytest.approx((100 / 1.5 + 60) / 2) and figures["PQ_st"] == pytest.approx(60)
+
+    def test_a_segment_that_is_twice_in_the_json_is_refused(self, cells):
+        content = json.loads(json.dumps(CONTENT))
+        content["annotations"][0]["segments_info"].append({"id": 3, "category_id": 5})
+        (cells / "panoptic.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match="'a' .* ground truth has segment 3 twice in segments_info"):
+            give(PanopticEvaluator("cells"), "a")
+
+    def test_nothing_found_has_quality_0(self, cells):
+        evaluator = PanopticEvaluator("cells")
+        give(evaluator, "a", np.zeros_like(MAP), [])
+        figures = evaluator.evaluate(["a"])["panoptic_seg"]
+        assert figures["PQ"] == figures["PQ_th"] == figures["PQ_st"] == figures["SQ"] == 0
+        assert evaluator.resample(np.ones((1, 1), int))["panoptic_seg.PQ"].tolist() == [0]
+
+    def test_quality_by_class_and_of_samples(self, cells):
+        evaluator = PanopticEvaluator("cells")
+        give(evaluator, "a", row((1, 2), (4, 6)).repeat(4, 0), [PERFECT[0], PERFECT[2]])
+        give(evaluator, "b", np.zeros_like(MAP), [])
+        figures = evaluator.evaluate()["panoptic_seg"]
+        weights = np.array([[1, 1], [3, 0], [0, 2]])  # the second image has nothing
+        classes = evaluator.resample_classes(weights)["panoptic_seg.PQ"]
+        assert list(classes) == ["cell", "ground"]
+        np.testing.assert_allclose(classes["cell"], [100 / 1.5, 100 / 1.5, np.nan])
+        np.testing.assert_allclose(classes["ground"], [60, 60, np.nan])
+        samples = evaluator.resample(weights)["panoptic_seg.PQ"]
+        np.testing.assert_allclose(samples, [figures["PQ"], figures["PQ"], np.nan])
+
+    def test_what_was_counted_comes_back_from_json(self, cells):
+        evaluator, again = PanopticEvaluator("cells"), PanopticEvaluator("cells")
+        give(evaluator, "a", row((1, 2), (4, 6)).repeat(4, 0), [PERFECT[0], PERFECT[2]])
+        give(evaluator, "b", np.zeros_like(MAP), [])
+        for image_id in ("b", "a"):
+            again.restore(image_id, json.loads(json.dumps(evaluator.dump(image_id))))
+        assert again.evaluate() == evaluator.evaluate()
+        np.testing.assert_array_equal(again._evaluated, evaluator._evaluated)
+
     def test_beside_other_evaluators(self, cells):
         """One run, several tasks; semantic segmentation is Detectron2's, of the images that were run."""
         both = DatasetEvaluators([PanopticEvaluator("cells"), SemSegEvaluator("cells")])
@@ -331,7 +383,7 @@ class TestBadInputs:
             ('{"annotations": [{"image_id": 1}], "categories": []}', "an entry lacks 'file_name'"),
             ('{"annotations": [], "categories": [{"id": 1, "name": "cell"}]}', "an entry lacks 'isthing'"),
             ('{"annotations": [3], "categories": []}', "is not in COCO's panoptic format"),
-            (json.dumps(CONTENT).replace('"area": 8, ', ""), "an entry lacks 'area'"),
+            (json.dumps(CONTENT).replace('"id": 300, ', ""), "an entry lacks 'id'"),
             (json.dumps(CONTENT).replace('"category_id": 5', '"category_id": 6'), "of image a has category_id 6"),
         ],
     )
