@@ -1,12 +1,24 @@
 """The accuracy of boxes and masks, and how sure it is."""
 
+import contextlib
+import io
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
+from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from hourglass.errors import InputError
+from hourglass.evaluation.resampling import mean_of_classes, name_classes
+
+# What detections have where a task beside boxes is evaluated.
+FIELDS = {"segm": "pred_masks", "keypoints": "pred_keypoints"}
 
 
 class Matches(NamedTuple):
@@ -15,34 +27,62 @@ class Matches(NamedTuple):
     thresholds of IoU.
 
     Attributes:
+        category: its id in the data set.
         objects: (I,) number of objects to be found.
         image: (D,) the image of each detection, counted from 0.
         found: (T, D) whether it found an object.
         counts: (T, D) whether it counts: those that found an ignored object do not.
     """
 
+    category: int
     objects: np.ndarray
     image: np.ndarray
     found: np.ndarray
     counts: np.ndarray
 
 
+class Crowding(NamedTuple):
+    """
+    How much there is in each of the images that were evaluated. COCO's limit of detections is one of each category.
+
+    Attributes:
+        objects: (I,) to be found.
+        detections: (I,) that the model gave.
+        objects_of_one: (I,) of the category that has most.
+        detections_of_one: (I,) of the category that has most.
+    """
+
+    objects: np.ndarray
+    detections: np.ndarray
+    objects_of_one: np.ndarray
+    detections_of_one: np.ndarray
+
+
 class InstanceEvaluator(COCOEvaluator):
     """
-    Detectron2's ``COCOEvaluator``, which keeps what AP is made of, so that images can be drawn again.
+    Detectron2's ``COCOEvaluator``, which keeps what AP is made of, so that images can be drawn again. Where a model
+    finds nothing and there is something to find, its AP is 0 (Detectron2 has nan).
 
     Args:
-        args, options: as for ``COCOEvaluator``.
+        args, options: as for ``COCOEvaluator``. Evaluation is pycocotools' whatever ``use_fast_impl`` says: the fast
+            one does not tell what it matched.
         sides: also keep what AP is made of for objects of some sizes alone: between these sides in pixels, the square
             roots of areas. COCO's small, medium and large are (32, 96).
+
+    Raises:
+        InputError: for sides that do not grow.
     """
 
     def __init__(self, *args: Any, sides: Sequence[float] = (), **options: Any):
         if list(sides) != sorted(set(sides)) or any(side <= 0 for side in sides):
             raise InputError(f"sides takes growing numbers of pixels over 0, got {list(sides)}")
         super().__init__(*args, **options)
+        self._use_fast_impl = False
         limits = [0, *sides, 1e5]
         self._areas = {} if not sides else {size: (size[0] ** 2, size[1] ** 2) for size in zip(limits, limits[1:])}
+        self._classes = name_classes(
+            {id: str(each.get("name", id)) for id, each in sorted(self._coco_api.cats.items())}
+        )
 
     @property
     def max_detections(self) -> int:
@@ -57,23 +97,118 @@ class InstanceEvaluator(COCOEvaluator):
         self.matches_of_size: dict[tuple[float, float], dict[str, list[Matches]]] = {size: {} for size in self._areas}
         #: The images, in the order of the matches.
         self.image_ids: list[Any] = []
+        #: What there is in the images, after evaluation.
+        self.crowding: Crowding | None = None
+        self._prediction_of: dict[Any, dict[str, Any]] = {}
 
-    def dump(self, image_id: Any) -> Any:
-        """What :meth:`process` kept of the image that came last, as JSON has it."""
-        return self._predictions[-1] if self._predictions and self._predictions[-1]["image_id"] == image_id else None
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        for input, output in zip(inputs, outputs):
+            before = len(self._predictions)
+            super().process([input], [output])
+            for prediction in self._predictions[before:]:
+                self._prediction_of[prediction["image_id"]] = prediction
+                # Where none are given, tasks are what detections have: an empty list of them does not say.
+                if self._tasks is None and "instances" in output:
+                    has = output["instances"].has
+                    prediction["tasks"] = ["bbox", *(task for task, field in FIELDS.items() if has(field))]
 
-    def restore(self, image_id: Any, record: Any) -> None:
-        """Keep what :meth:`dump` returned of an image."""
-        if record is not None:
-            self._predictions.append(record)
+    def dump(self, image_id: Any) -> dict[str, Any] | None:
+        """
+        What :meth:`process` kept of an image, for JSON; None where the model's output had nothing to evaluate. Floats
+        come back as they are.
+        """
+        prediction = self._prediction_of.get(image_id)
+        if prediction is None:
+            return None
+        record = {key: value for key, value in prediction.items() if key not in ("image_id", "proposals")}
+        if "proposals" in prediction:
+            proposals = prediction["proposals"]
+            record["proposals"] = {
+                "image_size": list(proposals.image_size),
+                "proposal_boxes": proposals.proposal_boxes.tensor.tolist(),
+                "objectness_logits": proposals.objectness_logits.tolist(),
+            }
+        return record
+
+    def restore(self, image_id: Any, record: dict[str, Any] | None) -> None:
+        """Take what :meth:`dump` gave of an image, in the place of :meth:`process`."""
+        if record is None:
+            return
+        prediction = {"image_id": image_id, **record}
+        if "proposals" in record:
+            proposals = record["proposals"]
+            prediction["proposals"] = Instances(
+                tuple(proposals["image_size"]),
+                proposal_boxes=Boxes(torch.tensor(proposals["proposal_boxes"]).reshape(-1, 4)),
+                objectness_logits=torch.tensor(proposals["objectness_logits"]),
+            )
+        self._prediction_of[image_id] = prediction
+        self._predictions.append(prediction)
+
+    def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
+        # Detectron2 writes the data set's categories into what it is given, and evaluation may be asked for again.
+        predictions = [
+            {**prediction, "instances": [dict(one) for one in prediction["instances"]]} for prediction in predictions
+        ]
+        self._chosen = list(self._coco_api.imgs) if img_ids is None else list(img_ids)
+        self.crowding = self._count(predictions)
+        tasks = self._tasks
+        if tasks is None:
+            self._tasks = sorted(set().union(*(prediction.get("tasks", ()) for prediction in predictions))) or None
+        try:
+            super()._eval_predictions(predictions, img_ids)
+        finally:
+            self._tasks = tasks
+
+    def _count(self, predictions: list[dict]) -> Crowding:
+        ids = np.unique(self._chosen)
+        index = {id: i for i, id in enumerate(ids.tolist())}
+        objects = [
+            (id, one["category_id"])
+            for id in index
+            for one in self._coco_api.imgToAnns.get(id, ())
+            if not one.get("iscrowd")
+        ]
+        detections = [
+            (prediction["image_id"], one["category_id"])
+            for prediction in predictions
+            if prediction["image_id"] in index
+            for one in prediction["instances"]
+        ]
+        counts = []
+        for pairs in (objects, detections):
+            total, most = np.zeros(len(ids), int), np.zeros(len(ids), int)
+            for (id, _), number in Counter(pairs).items():
+                total[index[id]] += number
+                most[index[id]] = max(most[index[id]], number)
+            counts.append((total, most))
+        (objects, objects_of_one), (detections, detections_of_one) = counts
+        return Crowding(objects, detections, objects_of_one, detections_of_one)
 
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict:
-        if coco_eval is not None:
-            self.image_ids = list(coco_eval.params.imgIds)
-            self.matches[iou_type] = read_matches(coco_eval)
-            for size, area in self._areas.items():
-                self.matches_of_size[size][iou_type] = read_matches(coco_eval, area)
+        if coco_eval is None:
+            coco_eval = self._evaluate_nothing(iou_type)
+        self.image_ids = list(coco_eval.params.imgIds)
+        self.matches[iou_type] = read_matches(coco_eval)
+        for size, area in self._areas.items():
+            self.matches_of_size[size][iou_type] = read_matches(coco_eval, area)
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+    def _evaluate_nothing(self, iou_type: str) -> COCOeval:
+        """What Detectron2 leaves out where there is no detection at all: ``loadRes`` takes no empty list."""
+        nothing = COCO()
+        nothing.dataset = {**self._coco_api.dataset, "annotations": []}
+        with contextlib.redirect_stdout(io.StringIO()):
+            nothing.createIndex()
+            kind = COCOeval if self.max_detections == 100 else COCOevalMaxDets
+            coco_eval = kind(self._coco_api, nothing, iou_type)
+            coco_eval.params.imgIds = self._chosen
+            if iou_type != "keypoints":
+                coco_eval.params.maxDets = self._max_dets_per_image
+            coco_eval.evaluate()
+            coco_eval.accumulate()
+            coco_eval.summarize()
+        return coco_eval
 
     def resample(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """
@@ -84,6 +219,22 @@ class InstanceEvaluator(COCOEvaluator):
             "bbox.AP" and "segm.AP", those that were evaluated -> (samples,) in percent.
         """
         return {f"{task}.AP": average_precision(matches, weights) for task, matches in self.matches.items()}
+
+    def resample_classes(self, weights: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+        """
+        Args:
+            weights: as for :meth:`resample`.
+
+        Returns:
+            "bbox.AP" and "segm.AP", those that were evaluated -> class -> (samples,) in percent, nan where a sample has
+            no object of the class.
+        """
+        figures = {}
+        for task, matches in self.matches.items():
+            known = {each.category: class_precision(each, weights) for each in matches}
+            nothing = np.full(len(weights), np.nan)
+            figures[f"{task}.AP"] = {name: known.get(id, nothing) for id, name in self._classes.items()}
+        return figures
 
 
 def read_matches(coco_eval: Any, area: tuple[float, float] | None = None) -> list[Matches]:
@@ -115,7 +266,7 @@ def read_matches(coco_eval: Any, area: tuple[float, float] | None = None) -> lis
         matched = np.concatenate([one["dtMatches"][:, :most] for _, one in each], axis=1)[:, order] > 0
         ignored = np.concatenate([one["dtIgnore"][:, :most] for _, one in each], axis=1)[:, order] > 0
         image = np.concatenate([np.full(len(one["dtScores"][:most]), i) for i, one in each])[order]
-        categories.append(Matches(objects, image, matched & ~ignored, ~ignored))
+        categories.append(Matches(category, objects, image, matched & ~ignored, ~ignored))
     return categories
 
 
@@ -133,24 +284,25 @@ def average_precision(categories: list[Matches], weights: np.ndarray) -> np.ndar
     Returns:
         (samples,) in percent; nan for a sample without objects.
     """
-    total, present = np.zeros(len(weights)), np.zeros(len(weights))
-    for category in categories:
-        objects = weights @ category.objects
-        times = weights[:, category.image]
-        mean = np.zeros(len(weights))
-        counts, detections = None, None
-        for found, its_counts in zip(category.found, category.counts):
-            if counts is None or (its_counts != counts).any():  # the same at most thresholds
-                counts, detections = its_counts, np.cumsum(times * its_counts, axis=1)
-            # Precision falls between two that find something, so that only these are looked at.
-            true = np.cumsum(times[:, found], axis=1)
-            recall = true / np.maximum(objects, 1)[:, None]
-            precision = true / np.maximum(detections[:, found], 1)
-            # The best precision at this recall or a higher one; 0 where it is not reached.
-            precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-            precision = np.pad(precision, ((0, 0), (0, 1)))
-            for sample in range(len(weights)):
-                mean[sample] += precision[sample, np.searchsorted(recall[sample], RECALLS)].mean()
-        total += np.where(objects > 0, mean / len(category.found), 0)
-        present += objects > 0
-    return 100 * np.divide(total, present, out=np.full(len(weights), np.nan), where=present > 0)
+    return mean_of_classes((class_precision(category, weights) for category in categories), len(weights))
+
+
+def class_precision(category: Matches, weights: np.ndarray) -> np.ndarray:
+    """As :func:`average_precision`, of one category."""
+    objects = weights @ category.objects
+    times = weights[:, category.image]
+    mean = np.zeros(len(weights))
+    counts, detections = None, None
+    for found, its_counts in zip(category.found, category.counts):
+        if counts is None or (its_counts != counts).any():  # the same at most thresholds
+            counts, detections = its_counts, np.cumsum(times * its_counts, axis=1)
+        # Precision falls between two that find something, so that only these are looked at.
+        true = np.cumsum(times[:, found], axis=1)
+        recall = true / np.maximum(objects, 1)[:, None]
+        precision = true / np.maximum(detections[:, found], 1)
+        # The best precision at this recall or a higher one; 0 where it is not reached.
+        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        precision = np.pad(precision, ((0, 0), (0, 1)))
+        for sample in range(len(weights)):
+            mean[sample] += precision[sample, np.searchsorted(recall[sample], RECALLS)].mean()
+    return np.where(objects > 0, 100 * mean / len(category.found), np.nan)
