@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -136,32 +138,186 @@ def test_sizes_that_do_not_grow_are_refused():
             InstanceEvaluator("coco_2017_val", tasks=("bbox",), use_fast_impl=False, sides=sides)
 
 
-def test_the_evaluator_keeps_the_matches(tmp_path):
-    annotations, detections = dataset(2)
-    (tmp_path / "truth.json").write_text(json.dumps(annotations))
+@pytest.fixture
+def registered(tmp_path):
+    """Registers annotations as the data set "test_instances"."""
     name = "test_instances"
-    register_coco_instances(name, {}, str(tmp_path / "truth.json"), str(tmp_path))
-    try:
+
+    def register(annotations: dict) -> str:
+        (tmp_path / "truth.json").write_text(json.dumps(annotations))
+        register_coco_instances(name, {}, str(tmp_path / "truth.json"), str(tmp_path))
         DatasetCatalog.get(name)
-        evaluator = InstanceEvaluator(name, tasks=("bbox",), max_dets_per_image=50, use_fast_impl=False, sides=(32,))
-        assert evaluator.max_detections == 50
+        return name
+
+    yield register
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def give(evaluator: InstanceEvaluator, image_id: int, boxes: list, scores=None, classes=None) -> None:
+    """Detections in the ``boxes`` (x, y, w, h), with masks that fill them."""
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    masks = torch.zeros(len(boxes), 100, 100, dtype=torch.bool)
+    for mask, (x, y, w, h) in zip(masks, boxes.round().int().tolist()):
+        mask[y : y + h, x : x + w] = True
+    boxes[:, 2:] += boxes[:, :2]
+    found = Instances((100, 100), pred_boxes=Boxes(boxes), pred_masks=masks)
+    found.scores = torch.rand(len(boxes)) if scores is None else torch.tensor(scores)
+    found.pred_classes = torch.tensor(classes or [0] * len(boxes), dtype=torch.int64)
+    evaluator.process([{"image_id": image_id}], [{"instances": found}])
+
+
+def crowded(counts: list[int]) -> dict:
+    """Images with so many objects of category 1, in rows of ten."""
+    annotations, _ = dataset(0, images=len(counts))
+    template = dict(category_id=1, iscrowd=0, area=36)
+    objects = [
+        dict(template, id=image * 1000 + i + 1, image_id=image + 1, bbox=[10 * (i % 10), 10 * (i // 10), 6, 6])
+        for image, count in enumerate(counts)
+        for i in range(count)
+    ]
+    for each in objects:
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    return dict(annotations, annotations=objects)
+
+
+def quiet(evaluator: InstanceEvaluator, **options) -> dict:
+    with contextlib.redirect_stdout(io.StringIO()):
+        return evaluator.evaluate(**options)
+
+
+@pytest.mark.parametrize("most", [100, 50])
+@pytest.mark.parametrize("tasks", [("bbox", "segm"), None], ids=str)
+def test_nothing_found_is_0_where_there_is_something_to_find(registered, tasks, most):
+    name = registered(crowded([2, 0, 1]))
+    evaluator = InstanceEvaluator(name, tasks=tasks, max_dets_per_image=most, sides=(32,))
+    evaluator.reset()
+    for image in (1, 2, 3):
+        give(evaluator, image, [])
+    results = quiet(evaluator)
+    assert list(results) == ["bbox", "segm"]
+    for task in ("bbox", "segm"):
+        assert [results[task][metric] for metric in ("AP", "AP50", "AP75", "APs")] == [0, 0, 0, 0]
+        assert np.isnan(results[task]["APl"])  # no object is large
+        assert results[task]["AP-1"] == 0 and np.isnan(results[task]["AP-2"])
+    samples = evaluator.resample(np.array([[1, 1, 1], [0, 3, 0]]))["segm.AP"]
+    assert samples[0] == 0 and np.isnan(samples[1])  # the second sample has nothing to find
+    # Of the image that has nothing to find alone there is no figure.
+    assert np.isnan(quiet(evaluator, img_ids=[2])["bbox"]["AP"])
+
+
+def test_only_crowds_are_nothing_to_find(registered):
+    annotations = crowded([2])
+    for each in annotations["annotations"]:
+        each["iscrowd"] = 1
+        each["segmentation"] = {"size": [100, 100], "counts": [0, 10000]}
+    evaluator = InstanceEvaluator(registered(annotations), tasks=("bbox",))
+    evaluator.reset()
+    give(evaluator, 1, [])
+    assert np.isnan(quiet(evaluator)["bbox"]["AP"])
+
+
+def test_evaluating_twice_gives_the_same(registered):
+    """Though the data set's category ids are not those that models give."""
+    evaluator = InstanceEvaluator(registered(crowded([2, 1])), tasks=("bbox",))
+    evaluator.reset()
+    give(evaluator, 1, [[0, 0, 6, 6], [10, 0, 6, 6]])
+    give(evaluator, 2, [[0, 0, 6, 6]])
+    first = quiet(evaluator)
+    assert first["bbox"]["AP"] == pytest.approx(100)
+    np.testing.assert_equal(quiet(evaluator), first)
+
+
+def test_what_detections_an_image_gave_comes_back_from_json(registered):
+    annotations, _ = dataset(3)
+    name = registered(annotations)
+    for tasks in (("bbox", "segm"), None):
+        evaluator, again = InstanceEvaluator(name, tasks=tasks), InstanceEvaluator(name, tasks=tasks)
         evaluator.reset()
+        again.reset()
+        rng = np.random.default_rng(0)
         for image in range(1, 13):
-            found = [dict(one, category_id=one["category_id"] - 1) for one in detections if one["image_id"] == image]
-            evaluator._predictions.append({"image_id": image, "instances": found})
-        with contextlib.redirect_stdout(io.StringIO()):
-            results = evaluator.evaluate()
-        ap = average_precision(evaluator.matches["bbox"], np.ones((1, 12), dtype=int))[0]
-        np.testing.assert_allclose(ap, results["bbox"]["AP"], atol=1e-9)
-        assert evaluator.image_ids == list(range(1, 13))
-        np.testing.assert_array_equal(evaluator.resample(np.ones((1, 12), dtype=int))["bbox.AP"], [ap])
-        small, large = (each["bbox"] for each in evaluator.matches_of_size.values())
-        assert list(evaluator.matches_of_size) == [(0, 32), (32, 1e5)]
-        ap = average_precision(small, np.ones((1, 12), dtype=int))[0]
-        np.testing.assert_allclose(ap, results["bbox"]["APs"], atol=1e-9)
-        assert sum(one.objects.sum() for one in small + large) == sum(
-            one.objects.sum() for one in evaluator.matches["bbox"]
-        )
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+            boxes = [one["bbox"] for one in annotations["annotations"] if one["image_id"] == image]
+            shaken = [[value + rng.normal() for value in box] for box in boxes]
+            give(evaluator, image, shaken, classes=[int(rng.integers(3)) for _ in boxes])
+        evaluator.process([{"image_id": 99}], [{"panoptic_seg": None}])
+        for image in (99, *range(12, 0, -1)):
+            again.restore(image, json.loads(json.dumps(evaluator.dump(image))))
+        results = quiet(evaluator)
+        assert results["segm"]["AP"] > 1 and results["bbox"]["AP"] > 1
+        np.testing.assert_equal(quiet(again), results)
+        weights = draw_samples(12, 20)
+        for task, samples in evaluator.resample(weights).items():
+            np.testing.assert_array_equal(again.resample(weights)[task], samples)
+
+
+def test_proposals_come_back_from_json(registered):
+    name = registered(crowded([1]))
+    evaluator, again = InstanceEvaluator(name, tasks=("bbox",)), InstanceEvaluator(name, tasks=("bbox",))
+    evaluator.reset()
+    again.reset()
+    proposals = Instances((100, 100), proposal_boxes=Boxes(torch.rand(3, 4)), objectness_logits=torch.randn(3))
+    evaluator.process([{"image_id": 1}], [{"proposals": proposals}])
+    again.restore(1, json.loads(json.dumps(evaluator.dump(1))))
+    before, after = (each._predictions[0]["proposals"] for each in (evaluator, again))
+    assert after.image_size == (100, 100)
+    assert torch.equal(after.proposal_boxes.tensor, before.proposal_boxes.tensor)
+    assert torch.equal(after.objectness_logits, before.objectness_logits)
+
+
+def test_ap_by_class_is_cocos(registered):
+    annotations, detections = dataset(2)
+    annotations["categories"][1]["name"] = "1"  # as the first is called
+    evaluator = InstanceEvaluator(registered(annotations), tasks=("bbox",))
+    evaluator.reset()
+    for one in detections:
+        one["category_id"] -= 1
+    for image in range(1, 13):
+        found = [one for one in detections if one["image_id"] == image]
+        evaluator.restore(image, {"instances": found})
+    results = quiet(evaluator)["bbox"]
+    classes = evaluator.resample_classes(np.ones((1, 12), int))["bbox.AP"]
+    assert list(classes) == ["1 (1)", "1 (2)", "3", "4"]
+    assert classes["3"] == pytest.approx(results["AP-3"]) and np.isnan(classes["4"]).all()
+    mean = np.mean([classes[name][0] for name in ("1 (1)", "1 (2)", "3")])
+    assert mean == pytest.approx(results["AP"])
+
+
+def test_how_crowded_images_are_is_counted_by_category_too(registered):
+    annotations = crowded([3, 1])
+    annotations["annotations"][0]["category_id"] = 2
+    annotations["annotations"][1]["iscrowd"] = 1
+    annotations["annotations"][1]["segmentation"] = {"size": [100, 100], "counts": [0, 10000]}
+    evaluator = InstanceEvaluator(registered(annotations), tasks=("bbox",))
+    evaluator.reset()
+    give(evaluator, 1, [[0, 0, 6, 6]] * 3, classes=[0, 2, 2])
+    give(evaluator, 2, [])
+    quiet(evaluator)
+    assert [each.tolist() for each in evaluator.crowding] == [[2, 1], [3, 0], [1, 1], [2, 0]]
+    quiet(evaluator, img_ids=[2])
+    assert [each.tolist() for each in evaluator.crowding] == [[1], [0], [1], [0]]
+
+
+def test_the_evaluator_keeps_the_matches(registered):
+    annotations, detections = dataset(2)
+    name = registered(annotations)
+    evaluator = InstanceEvaluator(name, tasks=("bbox",), max_dets_per_image=50, use_fast_impl=False, sides=(32,))
+    assert evaluator.max_detections == 50
+    evaluator.reset()
+    for image in range(1, 13):
+        found = [dict(one, category_id=one["category_id"] - 1) for one in detections if one["image_id"] == image]
+        evaluator._predictions.append({"image_id": image, "instances": found})
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = evaluator.evaluate()
+    ap = average_precision(evaluator.matches["bbox"], np.ones((1, 12), dtype=int))[0]
+    np.testing.assert_allclose(ap, results["bbox"]["AP"], atol=1e-9)
+    assert evaluator.image_ids == list(range(1, 13))
+    np.testing.assert_array_equal(evaluator.resample(np.ones((1, 12), dtype=int))["bbox.AP"], [ap])
+    small, large = (each["bbox"] for each in evaluator.matches_of_size.values())
+    assert list(evaluator.matches_of_size) == [(0, 32), (32, 1e5)]
+    ap = average_precision(small, np.ones((1, 12), dtype=int))[0]
+    np.testing.assert_allclose(ap, results["bbox"]["APs"], atol=1e-9)
+    assert sum(one.objects.sum() for one in small + large) == sum(
+        one.objects.sum() for one in evaluator.matches["bbox"]
+    )
