@@ -2,13 +2,18 @@
 
 import logging
 import re
-import resource
-from math import prod
+import sys
+from math import nan, prod
 from pathlib import Path
 
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -65,9 +70,16 @@ class PeakMemory:
             pass
 
     def read(self) -> float:
+        """In MB; nan where the system does not tell."""
         if self._cuda:
             return torch.cuda.max_memory_allocated() / 1e6
         try:
-            return int(re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())[1]) * 1024 / 1e6
+            peak = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
         except OSError:
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+            peak = None
+        if peak is not None:
+            return int(peak[1]) * 1024 / 1e6
+        if resource is None:
+            return nan
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, else KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

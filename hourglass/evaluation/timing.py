@@ -1,5 +1,6 @@
 """Times of a model's parts, taken from outside it."""
 
+import math
 import time
 from typing import NamedTuple
 
@@ -49,6 +50,8 @@ class Run(NamedTuple):
             blocks of the tokens that they had to stand for.
         middle: tokens that left them, in the mean over blocks too.
         size: tokens of the encoder's finest output.
+        preprocessing: milliseconds from the input dictionaries to the encoder's first start.
+        finite: whether the encoder's output was.
     """
 
     total: float
@@ -57,6 +60,13 @@ class Run(NamedTuple):
     full: float
     middle: float
     size: int
+    preprocessing: float = 0.0
+    finite: bool = True
+
+    @property
+    def rest(self) -> float:
+        """Milliseconds that are neither preprocessing nor the encoder's."""
+        return self.total - self.preprocessing - self.encoder
 
 
 class Stopwatch:
@@ -76,6 +86,7 @@ class Stopwatch:
         self._tokens: list[tuple[int | torch.Tensor, int]] = []
         self._each_block = False
         self._size = 0
+        self._sums: list[torch.Tensor] = []
         #: The encoder's input in the last run.
         self.encoder_input: tuple = ()
         self._handles = [
@@ -96,17 +107,20 @@ class Stopwatch:
         for spans in self._spans.values():
             spans.clear()
         self._tokens.clear()
+        self._sums.clear()
         self._clock.synchronize()
-        start = time.perf_counter()
+        start, mark = time.perf_counter(), self._clock.mark()
         outputs = self._model(inputs)
         self._clock.synchronize()
         total = (time.perf_counter() - start) * 1000
         encoder, reduction = (
             sum(self._clock.between(*span) for span in self._spans[part]) for part in ("encoder", "reduction")
         )
+        preprocessing = self._clock.between(mark, self._spans["encoder"][0][0]) if self._spans["encoder"] else 0.0
+        finite = all(math.isfinite(total) for total in self._sums)
         full, middle = (sum(float(count) for count in counts) for counts in zip(*self._tokens or [(0, 0)]))
         calls = max(1, len(self._tokens)) if self._each_block else 1
-        return outputs, Run(total, encoder, reduction, full / calls, middle / calls, self._size)
+        return outputs, Run(total, encoder, reduction, full / calls, middle / calls, self._size, preprocessing, finite)
 
     def close(self) -> None:
         for handle in self._handles:
@@ -125,6 +139,9 @@ class Stopwatch:
     def _encoder_stops(self, module: nn.Module, inputs: tuple, features: dict[str, torch.Tensor]) -> None:
         self._stop("encoder")
         self._size = max(feature.shape[0] * feature.shape[-2] * feature.shape[-1] for feature in features.values())
+        # What is not finite reaches the smallest output too; its sum costs least, and is read when the device is done.
+        smallest = min(features.values(), key=torch.Tensor.numel)
+        self._sums.append(smallest.sum(dtype=torch.float32))
 
     def _reducer_starts(self, module: nn.Module, inputs: tuple) -> None:
         self._start("reduction")

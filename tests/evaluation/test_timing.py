@@ -1,4 +1,10 @@
+import importlib
+import math
+import subprocess
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,9 +70,12 @@ def test_the_parts_of_a_run_are_told_apart(device, scope, grid):
     outputs, again = watch.run(inputs)
     for each in (run, again):
         assert each.total >= each.encoder + 50 and each.encoder >= each.reduction >= 50
+        # The detector idles before its encoder.
+        assert each.preprocessing >= 50 and each.rest >= 0 and each.finite
+        assert each.preprocessing + each.encoder + each.rest == pytest.approx(each.total)
         assert each.reduction < 50 + 1000  # two sleeps, not those of every run so far
     middle = 20 if scope == "map" else 16
-    assert (run.full, run.middle, run.size) == (64, middle, 64) == again[3:]
+    assert (run.full, run.middle, run.size) == (64, middle, 64) == again[3:6]
     assert outputs[0]["features"]["last_feat"].shape == (1, 16, 8, 8)
     watch.close()
     assert not any(module._forward_hooks for module in model.modules())
@@ -145,6 +154,66 @@ def test_reducing_and_restoring_are_counted():
     assert once < often < unmodified
     # An iteration is two products of 64 tokens with 16 centres, of 16 channels each.
     assert (often - once) * 1e9 == pytest.approx(2 * 2 * 64 * 16 * 16)
+
+
+class Fixed(nn.Module):
+    """Gives what it is made of."""
+
+    def __init__(self, **features):
+        super().__init__()
+        self.features = features
+
+    def forward(self, x):
+        return self.features
+
+
+@pytest.mark.parametrize("value, finite", [(1e4, True), (float("nan"), False), (float("-inf"), False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_output_of_the_encoder_that_is_not_finite_is_noticed(value, finite, dtype):
+    feature = torch.full((1, 4, 8, 8), 1e4, dtype=dtype)  # whose sum float16 does not hold
+    feature[0, 1, 2, 3] = value
+    model = Detector(Fixed(res2=torch.zeros(1, 4, 16, 16, dtype=dtype), res3=feature))
+    watch = Stopwatch(model, model.encoder, Clock("cpu"))
+    assert watch.run(INPUTS)[1].finite is finite
+    model.encoder.features["res3"] = torch.zeros(1, 4, 8, 8)
+    assert watch.run(INPUTS)[1].finite  # the next image's does not remember it
+
+
+def test_cost_without_the_module_resource(monkeypatch, tmp_path):
+    """Windows has none, and no /proc."""
+    import hourglass.evaluation.cost as cost
+
+    monkeypatch.setitem(sys.modules, "resource", None)
+    try:
+        importlib.reload(cost)
+        assert cost.resource is None
+        monkeypatch.setattr(cost, "_CLEAR_REFS", tmp_path / "none" / "clear_refs")
+        monkeypatch.setattr(cost, "_STATUS", tmp_path / "none" / "status")
+        memory = cost.PeakMemory("cpu")
+        memory.reset()
+        assert math.isnan(memory.read())
+    finally:
+        monkeypatch.undo()
+        importlib.reload(cost)
+
+
+def test_the_package_is_imported_without_the_module_resource():
+    code = "import sys; sys.modules['resource'] = None; import hourglass, hourglass.evaluation, train_net"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("platform, unit", [("darwin", 1), ("linux", 1024)])
+def test_the_peak_of_the_process_is_in_the_systems_unit(monkeypatch, tmp_path, platform, unit):
+    """macOS says bytes, others KiB."""
+    import hourglass.evaluation.cost as cost
+
+    usage = SimpleNamespace(getrusage=lambda who: SimpleNamespace(ru_maxrss=3_000_000), RUSAGE_SELF=0)
+    (tmp_path / "status").write_text("Name: python\n")  # as sandboxes have it, without the peak
+    monkeypatch.setattr(cost, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(cost, "resource", usage)
+    monkeypatch.setattr(sys, "platform", platform)
+    assert cost.PeakMemory("cpu").read() == pytest.approx(3 * unit)
 
 
 @pytest.mark.parametrize("device", DEVICES)
