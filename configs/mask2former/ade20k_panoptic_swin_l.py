@@ -2,11 +2,10 @@
 
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
-from detectron2.evaluation import SemSegEvaluator
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 
 from hourglass.data.panoptic import register_ade20k_panoptic
-from hourglass.evaluation import PanopticEvaluator
+from hourglass.evaluation import PanopticEvaluator, SemanticEvaluator
 
 from .coco_panoptic_swin_l import dataloader, evaluation, model, optimizer, plan, train
 
@@ -33,7 +32,7 @@ dataloader.test.dataset.names = "ade20k_panoptic_val"
 dataloader.test.mapper.augmentations[0].update(short_edge_length=640, max_size=2560)
 dataloader.evaluator = [
     L(PanopticEvaluator)(dataset_name="${...test.dataset.names}"),
-    L(SemSegEvaluator)(dataset_name="${...test.dataset.names}"),
+    L(SemanticEvaluator)(dataset_name="${...test.dataset.names}"),
 ]
 
 train.init_checkpoint = (
