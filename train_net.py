@@ -27,7 +27,7 @@ from hourglass.checkpoint import load_checkpoint
 from hourglass.compat import init_process_group
 from hourglass.data.loading import build_loader, load_images, load_records
 from hourglass.encoders import find_encoder
-from hourglass.evaluation import Subject, compare, describe, to_json, to_table, write_report
+from hourglass.evaluation import Subject, compare, to_json, to_text, write_report
 from hourglass.evaluation.journal import open_journal
 from hourglass.launch import DEMO, build, build_evaluator, load_config, one_line, refuse
 from hourglass.reduction.selection import RANDOM
@@ -40,6 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-only", action="store_true", help="compare the models, do not train")
     parser.add_argument("--control", action="store_true", help="also the model with the plan's blocks left out")
     parser.add_argument("--only", choices=("unmodified", "expedited"), help="run one of the models")
+    parser.add_argument("--by-class", action="store_true", help="also tables by class, largest loss first")
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -91,9 +92,11 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
         dtype=cfg.evaluation.dtype,
         plan=plan.describe(),
     )
-    print(f"\n{describe(document)}\n\n{to_table(document)}\n")
-    write_report(document, cfg.train.output_dir)
-    print(f"written to {os.path.join(cfg.train.output_dir, 'comparison.json')} and comparison.md", flush=True)
+    print(f"\n{to_text(document, by_class=args.by_class)}\n")
+    for line in document["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
+    write_report(document, cfg.train.output_dir, args.by_class)
+    print(f"written to {os.path.join(cfg.train.output_dir, 'comparison.json')}, .csv and .md", flush=True)
     if journal is not None:
         journal.remove()
     return document

@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import multiprocessing
-import platform
 import sys
 import warnings
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from hourglass.config import find_encoder_node  # noqa: E402
 from hourglass.encoders import HourglassViT  # noqa: E402
 from hourglass.encoders.vit import run_attention, run_block  # noqa: E402
 from hourglass.evaluation.cost import PeakMemory, count_gflops  # noqa: E402
+from hourglass.evaluation.environment import processor  # noqa: E402
 from hourglass.evaluation.report import spread  # noqa: E402
 from hourglass.evaluation.resampling import ratio_of_medians  # noqa: E402
 from hourglass.evaluation.timing import Clock, Stopwatch  # noqa: E402
@@ -312,18 +312,10 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def machine(device: str) -> dict[str, Any]:
-    known = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    known = {"cpu": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     if device == "cuda":
         known["gpu"] = torch.cuda.get_device_name()
     return known
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def to_table(document: dict[str, Any]) -> str:

@@ -45,9 +45,10 @@ from hourglass.checks import check_count  # noqa: E402
 from hourglass.data.loading import build_loader  # noqa: E402
 from hourglass.encoders import find_encoder  # noqa: E402
 from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, compare  # noqa: E402
+from hourglass.evaluation.figures import label_of, limit_of, split_key  # noqa: E402
 from hourglass.evaluation.instances import average_precision  # noqa: E402
 from hourglass.evaluation.journal import members  # noqa: E402
-from hourglass.evaluation.report import describe_interval, describe_limit, without_nan  # noqa: E402
+from hourglass.evaluation.report import describe_interval, without_nan  # noqa: E402
 from hourglass.evaluation.resampling import draw_samples, ratio_of_samples  # noqa: E402
 from hourglass.files import check_folder  # noqa: E402
 from hourglass.launch import build, build_evaluator, load_config, one_line  # noqa: E402
@@ -56,7 +57,6 @@ CONFIG = ROOT / "configs" / "demo" / "vitdet.py"
 # Blocks that the demo's model needs: without them it keeps half of its AP.
 BLOCKS = (2, 6)
 BUDGETS = (0.6, 0.4, 0.25)
-FIGURES = {"bbox.AP": "box AP", "segm.AP": "mask AP", "panoptic_seg.PQ": "PQ"}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -217,8 +217,8 @@ def to_document(measured: Measured, args: argparse.Namespace) -> dict[str, Any]:
         rows[name] = {
             "plan": plan.describe(),
             "tokens": tokens,
-            "accuracy": {key: float(figures.samples[key][0]) for key in FIGURES if key in kept},
-            "retention": {key: kept[key]._asdict() for key in FIGURES if key in kept},
+            "accuracy": {key: figures.accuracy[task][metric] for key in kept for task, metric in [split_key(key)]},
+            "retention": {key: share._asdict() for key, share in kept.items()},
             "speedup": comparison.speedup(name, "encoder")._asdict(),
             "encoder_ms": float(np.median(figures.runs["encoder"])),
             "reduction_ms": reduction,
@@ -284,11 +284,11 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> set[str]:
 
 def to_table(document: dict[str, Any], tablefmt: str = "github") -> str:
     figures = list(document["models"]["unmodified"]["retention"])
-    limit = describe_limit(document["max_detections"])
+    limit = document["max_detections"]
     headers = [
         "reducer, budget",
         "tokens",
-        *(f"{FIGURES[key]} kept{limit if key.endswith('AP') else ''}" for key in figures),
+        *(f"{label_of(key)} kept{limit_of(key, limit)}" for key in figures),
         "encoder speed-up",
         "encoder, ms",
         "reducing and restoring, ms",
@@ -307,7 +307,7 @@ def to_table(document: dict[str, Any], tablefmt: str = "github") -> str:
                 f"{row['encoder_ms']:.0f}",
                 f"{row['reduction_ms']:.1f}" if reduces else "",
                 f"{100 * row['reduction_share']:.1f} %" if reduces else "",
-                ", ".join(FIGURES[key].split()[0] for key in figures if row["front"][key]),
+                ", ".join(label_of(key).split()[0] for key in figures if row["front"][key]),
             ]
         )
     return _tabulate(rows, headers, tablefmt)
@@ -320,8 +320,7 @@ def to_parts_table(document: dict[str, Any], tablefmt: str = "github") -> str:
     for name, part in parts.items():
         kind, count = next(iter(part.items()))
         counts[name] = f"{count} {kind if count > 1 else kind[:-1]}"
-    limit = describe_limit(document["max_detections"])
-    headers = [f"mask AP{limit}", *(f"{name}, {count}" for name, count in counts.items())]
+    headers = [label_of("segm.AP", document["max_detections"]), *(f"{name}, {count}" for name, count in counts.items())]
     rows = [["unmodified, AP", *(f"{part['accuracy']['unmodified']:.1f}" for part in parts.values())]]
     for name in list(document["models"])[1:]:
         rows.append([f"{name}, kept", *(describe_interval(part["retention"][name]) for part in parts.values())])
@@ -374,7 +373,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         if front:
             axes.plot(*zip(*sorted(front)), color="black", linewidth=1, linestyle="--", zorder=0, label="Pareto front")
         axes.set_xlabel("encoder speed-up, times the unmodified encoder")
-        axes.set_ylabel(f"{FIGURES[key]} kept, %")
+        axes.set_ylabel(f"{label_of(key)} kept, %")
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.suptitle(
@@ -394,7 +393,10 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--budgets takes shares of the tokens in (0, 1], got {budget}")
     check_folder("--output", args.output)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    document = without_nan(to_document(measure(args), args))
+    measured = measure(args)
+    for line in measured.comparison.warnings():
+        print(f"warning: {line}", file=sys.stderr)
+    document = without_nan(to_document(measured, args))
     table = to_table(document)
     if document["parts"]:
         table += f"\n\n{to_parts_table(document)}"

@@ -22,3 +22,31 @@ def write_whole(path: Path, text: str) -> None:
         whole = Path(folder) / path.name
         whole.write_text(text)
         os.replace(whole, path)
+
+
+def write_together(folder: str | os.PathLike, texts: dict[str, str]) -> None:
+    """
+    Write several files into a folder, which is made where it is missing: all of them whole, or none.
+
+    Args:
+        folder: of the files. Where one cannot be written, those that were there before are there again.
+        texts: name -> content.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = {name: (folder / name).read_bytes() for name in texts if (folder / name).exists()}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for name, text in texts.items():
+            (Path(scratch) / name).write_text(text, encoding="utf-8")
+        written = []
+        try:
+            for name in texts:
+                os.replace(Path(scratch) / name, folder / name)
+                written.append(name)
+        except OSError:
+            for name in written:
+                if name in before:
+                    (folder / name).write_bytes(before[name])
+                else:
+                    (folder / name).unlink()
+            raise

@@ -1,7 +1,7 @@
 from hourglass.evaluation.compare import Comparison, Subject, compare
 from hourglass.evaluation.instances import InstanceEvaluator
 from hourglass.evaluation.panoptic import PanopticEvaluator
-from hourglass.evaluation.report import describe, to_json, to_table, write_report
+from hourglass.evaluation.report import describe, to_class_tables, to_csv, to_json, to_table, to_text, write_report
 from hourglass.evaluation.semantic import SemanticEvaluator
 
 __all__ = [
@@ -12,7 +12,10 @@ __all__ = [
     "Subject",
     "compare",
     "describe",
+    "to_class_tables",
+    "to_csv",
     "to_json",
     "to_table",
+    "to_text",
     "write_report",
 ]

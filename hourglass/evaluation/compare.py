@@ -24,12 +24,22 @@ from tqdm import tqdm
 
 from hourglass.errors import InputError
 from hourglass.evaluation.cost import PeakMemory, count_gflops
+from hourglass.evaluation.faults import describe_gaps, describe_weights, find_faults
+from hourglass.evaluation.figures import by_class, reported
+from hourglass.evaluation.instances import complete_accuracy
 from hourglass.evaluation.journal import Journal, dump, members, restore
-from hourglass.evaluation.resampling import Interval, draw_samples, ratio_of_medians, ratio_of_samples
+from hourglass.evaluation.resampling import (
+    Difference,
+    Interval,
+    difference_of_samples,
+    draw_samples,
+    mean_of_classes,
+    ratio_of_medians,
+    ratio_of_samples,
+)
 from hourglass.evaluation.timing import Clock, Run, Stopwatch
 
-# The figure that a task's retention is of; AP for the tasks that are not here.
-MAIN_METRICS = {"panoptic_seg": "PQ", "sem_seg": "mIoU"}
+logger = logging.getLogger(__name__)
 
 
 class Subject(NamedTuple):
@@ -57,7 +67,10 @@ class Measurement(NamedTuple):
             first sample is the images themselves. Of evaluators that can be resampled.
         runs: part of a :class:`Run` -> (images,).
         encoder_gflops: of the first image.
-        peak_memory_mb: over all images.
+        peak_memory_mb: over all images; nan where the system does not tell.
+        classes: "task.metric" -> class -> (samples,) as `samples`; of evaluators that cannot be resampled the figure of
+            the images alone.
+        warnings: what is to be said of the model's figures, a line each.
     """
 
     accuracy: dict[str, dict[str, float]]
@@ -65,6 +78,8 @@ class Measurement(NamedTuple):
     runs: dict[str, np.ndarray]
     encoder_gflops: float
     peak_memory_mb: float
+    classes: dict[str, dict[str, np.ndarray]] = {}
+    warnings: tuple[str, ...] = ()
 
 
 class Comparison(NamedTuple):
@@ -93,14 +108,42 @@ class Comparison(NamedTuple):
         first, kept = next(iter(self.models.values())), self.models[name]
         shares = {}
         for task, metrics in first.accuracy.items():
-            main = MAIN_METRICS.get(task, "AP")
-            key = f"{task}.{main}"
-            if key in first.samples and key in kept.samples:
-                shares[key] = ratio_of_samples(first.samples[key], kept.samples[key])
-            elif main in metrics:
-                figure = kept.accuracy.get(task, {}).get(main, np.nan)
-                shares[key] = Interval(figure / metrics[main] if metrics[main] > 0 else np.nan, np.nan, np.nan)
+            for figure in reported(task, metrics):
+                if not figure.retention:
+                    continue
+                key = figure.key
+                if figure.interval and key in first.samples and key in kept.samples:
+                    shares[key] = ratio_of_samples(first.samples[key], kept.samples[key])
+                else:
+                    whole, part = metrics[figure.metric], kept.accuracy.get(task, {}).get(figure.metric, np.nan)
+                    shares[key] = Interval(part / whole if whole > 0 else np.nan, np.nan, np.nan)
         return shares
+
+    def difference_by_class(self, name: str) -> dict[str, dict[str, Difference]]:
+        """
+        By how many points the figure of each class is higher than the first model's: "bbox.AP" -> class -> difference,
+        with a paired bootstrap interval over images; nan as for :meth:`retention`.
+        """
+        first, other = next(iter(self.models.values())), self.models[name]
+        return {
+            key: {
+                each: difference_of_samples(samples, other.classes[key][each])
+                for each, samples in classes.items()
+                if each in other.classes[key]
+            }
+            for key, classes in first.classes.items()
+            if key in other.classes
+        }
+
+    def warnings(self) -> list[str]:
+        """What is to be said of the figures: of all models, or of those that are named."""
+        told: dict[str, list[str]] = {}
+        for name, measurement in self.models.items():
+            for line in measurement.warnings:
+                told.setdefault(line, []).append(name)
+        return [
+            line if len(names) == len(self.models) else f"{', '.join(names)}: {line}" for line, names in told.items()
+        ]
 
     def efficiency(self, name: str) -> float:
         """Share of the encoder's time that is not reducing and restoring: 1 is the limit for its number of tokens."""
@@ -142,6 +185,9 @@ def compare(
         KeyboardInterrupt: with what the journal keeps.
     """
     names = list(subjects)
+    for name, subject in subjects.items():
+        for line in describe_weights(subject.model):
+            logger.warning("%s: %s", name, line)
     with contextlib.nullcontext() if journal is None else journal:
         shares = comm.all_gather(_run(subjects, images, device, dtype, warmup, what, journal))
         image_ids = [image_id for finished, _ in shares for image_id in finished]
@@ -149,18 +195,29 @@ def compare(
         if repeated:
             raise InputError(f"an image is compared once, got {repeated[0]!r} in more than one process")
         accuracy = {name: _evaluate(subject.evaluator, image_ids) for name, subject in subjects.items()}
-        samples = {name: _resample(subject.evaluator) for name, subject in subjects.items()}
+        for name, subject in subjects.items():
+            complete_accuracy(members(subject.evaluator), accuracy[name], image_ids)
+        resampled = {name: _resample(subject.evaluator, accuracy[name]) for name, subject in subjects.items()}
     if not comm.is_main_process():
         return None
     measurements = {}
     for name in names:
         every = [measured[name] for finished, _ in shares for measured in finished.values()]
+        runs = {part: np.array([getattr(each.run, part) for each in every]) for part in Run._fields}
+        samples, classes = resampled[name]
+        model, evaluator = subjects[name].model, subjects[name].evaluator
+        in_list = isinstance(evaluator, DatasetEvaluators)
         measurements[name] = Measurement(
             accuracy=accuracy[name],
-            samples=samples[name],
-            runs={part: np.array([getattr(each.run, part) for each in every]) for part in Run._fields},
+            samples=samples,
+            runs=runs,
             encoder_gflops=next(gflops[name] for _, gflops in shares if name in gflops),
             peak_memory_mb=max(each.peak_memory_mb for each in every),
+            classes=classes,
+            warnings=(
+                *find_faults(model, members(evaluator), runs["finite"], in_list),
+                *describe_gaps(accuracy[name], classes),
+            ),
         )
     limits = [getattr(member, "max_detections", None) for member in members(subjects[names[0]].evaluator)]
     return Comparison(measurements, next((limit for limit in limits if limit is not None), None))
@@ -289,13 +346,27 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _resample(evaluator: DatasetEvaluator) -> dict[str, np.ndarray]:
-    figures = {}
+def _resample(
+    evaluator: DatasetEvaluator, accuracy: dict[str, dict[str, float]]
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, np.ndarray]]]:
+    """The samples and the classes of a :class:`Measurement`."""
+    samples, classes = {}, {}
     for member in members(evaluator):
         # In all but the main process an evaluator has nothing to draw from.
-        if hasattr(member, "resample") and len(member.image_ids):
-            figures.update(member.resample(draw_samples(len(member.image_ids))))
-    return figures
+        images = len(getattr(member, "image_ids", ()))
+        if images and hasattr(member, "resample_classes"):
+            weights = draw_samples(images)
+            figures = member.resample_classes(weights)
+            classes.update(figures)
+            samples.update({key: mean_of_classes(each.values(), len(weights)) for key, each in figures.items()})
+        elif images and hasattr(member, "resample"):
+            samples.update(member.resample(draw_samples(images)))
+    for task, metrics in accuracy.items():
+        for figure in reported(task, metrics):
+            known = by_class(figure, metrics) if figure.main and figure.key not in classes else {}
+            if known:
+                classes[figure.key] = {name: np.array([value]) for name, value in known.items()}
+    return samples, classes
 
 
 def _own_images(evaluator: DatasetEvaluator) -> set[Any] | None:

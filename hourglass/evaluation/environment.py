@@ -1,6 +1,7 @@
 """What figures were measured with: hardware and versions."""
 
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,21 @@ def describe_environment(device: str) -> dict[str, Any]:
     """
     Args:
         device: "cuda" or "cpu".
+
+    Returns:
+        "device", "gpu", "driver" and "cuda" (None without a GPU), "cpu", "threads" of torch, "processes", "system", and
+        "versions" of the packages that figures depend on.
     """
+    cuda = device == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "driver": driver_version() if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "processes": comm.get_world_size(),
+        "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "hourglass": __version__,
             "detectron2": detectron2.__version__,
@@ -41,3 +52,13 @@ def processor() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def driver_version() -> str | None:
+    """NVIDIA's driver; None where ``nvidia-smi``, which comes with it, does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.split()), None)

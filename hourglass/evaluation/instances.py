@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, RotatedCOCOEvaluator
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
@@ -187,28 +187,12 @@ class InstanceEvaluator(COCOEvaluator):
 
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict:
         if coco_eval is None:
-            coco_eval = self._evaluate_nothing(iou_type)
+            coco_eval = evaluate_nothing(self, iou_type, self._chosen)
         self.image_ids = list(coco_eval.params.imgIds)
         self.matches[iou_type] = read_matches(coco_eval)
         for size, area in self._areas.items():
             self.matches_of_size[size][iou_type] = read_matches(coco_eval, area)
         return super()._derive_coco_results(coco_eval, iou_type, class_names)
-
-    def _evaluate_nothing(self, iou_type: str) -> COCOeval:
-        """What Detectron2 leaves out where there is no detection at all: ``loadRes`` takes no empty list."""
-        nothing = COCO()
-        nothing.dataset = {**self._coco_api.dataset, "annotations": []}
-        with contextlib.redirect_stdout(io.StringIO()):
-            nothing.createIndex()
-            kind = COCOeval if self.max_detections == 100 else COCOevalMaxDets
-            coco_eval = kind(self._coco_api, nothing, iou_type)
-            coco_eval.params.imgIds = self._chosen
-            if iou_type != "keypoints":
-                coco_eval.params.maxDets = self._max_dets_per_image
-            coco_eval.evaluate()
-            coco_eval.accumulate()
-            coco_eval.summarize()
-        return coco_eval
 
     def resample(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """
@@ -235,6 +219,56 @@ class InstanceEvaluator(COCOEvaluator):
             nothing = np.full(len(weights), np.nan)
             figures[f"{task}.AP"] = {name: known.get(id, nothing) for id, name in self._classes.items()}
         return figures
+
+
+def evaluate_nothing(evaluator: COCOEvaluator, iou_type: str, img_ids: Sequence) -> COCOeval:
+    """
+    What Detectron2 leaves out where there is no detection at all, as ``loadRes`` takes no empty list.
+
+    Args:
+        evaluator: of the data set.
+        iou_type: "bbox", "segm" or "keypoints".
+        img_ids: the images that are evaluated.
+
+    Returns:
+        after ``summarize()``: 0 where there is something to find, -1 where there is not.
+    """
+    nothing = COCO()
+    nothing.dataset = {**evaluator._coco_api.dataset, "annotations": []}
+    limits = evaluator._max_dets_per_image
+    with contextlib.redirect_stdout(io.StringIO()):
+        nothing.createIndex()
+        coco_eval = (COCOeval if limits[-1] == 100 else COCOevalMaxDets)(evaluator._coco_api, nothing, iou_type)
+        coco_eval.params.imgIds = list(img_ids)
+        if iou_type != "keypoints":
+            coco_eval.params.maxDets = limits
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    return coco_eval
+
+
+def complete_accuracy(
+    evaluators: Sequence[DatasetEvaluator], accuracy: dict[str, dict[str, float]], img_ids: Sequence | None
+) -> None:
+    """
+    Write the zeros into ``accuracy`` that Detectron2's own ``COCOEvaluator`` gives as nan where a model found nothing.
+
+    Args:
+        evaluators: that gave it.
+        accuracy: task -> metric -> figure.
+        img_ids: the images that were evaluated; None: all of the data set.
+    """
+    for evaluator in evaluators:
+        if not isinstance(evaluator, COCOEvaluator) or isinstance(evaluator, (InstanceEvaluator, RotatedCOCOEvaluator)):
+            continue
+        for task in accuracy.keys() & set(getattr(evaluator, "_results", ())):
+            if task in ("bbox", *FIELDS) and np.isnan(list(accuracy[task].values())).all():
+                chosen = evaluator._coco_api.getImgIds() if img_ids is None else img_ids
+                classes = evaluator._metadata.get("thing_classes")
+                accuracy[task] = evaluator._derive_coco_results(
+                    evaluate_nothing(evaluator, task, chosen), task, class_names=classes
+                )
 
 
 def read_matches(coco_eval: Any, area: tuple[float, float] | None = None) -> list[Matches]:

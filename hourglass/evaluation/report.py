@@ -1,33 +1,24 @@
-"""A comparison as a table and as JSON."""
+"""A comparison as a table, as JSON and as CSV."""
 
+import csv
+import io
 import json
 import math
 import os
-import platform
-from pathlib import Path
 from typing import Any
 
-import detectron2
 import numpy as np
-import torch
-import torchvision
 from tabulate import tabulate
 
 from hourglass.evaluation.compare import Comparison, Measurement
-from hourglass.files import write_whole
-from hourglass.version import __version__
+from hourglass.evaluation.environment import describe_environment
+from hourglass.evaluation.figures import find_figure, label_of, reported, split_key
+from hourglass.files import write_together
 
-SCHEMA = 2
-TASKS = {"bbox": "box", "segm": "mask"}
-# What is reported of a task, and its label in the table: None is for the document alone. Of other tasks every AP is.
-METRICS = {
-    "panoptic_seg": {
-        f"{metric}{suffix}": f"{metric}{label}"
-        for suffix, label in (("", ""), ("_th", " things"), ("_st", " stuff"))
-        for metric in ("PQ", "SQ", "RQ")
-    },
-    "sem_seg": {"mIoU": "mIoU", "fwIoU": None, "mACC": None, "pACC": None},
-}
+SCHEMA = 3
+# Parts of a run, in its order and at last the whole.
+PARTS = ("preprocessing", "encoder", "rest", "total")
+CSV_FIELDS = ("model", "figure", "class", "value", "low", "high")
 
 
 def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
@@ -37,7 +28,8 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
         about: "dataset", "device", "dtype" and "plan".
 
     Returns:
-        the content of ``comparison.json``: latencies in ms, retention and efficiency as shares, retention and speed-up
+        the content of ``comparison.json``: figures in percent, also by class, and by how many points each class differs
+        from the first model's; latencies in ms, retention and efficiency as shares; retention, speed-up and differences
         with 95 % intervals, None where a figure does not exist.
     """
     models = comparison.models
@@ -49,17 +41,8 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
         "dataset": about["dataset"],
         "images": len(first.runs["total"]),
         "max_detections": comparison.max_detections,
-        "device": about["device"],
         "dtype": about["dtype"],
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "hourglass": __version__,
-            "detectron2": detectron2.__version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        "environment": describe_environment(about["device"]),
         "plan": about["plan"],
         "models": {name: _model(measurement, reduced) for name, measurement in models.items()},
     }
@@ -71,6 +54,14 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
         document["efficiency"] = comparison.efficiency("expedited")
     if "unmodified" in models and "control" in models:
         document["control_retention"] = _retention(comparison, "control")
+    document["difference_by_class"] = {
+        name: {
+            key: {each: difference._asdict() for each, difference in classes.items()}
+            for key, classes in comparison.difference_by_class(name).items()
+        }
+        for name in list(models)[1:]
+    }
+    document["warnings"] = comparison.warnings()
     return without_nan(document)
 
 
@@ -86,24 +77,23 @@ def _retention(comparison: Comparison, name: str) -> dict[str, dict[str, float]]
 def _model(measurement: Measurement, reduced: np.ndarray | None) -> dict[str, Any]:
     """``reduced``: the tokens, image by image, that a plan reduces in this or another of the models."""
     runs = measurement.runs
+    times = {**runs, "rest": runs["total"] - runs["preprocessing"] - runs["encoder"]}
     full = runs["size"] if reduced is None else reduced
     middle = runs["middle"] if runs["full"].any() else full
     return {
         "accuracy": {
-            task: {metric: value for metric, value in metrics.items() if _is_reported(task, metric)}
+            task: {figure.metric: metrics[figure.metric] for figure in reported(task, metrics)}
             for task, metrics in measurement.accuracy.items()
         },
-        "latency_ms": {part: spread(runs[part]) for part in ("encoder", "total")},
+        "by_class": {
+            key: {name: float(samples[0]) for name, samples in classes.items()}
+            for key, classes in measurement.classes.items()
+        },
+        "latency_ms": {part: spread(times[part]) for part in PARTS},
         "encoder_gflops": measurement.encoder_gflops,
         "tokens": {"full": float(np.median(full)), "middle": float(np.median(middle))},
         "peak_memory_mb": measurement.peak_memory_mb,
     }
-
-
-def _is_reported(task: str, metric: str) -> bool:
-    if task in METRICS:
-        return metric in METRICS[task]
-    return metric.startswith("AP") and "-" not in metric  # not "AP-person"
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
@@ -129,34 +119,31 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
         a row for each figure, a column for each model, and one for each of the others' ratio to the unmodified.
     """
     models = document["models"]
-    against = {
-        "fast attention": document.get("fast_attention"),
-        "expedited": document if "speedup" in document else None,
-        "control": {"retention": document["control_retention"]} if "control_retention" in document else None,
-    }
-    against = {name: ratios for name, ratios in against.items() if ratios is not None}
+    against = _against(document)
     rows = []
 
     def row(label: str, cells: list[str], ratios: dict[str, str] | None = None) -> None:
         rows.append([label, *cells, *((ratios or {}).get(name, "") for name in against)])
 
-    limit = describe_limit(document["max_detections"])
-    for task in next(iter(models.values()))["accuracy"]:
-        for metric in next(iter(models.values()))["accuracy"][task]:
-            label = METRICS[task][metric] if task in METRICS else f"{TASKS.get(task, task)} {metric}{limit}"
-            if label is None:
-                continue
-            key = f"{task}.{metric}"
-            cells = [_number(model["accuracy"].get(task, {}).get(metric), 1) for model in models.values()]
-            shares = {name: ratios["retention"] for name, ratios in against.items()}
-            row(label, cells, {name: describe_interval(share[key]) for name, share in shares.items() if key in share})
-    for part in ("encoder", "total"):
+    for key in _keys(models):
+        task, metric = split_key(key)
+        if find_figure(task, metric).label is None:
+            continue
+        cells = [_number(model["accuracy"].get(task, {}).get(metric), 1) for model in models.values()]
+        shares = {name: ratios["retention"] for name, ratios in against.items()}
+        ratios = {name: describe_interval(share[key]) for name, share in shares.items() if key in share}
+        row(label_of(key, document["max_detections"]), cells, ratios)
+    speedups = {name: ratios["speedup"] for name, ratios in against.items() if "speedup" in ratios}
+    for part in PARTS:
         cells = [_latency(model["latency_ms"][part]) for model in models.values()]
-        speedups = {name: ratios["speedup"] for name, ratios in against.items() if "speedup" in ratios}
         row(
             f"{part} latency, ms (p10-p90)",
             cells,
-            {name: "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**speedup[part]) for name, speedup in speedups.items()},
+            {
+                name: "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**speedup[part])
+                for name, speedup in speedups.items()
+                if part in speedup
+            },
         )
     gflops = {name: model["encoder_gflops"] for name, model in models.items()}
     ratios = {name: f"{gflops[name] / gflops['unmodified']:.2f}x" for name in speedups}
@@ -166,20 +153,128 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
     row("peak memory, MB", [_number(model["peak_memory_mb"], 0) for model in models.values()])
     if "efficiency" in document:
         row("efficiency", [_percent(document["efficiency"]) if name == "expedited" else "" for name in models])
-    headers = ["", *models, *(f"{name} / unmodified" for name in against)]
+    return _tabulate(rows, ["", *models, *(f"{name} / unmodified" for name in against)], tablefmt)
+
+
+def to_class_tables(document: dict[str, Any], tablefmt: str = "simple") -> str:
+    """
+    Args:
+        document: from :func:`to_json`.
+        tablefmt: of ``tabulate``.
+
+    Returns:
+        for each figure that is known by class a table with a row for each class that has it: the models' figures, and
+        by how many points the expedited model's (without one, the last model's) differs from the first's, largest loss
+        first. Of one model alone, the lowest figure first.
+    """
+    models = document["models"]
+    other = "expedited" if "expedited" in document["difference_by_class"] else list(models)[-1]
+    tables = []
+    for key in _keys(models):
+        known = {name: model["by_class"][key] for name, model in models.items() if key in model["by_class"]}
+        if not known:
+            continue
+        differences = document["difference_by_class"].get(other, {}).get(key)
+        classes = [each for each in dict.fromkeys(each for model in known.values() for each in model)]
+        rows = []
+        for each in classes:
+            cells = [_number(model.get(each), 1) for model in known.values()]
+            if set(cells) == {"-"}:
+                continue
+            if differences is None:
+                rank = next(iter(known.values()))[each]
+            else:
+                difference = differences.get(each, dict.fromkeys(("points", "low", "high")))
+                rank = difference["points"]
+                cells.append(_points(difference))
+            rows.append((math.inf if rank is None else rank, [each, *cells]))
+        headers = [f"{label_of(key, document['max_detections'])} by class", *known]
+        if differences is not None:
+            headers.append(f"{other} - {next(iter(models))}")
+        rows = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
+        tables.append(_tabulate(rows, headers, tablefmt))
+    return "\n\n".join(tables)
+
+
+def to_csv(document: dict[str, Any]) -> str:
+    """
+    The figures for spreadsheets, a row for each figure of each model, in the columns :data:`CSV_FIELDS`.
+
+    Args:
+        document: from :func:`to_json`.
+
+    Returns:
+        the text of ``comparison.csv``. "figure" is where the document has it, such as "accuracy.bbox.AP",
+        "latency_ms.encoder.median", "speedup.encoder" or "retention.bbox.AP", the last two to the first model;
+        "class" is empty for figures of all classes, those of a class are "accuracy.bbox.AP" and
+        "difference.bbox.AP"; "low" and "high" are the ends of the 95 % interval. What does not exist is empty.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_FIELDS)
+
+    def add(model: str, figure: str, value: Any, interval: dict[str, Any] | None = None, name: str = "") -> None:
+        ends = interval or {"low": None, "high": None}
+        writer.writerow([model, figure, name, value, ends["low"], ends["high"]])
+
+    for name, model in document["models"].items():
+        for task, metrics in model["accuracy"].items():
+            for metric, value in metrics.items():
+                add(name, f"accuracy.{task}.{metric}", value)
+        for key, classes in model["by_class"].items():
+            for each, value in classes.items():
+                add(name, f"accuracy.{key}", value, name=each)
+        for part, times in model["latency_ms"].items():
+            for statistic, value in times.items():
+                add(name, f"latency_ms.{part}.{statistic}", value)
+        for figure in ("encoder_gflops", "peak_memory_mb"):
+            add(name, figure, model[figure])
+        for which, count in model["tokens"].items():
+            add(name, f"tokens.{which}", count)
+        against = _against(document).get(name, {})
+        for key, share in against.get("retention", {}).items():
+            add(name, f"retention.{key}", share["ratio"], share)
+        for part, speedup in against.get("speedup", {}).items():
+            add(name, f"speedup.{part}", speedup["ratio"], speedup)
+        if name == "expedited" and "efficiency" in document:
+            add(name, "efficiency", document["efficiency"])
+        for key, classes in document["difference_by_class"].get(name, {}).items():
+            for each, difference in classes.items():
+                add(name, f"difference.{key}", difference["points"], difference, each)
+    return text.getvalue()
+
+
+def _keys(models: dict[str, Any]) -> list[str]:
+    """ "task.metric" of every figure that a model has, in the models' order."""
+    return list(
+        dict.fromkeys(
+            f"{task}.{metric}"
+            for model in models.values()
+            for task, metrics in model["accuracy"].items()
+            for metric in metrics
+        )
+    )
+
+
+def _against(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Model -> its retention and speed-up against the unmodified one, as far as they are known."""
+    against = {
+        "fast attention": document.get("fast_attention"),
+        "expedited": document if "speedup" in document else None,
+        "control": {"retention": document["control_retention"]} if "control_retention" in document else None,
+    }
+    return {name: ratios for name, ratios in against.items() if ratios is not None}
+
+
+def _tabulate(rows: list[list[str]], headers: list[str], tablefmt: str) -> str:
     return tabulate(
         rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
     )
 
 
-def describe_limit(max_detections: int | None) -> str:
-    """What a figure of AP is to say of the limit of detections an image; COCO's own, 100, needs no mention."""
-    return "" if max_detections in (None, 100) else f" (maxDets {max_detections})"
-
-
 def describe(document: dict[str, Any]) -> str:
     """What was measured, in a line."""
-    plan = document["plan"]
+    plan, environment = document["plan"], document["environment"]
     reducer = plan["reducer"]
     if reducer is None:
         planned = "no plan"
@@ -190,18 +285,48 @@ def describe(document: dict[str, Any]) -> str:
             f"{'the end' if plan['stop'] is None else 'block ' + str(plan['stop'])}, scope {plan['scope']}"
             f"{', proportional attention' if plan['proportional'] else ''}, {plan['attention']} attention"
         )
-    return (
-        f"{document['dataset']}, {document['images']} images, {document['device']} ({document['threads']} threads), "
-        f"{document['dtype']}; plan: {planned}"
+    device = f"{environment['device']} ({environment['threads']} threads)"
+    return f"{document['dataset']}, {document['images']} images, {device}, {document['dtype']}; plan: {planned}"
+
+
+def describe_machine(document: dict[str, Any]) -> str:
+    """What it was measured on, in a line."""
+    environment = document["environment"]
+    versions = environment["versions"]
+    device = environment["cpu"]
+    if environment["gpu"] is not None:
+        driver = "" if environment["driver"] is None else f", driver {environment['driver']}"
+        device = f"{environment['gpu']} (CUDA {environment['cuda']}{driver}), {device}"
+    names = {"torch": "torch", "detectron2": "Detectron2", "hourglass": "hourglass", "python": "Python"}
+    return f"{device}; {', '.join(f'{name} {versions[key]}' for key, name in names.items())}; {environment['system']}"
+
+
+def to_text(document: dict[str, Any], tablefmt: str = "simple", by_class: bool = False) -> str:
+    """What was measured, the table, what it was measured on and, if asked for, the tables by class."""
+    parts = [describe(document), to_table(document, tablefmt), describe_machine(document)]
+    if by_class:
+        parts.append(to_class_tables(document, tablefmt))
+    return "\n\n".join(part for part in parts if part)
+
+
+def write_report(document: dict[str, Any], folder: str | os.PathLike, by_class: bool = False) -> None:
+    """
+    Write ``comparison.json``, ``comparison.csv`` and ``comparison.md`` into ``folder``, all of them whole or none.
+
+    Args:
+        document: from :func:`to_json`.
+        folder: is made where it is missing.
+        by_class: also tables by class in ``comparison.md``.
+    """
+    warnings = "".join(f"\nWarning: {line}\n" for line in document["warnings"])
+    write_together(
+        folder,
+        {
+            "comparison.json": json.dumps(document, indent=2, allow_nan=False) + "\n",
+            "comparison.csv": to_csv(document),
+            "comparison.md": f"{to_text(document, 'github', by_class)}\n{warnings}",
+        },
     )
-
-
-def write_report(document: dict[str, Any], folder: str | os.PathLike) -> None:
-    """Write ``comparison.json`` and ``comparison.md`` into ``folder``, each whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "comparison.json", json.dumps(document, indent=2, allow_nan=False) + "\n")
-    write_whole(folder / "comparison.md", f"{describe(document)}\n\n{to_table(document, 'github')}\n")
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -217,6 +342,14 @@ def describe_interval(share: dict[str, float | None]) -> str:
     if share["low"] is None:
         return _percent(share["ratio"])
     return "{ratio:.1f} % ({low:.1f}-{high:.1f})".format(**{key: 100 * value for key, value in share.items()})
+
+
+def _points(difference: dict[str, float | None]) -> str:
+    if difference["points"] is None:
+        return "-"
+    if difference["low"] is None:
+        return f"{difference['points']:+.1f}"
+    return "{points:+.1f} ({low:+.1f} to {high:+.1f})".format(**difference)
 
 
 def _latency(spread: dict[str, float]) -> str:

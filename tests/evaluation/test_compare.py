@@ -1,20 +1,37 @@
+import csv
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
+    COCOEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
     RotatedCOCOEvaluator,
 )
+from torch import nn
 
 from hourglass import InputError, Plan, SkipBlocks, TokenClustering, expedite
-from hourglass.evaluation import Subject, compare, describe, to_json, to_table, write_report
-from hourglass.evaluation.compare import Comparison, Measurement
+from hourglass.evaluation import (
+    Subject,
+    compare,
+    describe,
+    to_class_tables,
+    to_json,
+    to_table,
+    to_text,
+    write_report,
+)
+from hourglass.evaluation.compare import Comparison, Measurement, _resample
+from hourglass.evaluation.cost import PeakMemory
+from hourglass.evaluation.faults import describe_gaps, describe_limits, detection_limit
+from hourglass.evaluation.instances import Crowding
 from hourglass.evaluation.timing import Run
 from tests.evaluation.test_timing import Detector, tiny_vit
 
@@ -148,6 +165,165 @@ def test_retention_has_a_paired_interval_over_images():
     assert share == 15 / 150 and low < share < high
 
 
+class ByClass(Drawn):
+    """The mean over two classes, of which `worth` has what an image adds to each."""
+
+    def resample_classes(self, weights):
+        mean = weights @ self.worth / weights.sum(1)[:, None]
+        return {"bbox.AP": {"disc": mean[:, 0], "square": mean[:, 1], "nowhere": np.full(len(weights), np.nan)}}
+
+
+def test_differences_by_class_are_paired():
+    compared = subjects()
+    worths = {
+        "unmodified": [[10.0, 60.0], [50.0, 40.0], [90.0, 50.0]],
+        "expedited": [[6.0, 61.0], [46.0, 41.0], [86.0, 51.0]],
+        "control": [[0.0, 0.0], [40.0, 0.0], [110.0, 0.0]],
+    }
+    for name, subject in compared.items():
+        compared[name] = subject._replace(evaluator=ByClass(worths[name]))
+    comparison = compare(compared, images(3))
+    # The mean of the classes that have a figure.
+    assert comparison.models["unmodified"].samples["bbox.AP"][0] == 50
+    differences = comparison.difference_by_class("expedited")["bbox.AP"]
+    assert differences["disc"] == (-4, -4, -4) and differences["square"] == (1, 1, 1)
+    assert np.isnan(differences["nowhere"]).all()
+    points, low, high = comparison.difference_by_class("control")["bbox.AP"]["disc"]
+    assert points == 0 and low < 0 < high
+
+    content = to_json(comparison, **ABOUT)
+    assert content["models"]["expedited"]["by_class"]["bbox.AP"] == {"disc": 46, "square": 51, "nowhere": None}
+    assert content["difference_by_class"]["expedited"]["bbox.AP"]["disc"] == {"points": -4, "low": -4, "high": -4}
+    lines = rows(to_class_tables(content, "github"))
+    assert lines == [
+        ["disc", "50.0", "46.0", "50.0", "-4.0 (-4.0 to -4.0)"],
+        ["square", "50.0", "51.0", "0.0", "+1.0 (+1.0 to +1.0)"],
+    ]
+    alone = to_json(Comparison({"control": comparison.models["control"]}), **ABOUT)
+    assert rows(to_class_tables(alone, "github")) == [["square", "0.0"], ["disc", "50.0"]]
+
+
+def test_classes_of_evaluators_that_cannot_be_resampled():
+    """Detectron2's own give the figures of classes among the others, "AP-disc" or "IoU-sky"."""
+    content = document(unmodified=segmentation(40.0, 60.0))
+    assert content["models"]["unmodified"]["by_class"] == {}
+    samples, classes = _resample(Recorder(), {"sem_seg": {"mIoU": 3.0, "IoU-sky": 3.0, "ACC-sky": 4.0}})
+    assert samples == {} and classes == {"sem_seg.mIoU": {"sky": np.array([3.0])}}
+    _, classes = _resample(Recorder(), {"bbox": {"AP": 4.0, "AP-a-b": 4.0, "AP50": 5.0}})
+    assert classes == {"bbox.AP": {"a-b": np.array([4.0])}}
+    one = measurement(4.0, [5.0])._replace(classes=classes)
+    content = document(unmodified=one, expedited=one)
+    assert content["difference_by_class"]["expedited"]["bbox.AP"]["a-b"] == {"points": 0, "low": None, "high": None}
+    assert rows(to_class_tables(content, "github")) == [["a-b", "4.0", "4.0", "+0.0"]]
+
+
+def test_figures_that_no_table_knows_are_reported():
+    """AP of any task, with the retention of "AP", and nothing else of it."""
+    metrics = {"bbox": {"AP": 50.0, "APr": 20.0, "AP-disc": 3.0}, "lines": {"AP": 40.0, "AP10": 30.0, "recall": 1.0}}
+    content = document(
+        unmodified=measurement(50.0, [5.0])._replace(accuracy=metrics, samples={}),
+        expedited=measurement(50.0, [5.0])._replace(accuracy=metrics, samples={}),
+    )
+    assert content["models"]["expedited"]["accuracy"] == {
+        "bbox": {"AP": 50.0, "APr": 20.0},
+        "lines": {"AP": 40.0, "AP10": 30.0},
+    }
+    assert content["retention"].keys() == {"bbox.AP", "lines.AP"}
+    labels = [line[0] for line in rows(to_table(content, "github"))]
+    assert labels[:4] == ["box AP", "box APr", "lines AP", "lines AP10"]
+
+
+class Broken(nn.Module):
+    """Breaks the output of its encoder from the second call on."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.calls = encoder, 0
+
+    def forward(self, x):
+        self.calls += 1
+        factor = float("nan") if self.calls > 1 else 1.0
+        return {name: feature * factor for name, feature in self.encoder(x).items()}
+
+
+def test_outputs_that_are_not_finite_are_said_by_model():
+    compared = subjects()
+    model = Detector(Broken(tiny_vit())).eval()
+    compared["expedited"] = Subject(model, model.encoder, Recorder())
+    comparison = compare(compared, images(3), warmup=0)
+    assert comparison.models["expedited"].runs["finite"].tolist() == [True, False, False]
+    assert comparison.warnings() == ["expedited: the encoder's output is not finite in 2 of 3 images"]
+
+
+def test_weights_that_are_not_finite_are_said_before_and_after(caplog):
+    compared = subjects()
+    with torch.no_grad():
+        compared["control"].encoder.patch_embed.proj.bias[0] = torch.nan
+    comparison = compare(compared, images(2))
+    line = "1 of the model's weights are not finite, such as encoder.patch_embed.proj.bias"
+    assert f"control: {line}" in caplog.text
+    # The views share their weights, so that it is said of all of them at once.
+    assert comparison.warnings() == [line, "the encoder's output is not finite in 2 of 2 images"]
+    content = to_json(comparison, **ABOUT)
+    assert content["warnings"] == comparison.warnings()
+
+
+class CocoResults(COCOEvaluator):
+    """Detectron2's own, of a data set of two objects, one of them small, and of results that are given."""
+
+    def __init__(self, folder, detections):
+        box = dict(category_id=1, iscrowd=0, segmentation=[[0, 0, 5, 0, 5, 5]])
+        objects = [
+            dict(box, id=1, image_id=0, bbox=[0, 0, 10, 10], area=100),
+            dict(box, id=2, image_id=1, bbox=[0, 0, 100, 100], area=10_000),
+        ]
+        content = dict(images=[dict(id=i, width=200, height=200) for i in range(3)], annotations=objects)
+        (folder / "truth.json").write_text(json.dumps(dict(content, categories=[dict(id=1, name="disc")])))
+        MetadataCatalog.pop("coco_results", None)
+        MetadataCatalog.get("coco_results").json_file = str(folder / "truth.json")
+        super().__init__("coco_results", tasks=("bbox",), use_fast_impl=False)
+        self.detections = detections
+
+    def process(self, inputs, outputs):
+        for each in inputs:
+            found = [one for one in self.detections if one["image_id"] == each["image_id"]]
+            self._predictions.append({"image_id": each["image_id"], "instances": [dict(one) for one in found]})
+
+
+def test_nothing_found_is_0_and_kept_0_percent_from_detectron2s_own_evaluator(tmp_path):
+    right = [dict(image_id=0, category_id=1, bbox=[0, 0, 10, 10], score=0.9)]
+    compared = subjects()
+    for name, detections in (("unmodified", right), ("expedited", []), ("control", [])):
+        compared[name] = compared[name]._replace(evaluator=CocoResults(tmp_path, detections))
+    content = to_json(compare(compared, images(3)), **ABOUT)
+    figures = {"AP": 0, "AP50": 0, "AP75": 0, "APs": 0, "APm": None, "APl": 0}
+    assert content["models"]["expedited"]["accuracy"]["bbox"] == figures
+    assert content["models"]["unmodified"]["accuracy"]["bbox"]["AP"] == pytest.approx(100 * 51 / 101)
+    assert content["retention"]["bbox.AP"]["ratio"] == 0
+    assert ["box AP", "50.5", "0.0", "0.0", "0.0 %", "0.0 %"] == rows(to_table(content, "github"))[0]
+    # Of the image that has no object there is nothing to be found.
+    content = to_json(compare(compared, images(3)[2:]), **ABOUT)
+    assert content["models"]["expedited"]["accuracy"]["bbox"]["AP"] is None
+    assert any("no figure of box AP" in line for line in content["warnings"])
+
+
+def test_what_has_no_figure_is_said():
+    nothing = {"bbox": {"AP": 0.0, "APs": float("nan")}, "segm": {"AP": float("nan")}}
+    classes = {"bbox.AP": {"disc": np.zeros(1)}}
+    assert describe_gaps(nothing, classes) == [
+        "no figure of box APs: there is nothing of the kind to find",
+        "no figure of mask AP: the evaluator gives none",
+    ]
+    assert describe_gaps({"bbox": {"AP": 0.0}}, classes) == []
+
+
+def test_a_memory_that_the_system_does_not_tell_has_no_figure(monkeypatch):
+    monkeypatch.setattr(PeakMemory, "read", lambda self: float("nan"))
+    content = to_json(compare(subjects(), images(2)), **ABOUT)
+    assert content["models"]["unmodified"]["peak_memory_mb"] is None
+    assert ["peak memory, MB", "-", "-", "-"] in [line[:4] for line in rows(to_table(content, "github"))]
+
+
 def test_a_batch_of_several_images_is_refused():
     compared = subjects()
     with pytest.raises(InputError, match="one image at a time, got a batch of 2"):
@@ -165,7 +341,7 @@ def test_models_are_left_in_the_mode_that_they_were_in():
 
 
 def measurement(ap: float, encoder: list[float], reduction: float = 0.0, tokens=(0, 0)) -> Measurement:
-    runs = [Run(2 * time, time, reduction, *tokens, 64) for time in encoder]
+    runs = [Run(2 * time, time, reduction, *tokens, 64, preprocessing=time / 4) for time in encoder]
     return Measurement(
         accuracy={"bbox": {"AP": ap, "AP50": 60.0, "AP-disc": 3.0}, "segm": {"AP": float("nan")}},
         samples={"bbox.AP": np.array([ap, 0.8 * ap, ap])},
@@ -175,9 +351,16 @@ def measurement(ap: float, encoder: list[float], reduction: float = 0.0, tokens=
     )
 
 
+ABOUT = dict(dataset="scenes", device="cpu", dtype="float32", plan=Plan(TokenClustering((5, 4)), 1).describe())
+
+
 def document(**models) -> dict:
-    about = dict(dataset="scenes", device="cpu", dtype="float32", plan=Plan(TokenClustering((5, 4)), 1).describe())
-    return to_json(Comparison(models), **about)
+    return to_json(Comparison(models), **ABOUT)
+
+
+def rows(table: str) -> list[list[str]]:
+    """The cells of a table in GitHub's format, without its head."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
 
 
 def test_the_documents_figures_by_hand():
@@ -187,7 +370,7 @@ def test_the_documents_figures_by_hand():
         expedited=measurement(49.0, [5.0, 10.0, 15.0], reduction=1.0, tokens=(64, 20)),
         control=measurement(25.0, [1.0, 2.0, 3.0], tokens=(64, 0)),
     )
-    assert content["schema"] == 2 and content["images"] == 3 and content["plan"]["reducer"]["grid"] == [5, 4]
+    assert content["schema"] == 3 and content["images"] == 3 and content["plan"]["reducer"]["grid"] == [5, 4]
     assert content["speedup"]["encoder"]["ratio"] == content["speedup"]["total"]["ratio"] == 2.0
     assert content["retention"]["bbox.AP"] == pytest.approx({"ratio": 0.98, "low": 0.98, "high": 0.98})
     assert content["retention"]["segm.AP"] == {"ratio": None, "low": None, "high": None}
@@ -198,6 +381,8 @@ def test_the_documents_figures_by_hand():
     unmodified, expedited = content["models"]["unmodified"], content["models"]["expedited"]
     assert unmodified["accuracy"]["bbox"] == {"AP": 50.0, "AP50": 60.0}
     assert unmodified["latency_ms"]["encoder"] == {"median": 20.0, "p10": 12.0, "p90": 28.0}
+    parts = {part: times["median"] for part, times in unmodified["latency_ms"].items()}
+    assert parts == {"preprocessing": 5.0, "encoder": 20.0, "rest": 15.0, "total": 40.0}
     assert unmodified["tokens"] == {"full": 64.0, "middle": 64.0}
     assert expedited["tokens"] == {"full": 64.0, "middle": 20.0}
     assert content["models"]["control"]["tokens"]["middle"] == 0.0
@@ -237,9 +422,9 @@ def test_figures_of_segmentation():
     names = ["PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st"]
     assert accuracy["panoptic_seg"] == dict.fromkeys(names, 40.0)
 
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in to_table(content, "github").splitlines()[2:]]
+    lines = rows(to_table(content, "github"))
     labels = ["PQ", "SQ", "RQ", "PQ things", "SQ things", "RQ things", "PQ stuff", "SQ stuff", "RQ stuff", "mIoU"]
-    assert [line[0] for line in lines[:11]] == [*labels, "encoder latency, ms (p10-p90)"]
+    assert [line[0] for line in lines[:11]] == [*labels, "preprocessing latency, ms (p10-p90)"]
     assert lines[0][1:] == ["40.0", "36.0", "4.0", "90.0 %", "10.0 %"]
     assert lines[3][1:] == ["40.0", "36.0", "4.0", "", ""]
     assert lines[9][1:] == ["60.0", "57.0", "-", "95.0 %", "-"]
@@ -247,9 +432,8 @@ def test_figures_of_segmentation():
 
 def test_a_limit_of_detections_that_is_not_cocos_is_said():
     models = {"unmodified": measurement(50.0, [5.0])}
-    about = dict(dataset="scenes", device="cpu", dtype="float32", plan=Plan().describe())
-    assert "box AP  " in to_table(to_json(Comparison(models, 100), **about))
-    content = to_json(Comparison(models, 500), **about)
+    assert "box AP  " in to_table(to_json(Comparison(models, 100), **ABOUT))
+    content = to_json(Comparison(models, 500), **ABOUT)
     assert content["max_detections"] == 500
     assert "box AP (maxDets 500)" in to_table(content) and "box AP50 (maxDets 500)" in to_table(content)
 
@@ -266,20 +450,127 @@ def test_no_accuracy_gives_no_retention():
     assert content["retention"]["bbox.AP"] == {"ratio": None, "low": None, "high": None}
 
 
-def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+FILES = ["comparison.csv", "comparison.json", "comparison.md"]
+
+
+def test_the_report_is_written_into_a_new_folder(tmp_path):
     content = document(unmodified=measurement(50.0, [5.0]))
-    write_report(content, tmp_path / "new" / "folder")
     folder = tmp_path / "new" / "folder"
+    write_report(content, folder)
     assert json.loads((folder / "comparison.json").read_text()) == content
     assert "| box AP" in (folder / "comparison.md").read_text()
-    assert sorted(path.name for path in folder.iterdir()) == ["comparison.json", "comparison.md"]
+    assert sorted(path.name for path in folder.iterdir()) == FILES
 
-    def full_disk(*_):
-        raise OSError("no space left on device")
 
-    before = (folder / "comparison.json").read_text()
+@pytest.mark.parametrize("files", range(len(FILES)))
+@pytest.mark.parametrize("there", [True, False])
+def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch, there, files):
+    """The disk is full before the first file, the second or the third."""
+    content = document(unmodified=measurement(50.0, [5.0]))
+    if there:
+        write_report(content, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    replace, moved = os.replace, []
+
+    def full_disk(source, target):
+        if len(moved) == files:
+            raise OSError("no space left on device")
+        moved.append(target)
+        replace(source, target)
+
     monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OSError):
-        write_report({**content, "images": 7}, folder)
-    assert (folder / "comparison.json").read_text() == before
-    assert sorted(path.name for path in folder.iterdir()) == ["comparison.json", "comparison.md"]
+        write_report({**content, "images": 7}, tmp_path)
+    assert len(moved) == files
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_every_figure_of_the_document_is_in_the_csv(tmp_path):
+    model = measurement(50.0, [5.0])._replace(classes={"bbox.AP": {"disc, red": np.array([40.0, 30.0, 50.0])}})
+    content = document(unmodified=model, expedited=model, control=model)
+    write_report(content, tmp_path)
+    with open(tmp_path / "comparison.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["model", "figure", "class", "value", "low", "high"]
+    figures = {(line["model"], line["figure"], line["class"]): line for line in lines}
+    assert len(figures) == len(lines)
+    expected = {
+        ("unmodified", "accuracy.bbox.AP", ""): ("50.0", "", ""),
+        ("unmodified", "accuracy.segm.AP", ""): ("", "", ""),
+        ("expedited", "accuracy.bbox.AP", "disc, red"): ("40.0", "", ""),
+        ("expedited", "difference.bbox.AP", "disc, red"): ("0.0", "0.0", "0.0"),
+        ("expedited", "retention.bbox.AP", ""): ("1.0", "1.0", "1.0"),
+        ("control", "retention.bbox.AP", ""): ("1.0", "1.0", "1.0"),
+        ("expedited", "speedup.encoder", ""): ("1.0", "1.0", "1.0"),
+        ("expedited", "efficiency", ""): ("1.0", "", ""),
+        ("control", "latency_ms.rest.median", ""): ("3.75", "", ""),
+        ("control", "tokens.middle", ""): ("64.0", "", ""),
+        ("control", "peak_memory_mb", ""): ("100.0", "", ""),
+    }
+    for key, cells in expected.items():
+        assert (figures[key]["value"], figures[key]["low"], figures[key]["high"]) == cells, key
+
+
+def test_the_machine_is_in_the_document_and_below_the_table(tmp_path, monkeypatch):
+    content = document(unmodified=measurement(50.0, [5.0]))
+    environment = content["environment"]
+    assert environment["device"] == "cpu" and environment["gpu"] is None and environment["driver"] is None
+    assert environment["threads"] == torch.get_num_threads() and environment["cpu"]
+    assert environment["versions"].keys() == {"hourglass", "detectron2", "torch", "torchvision", "numpy", "python"}
+    text = to_text(content)
+    assert text.index("peak memory") < text.index(f"torch {torch.__version__}") < text.index(environment["system"])
+    environment.update(gpu="A GPU", cuda="12.4", driver="550.1")
+    assert "A GPU (CUDA 12.4, driver 550.1), " in to_text(content)
+    environment.update(driver=None)
+    assert "A GPU (CUDA 12.4), " in to_text(content)
+
+
+def test_warnings_are_in_the_report(tmp_path):
+    warned = measurement(50.0, [5.0])._replace(warnings=("too many objects",))
+    content = document(unmodified=warned, expedited=warned._replace(warnings=("too many objects", "slow")))
+    write_report(content, tmp_path, by_class=True)
+    assert content["warnings"] == ["too many objects", "expedited: slow"]
+    assert "\nWarning: too many objects\n\nWarning: expedited: slow\n" in (tmp_path / "comparison.md").read_text()
+
+
+class TestLimits:
+    def crowding(self, *counts):
+        return Crowding(*(np.array(each) for each in counts))
+
+    def detector(self, most: int) -> nn.Module:
+        model = nn.Module()
+        model.roi_heads = nn.Module()
+        model.roi_heads.box_predictor = nn.Module()
+        model.roi_heads.box_predictor.test_topk_per_image = most
+        return model
+
+    def test_more_objects_than_are_evaluated(self):
+        crowding = self.crowding([375, 101, 100, 500], [80, 80, 100, 9], [375, 101, 100, 50], [80, 80, 100, 9])
+        (line,) = describe_limits(crowding, 100, "dataloader.evaluator", self.detector(500))
+        assert line == (
+            "2 of 4 images have more objects of a class than the 100 detections that are evaluated (up to 375): "
+            "dataloader.evaluator.max_dets_per_image=400 raises the limit"
+        )
+        assert describe_limits(crowding, 400, "dataloader.evaluator", self.detector(500)) == []
+
+    def test_more_detections_than_are_evaluated(self):
+        crowding = self.crowding([3, 3], [300, 99], [3, 3], [101, 99])
+        (line,) = describe_limits(crowding, 100, "dataloader.evaluator.1", self.detector(300))
+        assert "1 of 2 images have more detections of a class than the 100" in line
+        assert "dataloader.evaluator.1.max_dets_per_image=200" in line
+
+    def test_detections_at_the_models_own_limit(self):
+        crowding = self.crowding([150, 150, 99, 100], [100, 90, 100, 100], [60, 60, 60, 60], [50, 50, 50, 50])
+        (line,) = describe_limits(crowding, 100, "dataloader.evaluator", self.detector(100))
+        assert line == (
+            "1 of 4 images have more objects than the 100 detections that the model gives at most (up to 150): "
+            "model.roi_heads.box_predictor.test_topk_per_image=200 raises the limit"
+        )
+
+    def test_a_cascade_and_a_model_without_a_limit(self):
+        model = self.detector(100)
+        model.roi_heads.box_predictor = nn.ModuleList([nn.Module() for _ in range(3)])
+        for i, predictor in enumerate(model.roi_heads.box_predictor):
+            predictor.test_topk_per_image = 100 + i
+        assert detection_limit(model) == ("model.roi_heads.box_predictors.2.test_topk_per_image", 102)
+        assert detection_limit(nn.Linear(2, 2)) == ("", None)

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from hourglass import InputError, Plan, TokenClustering, expedite
-from hourglass.evaluation import InstanceEvaluator, Subject, compare, journal, report, to_json, write_report
+from hourglass.evaluation import InstanceEvaluator, Subject, compare, journal, to_json, write_report
 from hourglass.evaluation.journal import (
     Journal,
     can_dump,
@@ -184,7 +184,8 @@ MOMENTS = {
     "a record is written": (lambda patch: kill_at(patch, Journal, "append", 5, after=True), 5),
     "all images are finished": (lambda patch: kill_at(patch, InstanceEvaluator, "evaluate"), 6),
     "the second model is evaluated": (lambda patch: kill_at(patch, InstanceEvaluator, "evaluate", 2, after=True), 6),
-    "the report is half written": (lambda patch: kill_at(patch, report, "write_whole", 2), 6),
+    # The settings are the first file that is moved to its place.
+    "the report is half written": (lambda patch: kill_at(patch, os, "replace", 3), 6),
     "the journal is half removed": (remove_half, 0),
 }
 
