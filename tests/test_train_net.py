@@ -493,8 +493,8 @@ def test_training_refuses_before_it_begins(tmp_path, capsys):
     assert not output.exists()
 
 
-def test_training_goes_on_where_there_is_no_figure(tmp_path):
-    """No detection at all has no AP."""
+def test_training_goes_on_where_nothing_is_found(tmp_path):
+    """No detection at all: an AP of 0, of which there is no share."""
     run(
         f"train.output_dir={tmp_path}",
         "train.max_iter=1",
@@ -505,8 +505,43 @@ def test_training_goes_on_where_there_is_no_figure(tmp_path):
         "evaluation.max_images=1",
         *UNTRAINED,
     )
-    shares = read(tmp_path)["retention"]
-    assert {name: share["ratio"] for name, share in shares.items()} == {"bbox.AP": None, "segm.AP": None}
+    content = read(tmp_path)
+    for model in content["models"].values():
+        assert {task: metrics["AP"] for task, metrics in model["accuracy"].items()} == {"bbox": 0, "segm": 0}
+    assert {name: share["ratio"] for name, share in content["retention"].items()} == {"bbox.AP": None, "segm.AP": None}
+
+
+def test_figures_by_class_and_what_limits_them(tmp_path, capsys):
+    limit = "model.roi_heads.box_predictor.test_topk_per_image=1"
+    run("--eval-only", "--by-class", f"train.output_dir={tmp_path}", "evaluation.max_images=2", limit, *UNTRAINED)
+    content, printed = read(tmp_path), capsys.readouterr()
+    classes = content["models"]["expedited"]["by_class"]["segm.AP"]
+    assert set(classes) == set(MetadataCatalog.get("hourglass_demo_val").thing_classes)
+    known = {name for name, value in classes.items() if value is not None}
+    assert known == {
+        name for name, each in content["difference_by_class"]["expedited"]["segm.AP"].items() if each["low"] is not None
+    }
+    assert "mask AP by class" in printed.out and "expedited - unmodified" in printed.out
+    assert "mask AP by class" in (tmp_path / "comparison.md").read_text()
+    assert content["environment"]["versions"]["torch"] in printed.out
+    (line,) = [line for line in content["warnings"] if "the 1 detections that the model gives at most" in line]
+    assert "2 of 2 images have more objects" in line
+    assert "model.roi_heads.box_predictor.test_topk_per_image=100 raises the limit" in line
+    assert f"warning: {line}" in printed.err
+    assert (tmp_path / "comparison.csv").read_text().startswith("model,figure,class,value,low,high\n")
+
+
+def test_weights_that_are_not_finite_are_said(tmp_path, capsys):
+    """Detectron2 drops the boxes that they give, so that nothing is found."""
+    cfg = launch.load_config(str(launch.DEMO), UNTRAINED)
+    weights = train_net.build(cfg, "model").state_dict()
+    weights["roi_heads.box_predictor.bbox_pred.bias"].fill_(float("nan"))
+    torch.save({"model": weights}, tmp_path / "model.pth")
+    run("--eval-only", *SMALL, f"train.init_checkpoint={tmp_path}/model.pth", f"train.output_dir={tmp_path}")
+    content = read(tmp_path)
+    line = "1 of the model's weights are not finite, such as roi_heads.box_predictor.bbox_pred.bias"
+    assert line in content["warnings"] and f"warning: {line}" in capsys.readouterr().err
+    assert content["models"]["expedited"]["accuracy"]["bbox"]["AP"] == 0
 
 
 def test_only_and_control_exclude_each_other(capsys):

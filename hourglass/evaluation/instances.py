@@ -14,6 +14,7 @@ from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from hourglass.checks import check_count
 from hourglass.errors import InputError
 from hourglass.evaluation.resampling import mean_of_classes, name_classes
 
@@ -70,13 +71,15 @@ class InstanceEvaluator(COCOEvaluator):
             roots of areas. COCO's small, medium and large are (32, 96).
 
     Raises:
-        InputError: for sides that do not grow.
+        InputError: for sides that do not grow, and ``max_dets_per_image`` under 10.
     """
 
     def __init__(self, *args: Any, sides: Sequence[float] = (), **options: Any):
         if list(sides) != sorted(set(sides)) or any(side <= 0 for side in sides):
             raise InputError(f"sides takes growing numbers of pixels over 0, got {list(sides)}")
         super().__init__(*args, **options)
+        # Detectron2 gives COCO the limits 1, 10 and this one, of which COCO then takes the highest.
+        check_count("max_dets_per_image", self.max_detections, 10)
         self._use_fast_impl = False
         limits = [0, *sides, 1e5]
         self._areas = {} if not sides else {size: (size[0] ** 2, size[1] ** 2) for size in zip(limits, limits[1:])}

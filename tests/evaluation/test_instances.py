@@ -138,6 +138,13 @@ def test_sizes_that_do_not_grow_are_refused():
             InstanceEvaluator("coco_2017_val", tasks=("bbox",), use_fast_impl=False, sides=sides)
 
 
+@pytest.mark.parametrize("most", [2, 9, 0, 20.5, "100", True])
+def test_limits_that_coco_does_not_take_are_refused(registered, most):
+    """COCO would take 10 detections for 2."""
+    with pytest.raises(InputError, match=f"max_dets_per_image takes a whole number of at least 10, got {most!r}"):
+        InstanceEvaluator(registered(crowded([1])), tasks=("bbox",), max_dets_per_image=most)
+
+
 @pytest.fixture
 def registered(tmp_path):
     """Registers annotations as the data set "test_instances"."""
