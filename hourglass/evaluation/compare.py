@@ -185,8 +185,9 @@ def compare(
         KeyboardInterrupt: with what the journal keeps.
     """
     names = list(subjects)
-    for name, subject in subjects.items():
-        for line in describe_weights(subject.model):
+    broken = {name: describe_weights(subject.model) for name, subject in subjects.items()}
+    for name, lines in broken.items():
+        for line in lines if comm.is_main_process() else ():  # before hours of images, and again below the table
             logger.warning("%s: %s", name, line)
     with contextlib.nullcontext() if journal is None else journal:
         shares = comm.all_gather(_run(subjects, images, device, dtype, warmup, what, journal))
@@ -215,6 +216,7 @@ def compare(
             peak_memory_mb=max(each.peak_memory_mb for each in every),
             classes=classes,
             warnings=(
+                *broken[name],
                 *find_faults(model, members(evaluator), runs["finite"], in_list),
                 *describe_gaps(accuracy[name], classes),
             ),

@@ -20,6 +20,8 @@ def find_faults(
     model: nn.Module, evaluators: Sequence[DatasetEvaluator], finite: np.ndarray, in_list: bool = True
 ) -> list[str]:
     """
+    What evaluation has shown.
+
     Args:
         model: what was evaluated.
         evaluators: of its outputs, after evaluation in the main process.
@@ -29,13 +31,15 @@ def find_faults(
     Returns:
         a line for each fault.
     """
-    lines = describe_weights(model)
+    lines = []
     broken = int(np.sum(np.asarray(finite) == 0))
     if broken:
         lines.append(f"the encoder's output is not finite in {broken} of {len(finite)} images")
     for i, evaluator in enumerate(evaluators):
         option = f"dataloader.evaluator.{i}" if in_list else "dataloader.evaluator"
-        if getattr(evaluator, "crowding", None) is not None:
+        if not getattr(evaluator, "_do_evaluation", True):  # COCO's test sets have none
+            lines.append(f"no figure from {type(evaluator).__name__}: the data set has no annotations")
+        elif getattr(evaluator, "crowding", None) is not None:
             lines += describe_limits(evaluator.crowding, evaluator.max_detections, option, model)
         lines += getattr(evaluator, "warnings", [])
     return lines

@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from hourglass import InputError
 from hourglass.evaluation import InstanceEvaluator
+from hourglass.evaluation.faults import find_faults
 from hourglass.evaluation.instances import average_precision, read_matches
 from hourglass.evaluation.resampling import draw_samples, ratio_of_samples
 
@@ -289,6 +290,45 @@ def test_ap_by_class_is_cocos(registered):
     assert classes["3"] == pytest.approx(results["AP-3"]) and np.isnan(classes["4"]).all()
     mean = np.mean([classes[name][0] for name in ("1 (1)", "1 (2)", "3")])
     assert mean == pytest.approx(results["AP"])
+
+
+@pytest.mark.parametrize("most, ap", [(100, 100 * 67 / 101), (200, 100.0)])
+def test_objects_over_the_limit_cost_ap_and_are_said(registered, most, ap):
+    """150 objects that are all found: 100 detections reach a recall of 2 / 3."""
+    annotations = crowded([150, 1])
+    evaluator = InstanceEvaluator(registered(annotations), tasks=("bbox",), max_dets_per_image=most)
+    evaluator.reset()
+    for image in (1, 2):
+        boxes = [one["bbox"] for one in annotations["annotations"] if one["image_id"] == image]
+        found = [dict(image_id=image, category_id=0, bbox=box, score=0.9) for box in boxes]
+        evaluator.restore(image, {"instances": found})
+    assert quiet(evaluator, img_ids=[1])["bbox"]["AP"] == pytest.approx(ap)
+    quiet(evaluator)
+    lines = find_faults(torch.nn.Linear(2, 2), [evaluator], np.array([True, True]), in_list=False)
+    if most == 200:
+        assert lines == []
+    else:
+        objects, detections = lines
+        assert objects.startswith("1 of 2 images have more objects of a class than the 100 detections")
+        assert detections.startswith("1 of 2 images have more detections of a class than the 100 detections")
+        assert all("dataloader.evaluator.max_dets_per_image=200 raises the limit" in line for line in lines)
+
+
+def test_a_data_set_without_annotations_is_said(registered):
+    """As COCO's test sets are."""
+    annotations = crowded([1])
+    name = registered(annotations)
+    del annotations["annotations"]
+    path = MetadataCatalog.get(name).json_file
+    with open(path, "w") as file:
+        json.dump(annotations, file)
+    evaluator = InstanceEvaluator(name, tasks=("bbox",))
+    evaluator.reset()
+    give(evaluator, 1, [[0, 0, 6, 6]])
+    assert quiet(evaluator) == {} and evaluator.resample(np.ones((1, 1), int)) == {}
+    assert find_faults(torch.nn.Linear(2, 2), [evaluator], np.array([True])) == [
+        "no figure from InstanceEvaluator: the data set has no annotations"
+    ]
 
 
 def test_how_crowded_images_are_is_counted_by_category_too(registered):
