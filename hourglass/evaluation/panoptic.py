@@ -16,7 +16,7 @@ from detectron2.utils import comm
 
 from hourglass.data.panoptic import read_panoptic_json, read_panoptic_png, segment_ids
 from hourglass.errors import InputError
-from hourglass.evaluation.resampling import mean_of_classes, name_classes
+from hourglass.evaluation.resampling import check_evaluated, mean_of_classes, name_classes
 
 VOID = 0
 COUNTS = ("iou", "tp", "fp", "fn")
@@ -268,11 +268,7 @@ class PanopticEvaluator(DatasetEvaluator):
             return {}
         counts = {image_id: each for share in shares for image_id, each in share.items()}
         chosen = list(self._truth.annotations) if img_ids is None else list(img_ids)
-        unseen = [image_id for image_id in chosen if image_id not in counts]
-        if unseen:
-            what = f"{len(unseen)} of the {len(chosen)} images of data set {self._name!r} to be evaluated"
-            raise InputError(f"{what} were not run, such as {unseen[0]!r}: img_ids takes those that were")
-        self.image_ids = sorted(chosen)
+        self.image_ids = check_evaluated(self._name, chosen, counts)
         self._evaluated = np.array([counts[image_id] for image_id in self.image_ids]).reshape(
             -1, *self._evaluated.shape[1:]
         )

@@ -1,9 +1,11 @@
 """How sure figures are: intervals from drawing the images again (Efron's bootstrap)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from hourglass.errors import InputError
 
 
 class Interval(NamedTuple):
@@ -48,6 +50,20 @@ class ResampledByClass(Resampled, Protocol):
         Returns:
             "task.figure" -> class -> (samples,), nan where a sample has nothing of the class.
         """
+
+
+def check_evaluated(dataset: str, chosen: Collection[Any], run: Collection[Any]) -> list[Any]:
+    """
+    The images to be evaluated, in order.
+
+    Raises:
+        InputError: for those that no process has run.
+    """
+    unseen = [image_id for image_id in chosen if image_id not in run]
+    if unseen:
+        what = f"{len(unseen)} of the {len(chosen)} images of data set {dataset!r} to be evaluated"
+        raise InputError(f"{what} were not run, such as {unseen[0]!r}: img_ids takes those that were")
+    return sorted(chosen)
 
 
 def name_classes(classes: dict[Any, str]) -> dict[Any, str]:

@@ -17,7 +17,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from hourglass.errors import InputError
-from hourglass.evaluation.resampling import mean_of_classes, name_classes
+from hourglass.evaluation.resampling import check_evaluated, mean_of_classes, name_classes
 
 COUNTS = ("truth", "predicted", "both")
 
@@ -197,11 +197,7 @@ class SemanticEvaluator(DatasetEvaluator):
             return {}
         counts = {image_id: each for share, _ in shares for image_id, each in share.items()}
         chosen = list(counts) if img_ids is None else list(img_ids)
-        unseen = [image_id for image_id in chosen if image_id not in counts]
-        if unseen:
-            what = f"{len(unseen)} of the {len(chosen)} images of data set {self._name!r} to be evaluated"
-            raise InputError(f"{what} were not run, such as {unseen[0]!r}: img_ids must be of those that were")
-        self.image_ids = sorted(chosen)
+        self.image_ids = check_evaluated(self._name, chosen, counts)
         self._evaluated = np.zeros((len(chosen), len(COUNTS), len(self._classes)), np.int32)
         for i, image_id in enumerate(self.image_ids):
             present, its_counts = counts[image_id]

@@ -1,4 +1,5 @@
 import importlib
+import json
 import math
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from hourglass import BipartiteMatching, Plan, Reduction, TokenClustering, exped
 from hourglass.encoders import ViT
 from hourglass.evaluation.cost import PeakMemory, count_gflops
 from hourglass.evaluation.resampling import ratio_of_medians
-from hourglass.evaluation.timing import Clock, Stopwatch
+from hourglass.evaluation.timing import Clock, Run, Stopwatch
 from hourglass.reduction import SelectingReducer
 from hourglass.reduction.reducer import grid_positions
 
@@ -110,6 +111,7 @@ def test_reducers_that_act_in_each_block_are_counted_in_the_mean_over_blocks(dev
         _, run = watch.run(inputs)
         assert (run.full, run.middle) == (64, middle)
         assert run.encoder >= run.reduction >= least and run.reduction > 0
+        assert Run(*json.loads(json.dumps(run))) == run  # as a journal keeps it
 
 
 def test_timing_leaves_the_output_as_it_is():
