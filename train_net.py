@@ -8,6 +8,7 @@ Compare a model with itself on fewer tokens, or train it.
 """
 
 import argparse
+import itertools
 import logging
 import os
 import sys
@@ -25,7 +26,7 @@ from torch.multiprocessing import ProcessExitedException
 from hourglass import Plan
 from hourglass.checkpoint import load_checkpoint
 from hourglass.compat import init_process_group
-from hourglass.data.loading import build_loader
+from hourglass.data.opening import open_test
 from hourglass.encoders import find_encoder
 from hourglass.evaluation import Subject, compare, describe, to_json, to_table, write_report
 from hourglass.launch import DEMO, build, build_evaluator, load_config, one_line, refuse
@@ -62,7 +63,7 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
         plans["control"] = plan.control()
     if args.only:
         plans = {args.only: plans[args.only]}
-    loader, records = build_loader(cfg.dataloader.test, cfg.evaluation.max_images)
+    loader, records = open_test(cfg, model, cfg.evaluation.max_images)
     subjects = {}
     for name, its_plan in plans.items():
         view = hourglass.expedite(model, its_plan)
@@ -109,9 +110,9 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # What the first evaluation would refuse is refused before training.
-    check, _ = build_loader(cfg.dataloader.test, max_images=1)
+    check, _ = open_test(cfg, model, cfg.evaluation.max_images)
     with torch.no_grad():
-        for inputs in check:
+        for inputs in itertools.islice(check, 1):
             expedited.eval()(inputs)
     seed_all_rng(cfg.train.seed + comm.get_rank())
 

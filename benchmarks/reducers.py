@@ -42,7 +42,7 @@ from hourglass import (  # noqa: E402
 )
 from hourglass.checkpoint import load_checkpoint  # noqa: E402
 from hourglass.checks import check_count  # noqa: E402
-from hourglass.data.loading import build_loader  # noqa: E402
+from hourglass.data.opening import open_test  # noqa: E402
 from hourglass.encoders import find_encoder  # noqa: E402
 from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, compare  # noqa: E402
 from hourglass.evaluation.compare import members  # noqa: E402
@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace) -> Measured:
     plans = make_plans(args.budgets, cfg.model.backbone.net.window_size, start, stop, build(cfg, "plan"), selectors)
     model = build(cfg, "model").to(args.device).eval()
     load_checkpoint(model, cfg.train.init_checkpoint)
-    loader, records = build_loader(cfg.dataloader.test, args.images)
+    loader, records = open_test(cfg, model, args.images)
     groups = part_images(cfg.dataloader.test.dataset.names, records, args.by) if args.by else {}
     instances, subjects = {}, {}
     for name, plan in plans.items():
