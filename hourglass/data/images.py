@@ -79,8 +79,10 @@ def read_image(path: str, format: str | None = None, scaling: str | None = None)
         if problem := _problem(image):
             raise InputError(f"image {path} {problem}")
         if _is_deep(image):
-            exif = image.getexif()
-            image = Image.fromarray(_to_8_bits(_sixteen_bits(image, path), scaling, path))
+            values = _sixteen_bits(image, path)
+            file.seek(0)
+            exif = Image.open(file).getexif()
+            image = Image.fromarray(_to_8_bits(values, scaling, path))
             image.getexif().update(exif)
         image = detection_utils._apply_exif_orientation(image)
         return detection_utils.convert_PIL_to_numpy(image, format)
@@ -88,6 +90,8 @@ def read_image(path: str, format: str | None = None, scaling: str | None = None)
 
 def read_header(path: str) -> Header:
     """
+    What a file says of itself, its pixels unread. An orientation that a PNG has after its pixels is not seen.
+
     Raises:
         InputError: for a file that cannot be read.
     """
@@ -106,7 +110,9 @@ def _read_header(path: str, modified: int, size: int) -> Header:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            orientation = image.getexif().get(ORIENTATION, 1)
+            # A PNG without one before the pixels would be decoded in search of one after them.
+            has_exif = image.format != "PNG" or "exif" in image.info
+            orientation = image.getexif().get(ORIENTATION, 1) if has_exif else 1
             mode, problem = image.mode, _problem(image)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises any of these for bad files
         reason = str(error).split("\n")[0]

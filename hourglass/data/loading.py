@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
@@ -42,6 +42,8 @@ class ReadableMapper:
         try:
             with reading(self.scaling, labels=record.get("sem_seg_file_name")):
                 inputs = self.mapper(record)
+        except detection_utils.SizeMismatchError as error:
+            raise InputError(" ".join(str(error).split())) from error
         except (OSError, SyntaxError) as error:  # Pillow raises either for bad files
             reason = str(error).split("\n")[0]
             path = record.get("file_name")
