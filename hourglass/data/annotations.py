@@ -141,7 +141,9 @@ class InstanceCheck:
         annotations = self.content["annotations"]
         self._check_links(annotations)
         self._check_flags(annotations)
-        self._refuse("whose area is no number from 0", annotations, [_is_area(one.get("area")) for one in annotations])
+        self._refuse(
+            "whose area is no number from 0", annotations, [_is_area(one.get("area")) for one in annotations], "area"
+        )
         self._unwrap_polygons(annotations)
         for start in range(0, len(annotations), BLOCK):
             self._check_shapes(annotations[start : start + BLOCK])
@@ -344,14 +346,14 @@ class InstanceCheck:
         owners = [one for one in annotations for _ in one["segmentation"]]
         polygons = [polygon for one in annotations for polygon in one["segmentation"]]
         try:
-            values = np.array(list(chain.from_iterable(polygons)), np.float64)
-        except (TypeError, ValueError):  # text, null, lists
-            values = np.full(1, np.nan)
-        if not np.isfinite(values).all():
+            values = np.array(list(chain.from_iterable(polygons)))
+        except ValueError:  # lists of different lengths
+            values = np.array([None])
+        if values.ndim != 1 or values.dtype.kind not in "if" or not np.isfinite(values).all():
             bad = [one for one in annotations if not all(_is_number(x) for each in one["segmentation"] for x in each)]
             self._fail(bad, total, "with polygons of other values than finite numbers")
         starts = np.cumsum([0, *(len(polygon) // 2 for polygon in polygons[:-1])])
-        points = values.reshape(-1, 2)
+        points = values.astype(np.float64).reshape(-1, 2)
         low = np.minimum.reduceat(points, starts)
         high = np.maximum.reduceat(points, starts)
         extents: dict[int, tuple[float, float, float, float]] = {}
