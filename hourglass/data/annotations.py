@@ -117,13 +117,21 @@ class InstanceCheck:
 
     def __init__(self, content: Any, name: str):
         self.content, self.name = content, name
-        self.mends: list[str] = []
+        self._mends: dict[tuple[str, str], tuple[int, str]] = {}
         self.doubts: list[str] = []
         self._images: dict[Any, tuple[int, int]] = {}
         self._categories: set[int] = set()
         self._left = self._boxes = 0  # boxes that leave their images, and all
         self._corners = self._compared = 0  # boxes that are x0 y0 x1 y1 by their masks, and those with masks
         self._first_corners: Any = None
+
+    @property
+    def mends(self) -> list[str]:
+        total = len(self.content["annotations"])
+        return [
+            f"instances JSON {self.name}: {count} of the {total} {what}, such as {first}: {how}"
+            for (what, how), (count, first) in self._mends.items()
+        ]
 
     def run(self) -> InstanceFile:
         """
@@ -431,7 +439,8 @@ class InstanceCheck:
         if mask is None or one["image_id"] not in self._images:
             return float(one["bbox"][2] * one["bbox"][3])
         if isinstance(mask, list):
-            mask = rle.merge(rle.frPyObjects(mask, *self._images[one["image_id"]]))
+            masks = rle.frPyObjects(mask, *self._images[one["image_id"]])
+            return float(rle.area(masks[0] if len(masks) == 1 else rle.merge(masks)))
         return float(rle.area(_compressed(mask)))
 
     # --- messages ---------------------------------------------------------------------------------------------------
@@ -448,8 +457,8 @@ class InstanceCheck:
         )
 
     def _mend(self, count: int, what: str, first: str, how: str) -> None:
-        total = len(self.content["annotations"])
-        self.mends.append(f"instances JSON {self.name}: {count} of the {total} {what}, such as {first}: {how}")
+        before, first_of_all = self._mends.get((what, how), (0, first))
+        self._mends[what, how] = (before + count, first_of_all)
 
 
 def _names(one: dict) -> str:

@@ -68,7 +68,7 @@ def read_instead(path: str | os.PathLike, local: str, content: Any | None) -> No
             handler.copy = None
         return
     with tempfile.NamedTemporaryFile("w", dir=folder(), suffix=".json", delete=False, encoding="utf-8") as file:
-        json.dump(content, file)
+        file.write(json.dumps(content))  # many times faster than json.dump
     if handler is None:
         handler = _handlers[path] = _Instead(path, local)
         PathManager.register_handler(handler)

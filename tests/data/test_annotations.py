@@ -12,6 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from hourglass import InputError
+from hourglass.data import annotations
 from hourglass.data.annotations import open_instances
 
 SQUARE = [10, 20, 30, 20, 30, 60, 10, 60]  # x 10 to 30, y 20 to 60 of an image of 80 x 100
@@ -328,3 +329,10 @@ def test_right_predictions_score_fully(write, task, changes):
         for one in results:
             del one["segmentation"]
     assert evaluate(path, copy.deepcopy(results), task) == pytest.approx(1)
+
+
+def test_a_mend_of_many_annotations_is_one_line(write, caplog, monkeypatch):
+    monkeypatch.setattr(annotations, "BLOCK", 2)
+    path = write(content(*(annotation(i, area=...) for i in range(1, 6))))
+    everything, line = mended(path, caplog)
+    assert [one["area"] for one in everything] == [800] * 5 and "5 of the 5 annotations have no area, such as" in line
