@@ -47,7 +47,6 @@ class InstanceFile(NamedTuple):
         categories: how many.
         annotations: how many.
         without_mask: those without a mask.
-        runs: those whose mask is RLE, crowds aside.
         without_keypoints: those without keypoints.
     """
 
@@ -56,7 +55,6 @@ class InstanceFile(NamedTuple):
     categories: int
     annotations: int
     without_mask: Lacking
-    runs: Lacking
     without_keypoints: Lacking
 
 
@@ -107,7 +105,7 @@ class InstanceCheck:
     Checks the content of a JSON, and mends it in place.
 
     Attributes:
-        mends: a line for each kind of mend.
+        mends: a line for each kind of mend, once it has run.
         doubts: a line for each thing that is odd, but not known to be wrong.
 
     Args:
@@ -156,14 +154,12 @@ class InstanceCheck:
         for start in range(0, len(annotations), BLOCK):
             self._check_shapes(annotations[start : start + BLOCK])
         self._conclude()
-        plain = [one for one in annotations if not one["iscrowd"]]
         return InstanceFile(
             path=self.name,
             image_ids=frozenset(self._images),
             categories=len(self._categories),
             annotations=len(annotations),
             without_mask=_lacking(one for one in annotations if "segmentation" not in one),
-            runs=_lacking(one for one in plain if isinstance(one.get("segmentation"), dict)),
             without_keypoints=_lacking(one for one in annotations if not one.get("keypoints")),
         )
 

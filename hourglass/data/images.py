@@ -102,7 +102,7 @@ def read_header(path: str) -> Header:
 def read_headers(paths: list[str]) -> list[Header]:
     """:func:`read_header` of many files, in threads: a network's latency is waited for once."""
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(read_header, paths, chunksize=64))
+        return list(pool.map(read_header, paths))
 
 
 @functools.lru_cache(maxsize=250_000)  # training evaluates the same images again and again

@@ -10,7 +10,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.evaluation import COCOEvaluator, SemSegEvaluator
-from detectron2.modeling import RetinaNet
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.roi_heads import CascadeROIHeads, ROIHeads
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig
@@ -49,14 +49,10 @@ def open_test(cfg: DictConfig, model: nn.Module, max_images: int | None = None) 
     node = cfg.dataloader.test
     name = _one_name(node.dataset)
     _check_batches(node)
-    evaluators = list(_evaluators(cfg.dataloader.get("evaluator")))
-    for evaluator in evaluators:
-        if evaluator.name:
-            check_instances(evaluator.name)
     scaling = cfg.dataloader.get("image_scaling", "full")
     loader, records = build_loader(node, max_images, scaling, square_side(model))
     _check_ids(records, name)
-    for evaluator in evaluators:
+    for evaluator in _evaluators(cfg.dataloader.get("evaluator")):
         if issubclass(evaluator.kind, COCOEvaluator):
             _check_coco(evaluator, records, model)
         elif _is_panoptic(evaluator.kind):
@@ -87,12 +83,10 @@ def open_train(cfg: DictConfig, model: nn.Module) -> Any:
     semantic = panoptic and options.get("semantic", False) or plain and "sem_seg_file_name" in records[0]
     for name in filter(None, names):
         stuff = panoptic and options.get("stuff", True)
-        check_classes(model, name, things=not semantic or _has_things(model), every=stuff, semantic=semantic)
-        found = check_instances(name)
-        if plain and found is not None and "annotations" in records[0]:
-            _check_training_masks(found, options, model)
+        check_classes(model, name, things=True, every=stuff, semantic=semantic)
     if plain:
         _check_categories(records, model)
+        _check_masks(records, options, model)
     return loader
 
 
@@ -272,7 +266,9 @@ def _has(model: nn.Module, switch: str) -> bool | None:
     heads = getattr(model, "roi_heads", None)
     if isinstance(heads, ROIHeads):
         return getattr(heads, switch, None)
-    return False if isinstance(model, RetinaNet) or switch == "keypoint_on" and hasattr(model, "panoptic_on") else None
+    return (
+        False if isinstance(model, DenseDetector) or switch == "keypoint_on" and hasattr(model, "panoptic_on") else None
+    )
 
 
 def _check_switch(model: nn.Module, switch: str, evaluator: _Evaluator) -> None:
@@ -282,10 +278,6 @@ def _check_switch(model: nn.Module, switch: str, evaluator: _Evaluator) -> None:
             f"{evaluator.key} evaluates what the model does not give, as model.{switch} is false: "
             f"model.{switch}=true, or another evaluator"
         )
-
-
-def _has_things(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "roi_heads", None), ROIHeads) or hasattr(model, "panoptic_on")
 
 
 class _Classes(NamedTuple):
@@ -306,7 +298,7 @@ def _thing_counts(model: nn.Module) -> list[_Classes]:
                 key = f"box_predictors.{i}" if several else "box_predictor"
                 counts.append(_Classes(f"model.roi_heads.{key}.num_classes", count))
         return counts
-    if isinstance(model, RetinaNet):
+    if isinstance(model, DenseDetector):
         return [_Classes("model.num_classes", model.num_classes)]
     return []
 
@@ -333,7 +325,7 @@ def check_classes(
     Raise InputError where a model has other classes than a data set.
 
     Args:
-        model: Detectron2's with ``roi_heads``, its ``RetinaNet``, or one such as Mask2Former; others pass.
+        model: Detectron2's with ``roi_heads``, a ``DenseDetector``, or one such as Mask2Former; others pass.
         name: of the data set, loaded before.
         things: its classes of things are found.
         every: things and stuff are, as the segments of one range of classes.
@@ -388,7 +380,8 @@ def _span(classes: Collection[int]) -> str:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def _check_training_masks(found: InstanceFile, options: DictConfig, model: nn.Module) -> None:
+def _check_masks(records: list[dict[str, Any]], options: DictConfig, model: nn.Module) -> None:
+    """What a `DatasetMapper` makes masks of; it leaves crowds out."""
     mapper = "dataloader.train.mapper"
     if not options.get("use_instance_mask", False):
         if _has(model, "mask_on"):
@@ -397,22 +390,31 @@ def _check_training_masks(found: InstanceFile, options: DictConfig, model: nn.Mo
                 "model.roi_heads.mask_in_features=null to train boxes alone"
             )
         return
-    lacking = found.without_mask
-    if lacking.count:
+    total, lacking, runs = 0, [], []
+    for record in records:
+        for one in record.get("annotations", ()):
+            if not one.get("iscrowd", 0):
+                total += 1
+                mask = one.get("segmentation")
+                if mask is None or len(mask) == 0:
+                    lacking.append(record)
+                elif isinstance(mask, dict):
+                    runs.append(record)
+    if lacking:
         raise InputError(
-            f"{lacking.count} of the {found.annotations} annotations of the instances JSON {found.path} have no mask, "
-            "such as annotation "
-            f"{lacking.first!r}, and {mapper} takes masks: {mapper}.use_instance_mask=false "
-            f"{mapper}.recompute_boxes=false "
-            "model.roi_heads.mask_in_features=null train boxes alone"
+            f"{len(lacking)} of the {total} objects to be trained on have no mask, such as one of image "
+            f"{_named(lacking[0])}, and {mapper} takes masks: {mapper}.use_instance_mask=false "
+            f"{mapper}.recompute_boxes=false model.roi_heads.mask_in_features=null train boxes alone"
         )
-    if found.runs.count and options.get("instance_mask_format", "polygon") == "polygon":
+    if runs and options.get("instance_mask_format", "polygon") == "polygon":
         raise InputError(
-            f"{found.runs.count} of the {found.annotations} annotations of the instances JSON {found.path} have masks "
-            "as RLE, such as "
-            f"annotation {found.runs.first!r}, and {mapper} takes polygons: {mapper}.instance_mask_format=bitmask "
-            "takes both"
+            f"{len(runs)} of the {total} objects to be trained on have masks as RLE, such as one of image "
+            f"{_named(runs[0])}, and {mapper} takes polygons: {mapper}.instance_mask_format=bitmask takes both"
         )
+
+
+def _named(record: dict[str, Any]) -> str:
+    return f"{record.get('image_id')!r} ({record.get('file_name')})"
 
 
 def _check_categories(records: list[dict[str, Any]], model: nn.Module) -> None:

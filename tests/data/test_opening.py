@@ -548,14 +548,19 @@ class TestFunctions:
 
 
 class TestTrainingMasks:
-    def test_rle_where_the_mapper_takes_polygons(self, folder):
-        content = coco()
-        content["annotations"][1]["segmentation"] = {"size": [32, 48], "counts": [6, 20, 32 * 48 - 26]}
-        register(folder, content)
+    @pytest.mark.parametrize("source", ["file", "function"])
+    def test_rle_where_the_mapper_takes_polygons(self, folder, source):
+        mask = {"size": [32, 48], "counts": [6, 20, 32 * 48 - 26]}
+        if source == "file":
+            content = coco()
+            content["annotations"][1]["segmentation"] = mask
+            register(folder, content)
+        else:
+            found = records(folder)
+            found[1]["annotations"][0]["segmentation"] = rle.frPyObjects(mask, 32, 48)
+            register_function(lambda: found)
         line = refusal(train, "dataloader.train.mapper.instance_mask_format=polygon")
-        assert (
-            "1 of the 2 annotations of the instances JSON" in line and "have masks as RLE, such as annotation 2" in line
-        )
+        assert f"1 of the 2 objects to be trained on have masks as RLE, such as one of image 2 ({folder}/2.png)" in line
         assert "dataloader.train.mapper.instance_mask_format=bitmask takes both" in line
 
     @pytest.mark.parametrize("form", ["polygon", "bitmask"])
@@ -569,7 +574,7 @@ class TestTrainingMasks:
         del content["annotations"][0]["segmentation"]
         register(folder, content)
         line = refusal(train)
-        assert "1 of the 2 annotations of the instances JSON" in line and "have no mask, such as annotation 1" in line
+        assert f"1 of the 2 objects to be trained on have no mask, such as one of image 1 ({folder}/1.png)" in line
         said = line.split(": ")[-1].removesuffix(" train boxes alone").split()
         assert train(*said) is not None  # what it says works
 
