@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -384,9 +384,10 @@ class InstanceCheck:
             height, width = self._images[other[0]["image_id"]]
             size = other[0]["segmentation"]["size"]
             self._fail(other, total, f"whose RLE has another size than their image ({size}, not [{height}, {width}])")
-        long = [one for one in annotations if not _fills(one["segmentation"])]
-        if long:
-            self._fail(long, total, "whose RLE does not count all pixels of its size")
+        pixels = count_pixels([one["segmentation"] for one in annotations])
+        short = [one for one, count in zip(annotations, pixels) if count != math.prod(one["segmentation"]["size"])]
+        if short:
+            self._fail(short, total, "whose RLE does not count all pixels of its size")
         masks = [_compressed(one["segmentation"]) for one in annotations]
         boxes = np.asarray(rle.toBbox(masks)).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
@@ -492,31 +493,48 @@ def _is_rle(mask: dict) -> bool:
     )
 
 
-def _fills(mask: dict) -> bool:
-    pixels = mask["size"][0] * mask["size"][1]
-    counts = mask["counts"]
-    return sum(counts if isinstance(counts, list) else _decode(counts)) == pixels
+def count_pixels(masks: Sequence[dict]) -> np.ndarray:
+    """
+    How many pixels the runs of RLE masks count, those of objects and those between; -1 where they are none.
 
+    Args:
+        masks: (N,) with "counts", text or a list.
 
-def _decode(counts: str) -> list[int]:
-    """The lengths of the runs of COCO's compressed RLE: 5 bits a letter, from the third on as differences by two."""
-    letters = np.frombuffer(counts.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
-    if not len(letters) or (letters < 0).any() or (letters > 63).any() or letters[-1] & 32:
-        return [-1]
-    last = (letters & 32) == 0
-    number = np.cumsum(last) - last  # which run a letter belongs to
+    Returns:
+        (N,) int64
+    """
+    total = np.array([sum(mask["counts"]) if isinstance(mask["counts"], list) else -1 for mask in masks], np.int64)
+    texts = [i for i, mask in enumerate(masks) if isinstance(mask["counts"], str) and mask["counts"]]
+    if not texts:
+        return total
+    # A letter has 5 bits of a number, the lowest first, and a sixth if the number goes on.
+    coded = [masks[i]["counts"].encode("latin-1", "replace") for i in texts]
+    letters = np.frombuffer(b"".join(coded), np.uint8).astype(np.int64) - 48
+    owner = np.repeat(np.arange(len(coded)), [len(text) for text in coded])
+    ends = np.r_[owner[1:] != owner[:-1], True]
+    goes_on = letters & 32 > 0
+    wrong = np.bincount(owner[(letters < 0) | (letters > 63) | ends & goes_on], minlength=len(coded)) > 0
+    last = ~goes_on | ends
     first = np.flatnonzero(np.r_[True, last[:-1]])
+    number = np.cumsum(last) - last
     place = np.arange(len(letters)) - first[number]
-    if place.max() > 6:
-        return [-1]
-    values = np.add.reduceat((letters & 31) << 5 * place, first)
-    ends = np.flatnonzero(last)
-    values -= np.where(letters[ends] & 16, 1 << 5 * (place[ends] + 1), 0)
-    # The first three are lengths; later ones add to the length two before.
-    values[1::2] = np.cumsum(values[1::2])
-    even = values[2::2]
-    values[2::2] = np.cumsum(even)
-    return values.tolist() if (values >= 0).all() else [-1]
+    wrong[owner[place > 6]] = True
+    place = np.minimum(place, 6)
+    runs = np.add.reduceat((letters & 31) << 5 * place, first)
+    runs -= np.where(letters[last] & 16, 1 << 5 * (place[last] + 1), 0)  # negative
+    # From the fourth on, a number is the difference to the one two before: three chains of sums in each mask.
+    owner = owner[first]
+    position = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    chain = 3 * owner + np.where(position == 0, 0, 2 - position % 2)
+    order = np.argsort(chain, kind="stable")
+    sums = np.cumsum(runs[order])
+    starts = np.searchsorted(chain[order], chain[order])
+    sums -= np.where(starts > 0, sums[starts - 1], 0)
+    wrong[owner[order][sums < 0]] = True
+    counted = np.zeros(len(coded), np.int64)
+    np.add.at(counted, owner[order], sums)
+    total[texts] = np.where(wrong, -1, counted)
+    return total
 
 
 def _compressed(mask: dict) -> dict:

@@ -336,3 +336,20 @@ def test_a_mend_of_many_annotations_is_one_line(write, caplog, monkeypatch):
     path = write(content(*(annotation(i, area=...) for i in range(1, 6))))
     everything, line = mended(path, caplog)
     assert [one["area"] for one in everything] == [800] * 5 and "5 of the 5 annotations have no area, such as" in line
+
+
+def test_pixels_of_runs_are_counted():
+    """Of masks of all shapes, empty and full ones among them; of text that is cut or none, -1."""
+    random = np.random.RandomState(0)
+    masks = [np.asfortranarray(random.rand(*random.randint(1, 90, 2)) < random.rand() ** 2) for _ in range(200)]
+    masks += [np.zeros((50, 70), bool, order="F"), np.ones((50, 70), bool, order="F")]
+    big = np.zeros((3000, 2000), bool, order="F")
+    big[5:2000, 1000] = True
+    coded = [rle.encode(mask.astype(np.uint8)) for mask in [*masks, big]]
+    texts = [{"counts": one["counts"].decode()} for one in coded]
+    sizes = [mask.size for mask in [*masks, big]]
+    assert annotations.count_pixels(texts).tolist() == sizes
+    mixed = [*texts[:2], {"counts": [3, 4, 5]}, {"counts": texts[-1]["counts"][:-1]}, {"counts": ""}, {"counts": "é\n"}]
+    counted = annotations.count_pixels([*mixed, texts[2]]).tolist()
+    assert counted[:3] == [*sizes[:2], 12] and counted[6] == sizes[2]
+    assert counted[3] != sizes[-1] and counted[4:6] == [-1, -1]
