@@ -44,6 +44,7 @@ class Header(NamedTuple):
         upright: (height, width) as it is read, with the EXIF orientation applied.
         orientation: EXIF's, 1 where the file has none.
         mode: Pillow's.
+        deep: whether values have 16 bits.
         problem: why it is not taken; empty where it is.
     """
 
@@ -51,6 +52,7 @@ class Header(NamedTuple):
     upright: tuple[int, int]
     orientation: int
     mode: str
+    deep: bool
     problem: str
 
 
@@ -113,12 +115,12 @@ def _read_header(path: str, modified: int, size: int) -> Header:
             # A PNG without one before the pixels would be decoded in search of one after them.
             has_exif = image.format != "PNG" or "exif" in image.info
             orientation = image.getexif().get(ORIENTATION, 1) if has_exif else 1
-            mode, problem = image.mode, _problem(image)
+            mode, deep, problem = image.mode, _is_deep(image), _problem(image)
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises any of these for bad files
         reason = str(error).split("\n")[0]
         raise InputError(f"image {path} cannot be read ({type(error).__name__}: {reason})") from error
     upright = (width, height) if orientation in (5, 6, 7, 8) else (height, width)
-    return Header((height, width), upright, orientation, mode, problem)
+    return Header((height, width), upright, orientation, mode, deep, problem)
 
 
 @contextlib.contextmanager
@@ -133,8 +135,7 @@ def reading(scaling: str, labels: str | None = None) -> Iterator[list[str]]:
     Yields:
         the paths that were read so, a list that grows.
     """
-    if detection_utils.read_image is not _read_for_mapper:
-        _READ_AS_IT_IS.append(detection_utils.read_image)
+    if detection_utils.read_image is _DETECTRON2_READ_IMAGE:  # not somebody else's in its place
         detection_utils.read_image = _read_for_mapper
     state = _Reading(scaling, labels, [])
     token = _reading.set(state)
@@ -150,14 +151,14 @@ class _Reading(NamedTuple):
     paths: list[str]
 
 
-_READ_AS_IT_IS: list = []
+_DETECTRON2_READ_IMAGE = detection_utils.read_image
 
 
 def _read_for_mapper(file_name: str, format: str | None = None) -> np.ndarray:
     """In the place of Detectron2's function, which it calls for everybody else."""
     state = _reading.get()
     if state is None:
-        return _READ_AS_IT_IS[-1](file_name, format)
+        return _DETECTRON2_READ_IMAGE(file_name, format)
     state.paths.append(file_name)
     if file_name == state.labels:
         return read_labels(file_name)

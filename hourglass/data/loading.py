@@ -1,6 +1,7 @@
 """Data loaders that say in one line what is wrong with the data."""
 
 import difflib
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,16 +10,19 @@ import numpy as np
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
+from detectron2.utils.logger import log_first_n
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 
 from hourglass.checks import check_choice
 from hourglass.data.annotations import open_instances
 from hourglass.data.augmentation import EnlargeShortestEdge, RandomStain, StretchContrast
-from hourglass.data.images import SCALINGS, Header, read_headers, reading
+from hourglass.data.images import SCALINGS, Header, read_header, read_headers, reading
 from hourglass.data.mapper import PanopticMapper
 from hourglass.errors import InputError
 
+# What reads images as `read_image` does.
+KNOWN_CALLS = (DatasetMapper.__call__, PanopticMapper.__call__)
 # What the files are that a record may name.
 FILES = {"file_name": "images", "pan_seg_file_name": "panoptic PNGs", "sem_seg_file_name": "semantic PNGs"}
 
@@ -39,17 +43,24 @@ class ReadableMapper:
         self.square = square
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        path = record.get("file_name")
         try:
-            with reading(self.scaling, labels=record.get("sem_seg_file_name")):
+            with reading(self.scaling, labels=record.get("sem_seg_file_name")) as paths:
                 inputs = self.mapper(record)
         except detection_utils.SizeMismatchError as error:
             raise InputError(" ".join(str(error).split())) from error
         except (OSError, SyntaxError) as error:  # Pillow raises either for bad files
             reason = str(error).split("\n")[0]
-            path = record.get("file_name")
             raise InputError(f"image {path} cannot be read ({type(error).__name__}: {reason})") from error
+        if path is not None and path not in paths and _is_local(path) and read_header(os.fspath(path)).deep:
+            log_first_n(
+                logging.WARNING,
+                f"image {path} has 16 bits, and {type(self.mapper).__name__} reads it by itself: what Detectron2's "
+                "read_image gives a mapper that has imported it by name is clipped at 255",
+                name=__name__,
+            )
         if self.square and inputs is not None and "image" in inputs:
-            check_square(tuple(inputs["image"].shape[-2:]), self.square, record.get("file_name"))
+            check_square(tuple(inputs["image"].shape[-2:]), self.square, path)
         return inputs
 
 
@@ -136,10 +147,10 @@ def check_instances(name: str):
 
 def _check_headers(records: Sequence[dict[str, Any]], name: Any, mapper: Any) -> None:
     """The sizes of images and of PNGs against the records, and the images' types of values."""
-    local = [record for record in records if "file_name" in record and "://" not in os.fspath(record["file_name"])]
+    local = [record for record in records if "file_name" in record and _is_local(record["file_name"])]
     headers = dict(zip(map(id, local), read_headers([os.fspath(record["file_name"]) for record in local])))
     # Other mappers may read whatever they like.
-    if isinstance(mapper, (DatasetMapper, PanopticMapper)):
+    if isinstance(mapper, (DatasetMapper, PanopticMapper)) and type(mapper).__call__ in KNOWN_CALLS:
         bad = [record for record in local if headers[id(record)].problem]
         if bad:
             what = f"{len(bad)} of the {len(records)} images of data set {name!r} cannot be read"
@@ -160,7 +171,7 @@ def _check_headers(records: Sequence[dict[str, Any]], name: Any, mapper: Any) ->
     for key, kind in FILES.items():
         if key == "file_name":
             continue
-        owners = [record for record in local if key in record and "://" not in os.fspath(record[key])]
+        owners = [record for record in local if key in record and _is_local(record[key])]
         for record, header in zip(owners, read_headers([os.fspath(record[key]) for record in owners])):
             expected = headers[id(record)].upright
             if header.stored != expected:
@@ -230,7 +241,11 @@ def _check_registered(names: list[str]) -> None:
 
 
 def _is_there(path: str | os.PathLike) -> bool:
-    return "://" in os.fspath(path) or os.path.exists(path)
+    return not _is_local(path) or os.path.exists(path)
+
+
+def _is_local(path: str | os.PathLike) -> bool:
+    return "://" not in os.fspath(path)
 
 
 def _where(name: str | list[str]) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Iterable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,6 +162,13 @@ def _check_ids(records: list[dict[str, Any]], name: str) -> None:
         raise InputError(
             f"{len(without)} of the {len(records)} records of data set {name!r} have no image_id, such as number "
             f"{without[0]}, {records[without[0]].get('file_name')}: evaluators need one for each image"
+        )
+    strange = [record for record in records if not isinstance(record["image_id"], (str, Integral))]
+    if strange:
+        raise InputError(
+            f"{len(strange)} of the {len(records)} records of data set {name!r} have an image_id that is neither a "
+            "whole "
+            f"number nor text, such as {strange[0]['image_id']!r} of {strange[0].get('file_name')}"
         )
     known: set = set()
     twice = [record for record in records if record["image_id"] in known or known.add(record["image_id"])]

@@ -169,3 +169,14 @@ def test_an_image_larger_than_the_square_is_refused_with_both_sizes(tmp_path):
     assert ReadableMapper(mapper, square=33)({"file_name": path})["image"].shape == (3, 20, 33)
     with pytest.raises(InputError, match=f"image {path} is 20 x 33 pixels .* model.backbone.square_pad is 32: "):
         ReadableMapper(mapper, square=32)({"file_name": path})
+
+
+def test_a_mapper_that_reads_16_bits_by_itself_is_said(tmp_path, caplog):
+    _LOG_COUNTER.clear()
+    mapper = ReadableMapper(lambda record: {"image": torch.zeros(3, 16, 24)})
+    mapper({"file_name": write(tmp_path / "8.png", GREY)})
+    assert not caplog.records
+    for _ in range(2):
+        mapper({"file_name": write(tmp_path / "16.png", deep(GREY))})
+    (line,) = caplog.messages
+    assert "16.png has 16 bits, and function reads it by itself" in line

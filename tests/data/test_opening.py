@@ -179,6 +179,12 @@ class TestRecords:
         assert f"1 of the 2 records of data set 'mine' have no image_id, such as number 1, {folder}/2.png" in line
         assert train() is not None  # which needs none
 
+    @pytest.mark.parametrize("id", [[2], 2.5, {"id": 2}])
+    def test_ids_of_other_types(self, folder, id):
+        register_function(lambda: [records(folder)[0], {**records(folder)[1], "image_id": id}])
+        line = refusal(test)
+        assert "1 of the 2 records of data set 'mine' have an image_id that is neither a whole number nor text" in line
+
     def test_images_that_the_evaluators_json_lacks(self, folder):
         """A function that gives more than the JSON of its metadata has."""
         content = coco()
