@@ -8,7 +8,6 @@ Compare a model with itself on fewer tokens, or train it.
 """
 
 import argparse
-import itertools
 import logging
 import os
 import sys
@@ -26,9 +25,10 @@ from torch.multiprocessing import ProcessExitedException
 from hourglass import Plan
 from hourglass.checkpoint import load_checkpoint
 from hourglass.compat import init_process_group
-from hourglass.data.opening import open_test
+from hourglass.data.opening import load_test, open_test
 from hourglass.encoders import find_encoder
 from hourglass.evaluation import Subject, compare, describe, to_json, to_table, write_report
+from hourglass.evaluation.journal import open_journal
 from hourglass.launch import DEMO, build, build_evaluator, load_config, one_line, refuse
 from hourglass.reduction.selection import RANDOM
 from hourglass.training import train
@@ -40,7 +40,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-only", action="store_true", help="compare the models, do not train")
     parser.add_argument("--control", action="store_true", help="also the model with the plan's blocks left out")
     parser.add_argument("--only", choices=("unmodified", "expedited"), help="run one of the models")
-    parser.add_argument("--resume", action="store_true", help="train on from the last checkpoint in train.output_dir")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from what train.output_dir has: with --eval-only the finished images, else the last checkpoint",
+    )
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, one a GPU, on this machine")
     parser.add_argument(
         "overrides",
@@ -63,18 +67,20 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
         plans["control"] = plan.control()
     if args.only:
         plans = {args.only: plans[args.only]}
-    loader, records = open_test(cfg, model, cfg.evaluation.max_images)
+    records = open_test(cfg, model, cfg.evaluation.max_images)
     subjects = {}
     for name, its_plan in plans.items():
         view = hourglass.expedite(model, its_plan)
-        subjects[name] = Subject(view, find_encoder(view)[1], build_evaluator(cfg))
+        subjects[name] = Subject(view, find_encoder(view)[1], build_evaluator(cfg, name))
+    journal = open_journal(cfg, subjects, plans, records, args.resume) if args.eval_only else None
+    remaining = records if journal is None else [each for each in records if each["image_id"] not in journal.done]
     comparison = compare(
         subjects,
-        loader,
-        None if cfg.evaluation.max_images is None else [record["image_id"] for record in records],
+        load_test(cfg, model, remaining),
         device=cfg.train.device,
         dtype=getattr(torch, cfg.evaluation.dtype),
         warmup=cfg.evaluation.warmup,
+        journal=journal,
     )
     if comparison is None:
         return {}
@@ -88,6 +94,8 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
     print(f"\n{describe(document)}\n\n{to_table(document)}\n")
     write_report(document, cfg.train.output_dir)
     print(f"written to {os.path.join(cfg.train.output_dir, 'comparison.json')} and comparison.md", flush=True)
+    if journal is not None:
+        journal.remove()
     return document
 
 
@@ -110,9 +118,9 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # What the first evaluation would refuse is refused before training.
-    check, _ = open_test(cfg, model, cfg.evaluation.max_images)
+    records = open_test(cfg, model, cfg.evaluation.max_images)
     with torch.no_grad():
-        for inputs in itertools.islice(check, 1):
+        for inputs in load_test(cfg, model, records[:1]):
             expedited.eval()(inputs)
     seed_all_rng(cfg.train.seed + comm.get_rank())
 
@@ -125,7 +133,12 @@ def main(args: argparse.Namespace) -> None:
             for metric, value in metrics.items()
         }
 
-    train(cfg, expedited if cfg.train.expedite else model, evaluate, args.resume)
+    try:
+        train(cfg, expedited if cfg.train.expedite else model, evaluate, args.resume)
+    except KeyboardInterrupt:
+        checkpoint = os.path.join(cfg.train.output_dir, "last_checkpoint")
+        kept = f"--resume goes on from the last checkpoint in {cfg.train.output_dir}"
+        raise KeyboardInterrupt(kept if os.path.exists(checkpoint) else "no checkpoint was written yet") from None
 
 
 def run(args: argparse.Namespace) -> None:

@@ -42,11 +42,11 @@ from hourglass import (  # noqa: E402
 )
 from hourglass.checkpoint import load_checkpoint  # noqa: E402
 from hourglass.checks import check_count  # noqa: E402
-from hourglass.data.opening import open_test  # noqa: E402
+from hourglass.data.opening import load_test, open_test  # noqa: E402
 from hourglass.encoders import find_encoder  # noqa: E402
 from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, compare  # noqa: E402
-from hourglass.evaluation.compare import members  # noqa: E402
 from hourglass.evaluation.instances import average_precision  # noqa: E402
+from hourglass.evaluation.journal import members  # noqa: E402
 from hourglass.evaluation.report import describe_interval, describe_limit, without_nan  # noqa: E402
 from hourglass.evaluation.resampling import draw_samples, ratio_of_samples  # noqa: E402
 from hourglass.files import check_folder  # noqa: E402
@@ -171,18 +171,17 @@ def measure(args: argparse.Namespace) -> Measured:
     plans = make_plans(args.budgets, cfg.model.backbone.net.window_size, start, stop, build(cfg, "plan"), selectors)
     model = build(cfg, "model").to(args.device).eval()
     load_checkpoint(model, cfg.train.init_checkpoint)
-    loader, records = open_test(cfg, model, args.images)
+    records = open_test(cfg, model, args.images)
     groups = part_images(cfg.dataloader.test.dataset.names, records, args.by) if args.by else {}
     instances, subjects = {}, {}
     for name, plan in plans.items():
         view = hourglass.expedite(model, plan)
-        evaluator = build_evaluator(cfg)
+        evaluator = build_evaluator(cfg, name)
         instances[name] = next(each for each in members(evaluator) if isinstance(each, InstanceEvaluator))
         subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
     comparison = compare(
         subjects,
-        loader,
-        [record["image_id"] for record in records],
+        load_test(cfg, model, records),
         device=args.device,
         dtype=getattr(torch, args.dtype),
         warmup=1,

@@ -1,7 +1,10 @@
 """What commands share: a config, its parts, and one line for what the user got wrong."""
 
 import contextlib
+import copy
+import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,8 @@ from typing import Any, NoReturn
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
-from omegaconf import DictConfig, OmegaConf
+from detectron2.utils import comm
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hourglass.checks import check_count
 from hourglass.errors import InputError
@@ -19,6 +23,8 @@ from hourglass.overrides import apply_overrides
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEMO = CONFIGS / "demo" / "vitdet.py"
+# What is raised on a full disk and in a folder without permission.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 def load_config(path: str, overrides: list[str]) -> DictConfig:
@@ -63,9 +69,22 @@ def build(cfg: DictConfig, key: str) -> Any:
         raise InputError(f"{key} cannot be built: {str(error).splitlines()[0]}") from error
 
 
-def build_evaluator(cfg: DictConfig) -> DatasetEvaluator:
+def build_evaluator(cfg: DictConfig, model: str | None = None) -> DatasetEvaluator:
+    """
+    Args:
+        cfg: with ``dataloader.evaluator``, a call or a list of them.
+        model: name of the model that it evaluates; an evaluator's ``output_dir`` gets a folder for it.
+
+    Raises:
+        InputError: for data that the evaluator cannot evaluate.
+    """
+    node = copy.deepcopy(cfg.dataloader)
+    calls = node.evaluator if isinstance(node.evaluator, ListConfig) else [node.evaluator]
+    for call in calls:
+        if model is not None and call.get("output_dir"):
+            call.output_dir = os.path.join(call.output_dir, re.sub(r"\W+", "_", model).strip("_"))
     try:
-        evaluator = instantiate(cfg.dataloader.evaluator)
+        evaluator = instantiate(node.evaluator)
     except (AssertionError, AttributeError, ImportError, KeyError, TypeError) as error:  # data that it cannot evaluate
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         name = cfg.dataloader.test.dataset.get("names")
@@ -76,7 +95,10 @@ def build_evaluator(cfg: DictConfig) -> DatasetEvaluator:
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """What the user got wrong ends the command with one line and exit code 2."""
+    """
+    What the user got wrong, a disk that cannot be written to and an interruption end the command with one line: exit
+    code 2, and 130 for an interruption.
+    """
     try:
         yield
     except InputError as error:
@@ -84,6 +106,14 @@ def one_line() -> Iterator[None]:
         if message.startswith("Caught InputError in DataLoader worker"):  # with the worker's traceback
             message = message.splitlines()[-1].removeprefix("hourglass.errors.InputError: ")
         refuse(message)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        refuse(": ".join(filter(None, (error.filename, error.strerror))))
+    except KeyboardInterrupt as interruption:
+        if comm.is_main_process():
+            print(f"\ninterrupted: {interruption}".removesuffix(": "), file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def refuse(line: str) -> NoReturn:

@@ -1,11 +1,14 @@
 """The command, from end to end."""
 
+import errno
 import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from PIL import Image
 import hourglass.data.panoptic
 import train_net
 from hourglass import launch
+from hourglass.evaluation.journal import read_records
 
 ROOT = Path(__file__).parent.parent
 # Small enough for a test: 256 tokens, of which the plan keeps 100.
@@ -348,17 +352,105 @@ def test_selectors_without_weights_are_refused(capsys):
     )
 
 
-def test_two_processes_give_the_accuracy_of_one(tmp_path):
+def killed(command: list[str], folder: Path, images: int) -> None:
+    """Run until so many images are finished, then kill the processes."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while sum(1 for path in folder.glob("journal/*/*.msgpack") for _ in read_records(path)) < images:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()[-3000:]
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "comparison.json").exists()
+
+
+def test_two_processes_that_are_killed_go_on_to_the_figures_of_one(tmp_path):
     arguments = ["--eval-only", "evaluation.max_images=5", "evaluation.warmup=0"]
     run(*arguments, f"train.output_dir={tmp_path}/one")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*launcher, "train_net.py", *arguments, f"train.output_dir={tmp_path}/two"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train_net.py"]
+    command = [*launcher, *arguments, f"train.output_dir={tmp_path}/two"]
+    killed(command, tmp_path / "two", 2)
+    done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "starting anew" not in done.stderr and not (tmp_path / "two" / "journal").exists()
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert two["images"] == 5
-    for name in ("unmodified", "expedited"):
-        assert two["models"][name]["accuracy"] == one["models"][name]["accuracy"]
+    for name in ("unmodified", "fast attention", "expedited"):
+        for key in ("accuracy", "tokens", "encoder_gflops"):
+            assert two["models"][name][key] == one["models"][name][key]
+
+
+def test_what_ran_is_what_is_evaluated(tmp_path):
+    """A data set that has a part of the annotations' images, as a list of a user's own function."""
+    DatasetCatalog.register("demo_part", lambda: DatasetCatalog.get("hourglass_demo_val")[1:3])
+    metadata = MetadataCatalog.get("hourglass_demo_val")
+    MetadataCatalog.get("demo_part").set(
+        json_file=metadata.json_file,
+        thing_classes=metadata.thing_classes,
+        thing_dataset_id_to_contiguous_id=metadata.thing_dataset_id_to_contiguous_id,
+    )
+    arguments = ["--eval-only", "--only", "unmodified", "evaluation.warmup=0"]
+    part = [*arguments, "dataloader.test.dataset.names=demo_part"]
+    try:
+        run(*part, f"train.output_dir={tmp_path}/part", f"dataloader.evaluator.output_dir={tmp_path}/predictions")
+        run(*part, f"train.output_dir={tmp_path}/limited", "evaluation.max_images=2")
+    finally:
+        DatasetCatalog.remove("demo_part")
+        MetadataCatalog.remove("demo_part")
+    annotations = json.loads(Path(metadata.json_file).read_text())
+    ids = [image["id"] for image in annotations["images"][1:3]]
+    annotations["images"] = annotations["images"][1:3]
+    annotations["annotations"] = [each for each in annotations["annotations"] if each["image_id"] in ids]
+    (tmp_path / "part.json").write_text(json.dumps(annotations))
+    register_coco_instances("demo_alone", {}, str(tmp_path / "part.json"), metadata.image_root)
+    try:
+        run(*arguments, "dataloader.test.dataset.names=demo_alone", f"train.output_dir={tmp_path}/alone")
+    finally:
+        DatasetCatalog.remove("demo_alone")
+        MetadataCatalog.remove("demo_alone")
+    reports = [read(tmp_path / name) for name in ("alone", "limited", "part")]
+    alone, limited, part = (report["models"]["unmodified"]["accuracy"] for report in reports)
+    assert alone["bbox"]["AP"] > 20
+    assert part == limited == alone
+    # A folder for each model's predictions.
+    assert (tmp_path / "predictions" / "unmodified" / "coco_instances_results.json").is_file()
+
+
+def test_an_interruption_is_one_line(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hourglass.evaluation.InstanceEvaluator.process", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        run("--eval-only", f"train.output_dir={tmp_path}/o", "evaluation.max_images=1", *UNTRAINED)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: 0 finished images are kept in ")
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_interrupted_training_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_net, "train", interrupt)
+    for told in ("no checkpoint was written yet", f"--resume goes on from the last checkpoint in {tmp_path}"):
+        with pytest.raises(SystemExit) as stopped:
+            run(f"train.output_dir={tmp_path}", *UNTRAINED)
+        assert stopped.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == f"interrupted: {told}"
+        (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+
+
+def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{tmp_path}/o")
+
+    monkeypatch.setattr(train_net, "write_report", full)
+    line = refusal(capsys, "--eval-only", f"train.output_dir={tmp_path}/o", "evaluation.max_images=1", *UNTRAINED)
+    assert line == f"error: {tmp_path}/o: No space left on device"
+    # What was measured is there, for --resume.
+    assert len(list(read_records(next((tmp_path / "o").glob("journal/*/*.msgpack"))))) == 1
 
 
 @pytest.mark.parametrize(

@@ -74,26 +74,38 @@ def check_square(size: tuple[int, int], square: int, path: str | None) -> None:
         )
 
 
-def build_loader(
-    node: DictConfig, max_images: int | None = None, scaling: str = "full", square: int = 0
-) -> tuple[Any, list[dict[str, Any]]]:
+def build_loader(node: DictConfig, max_images: int | None = None) -> tuple[Any, list[dict[str, Any]]]:
     """
-    Build a data loader from the LazyCall of Detectron2's ``build_detection_train_loader`` or ``..._test_loader``, and
-    check all that it reads: annotations whole, and of the images the headers.
+    Build a data loader from the LazyCall of Detectron2's ``build_detection_train_loader`` or ``..._test_loader``, of
+    checked data.
 
     Args:
         node: the call, with ``dataset`` and ``mapper``.
         max_images: only the first so many images; None: all.
-        scaling, square: as for :class:`ReadableMapper`.
 
     Returns:
         the loader, and the records that it reads.
 
     Raises:
+        InputError: see :func:`load_records`.
+    """
+    records = load_records(node, max_images)
+    return load_images(node, records), records
+
+
+def load_records(node: DictConfig, max_images: int | None = None, square: int = 0) -> list[dict[str, Any]]:
+    """
+    The records of the data set that ``node``, as in :func:`build_loader`, reads, checked: annotations whole, and of the
+    images the headers.
+
+    Args:
+        node, max_images: as there.
+        square: side of the square in pixels that the model pads images to; 0: any size.
+
+    Raises:
         InputError: for a data set that is not registered or not there, is without an image, or has annotations or
             images that cannot be read as they are meant.
     """
-    check_choice("dataloader.image_scaling", scaling, SCALINGS)
     name = node.dataset.get("names", "")
     names = [name] if isinstance(name, str) else list(name)
     if name:
@@ -119,14 +131,31 @@ def build_loader(
     _check_headers(records, name, mapper)
     if square:
         _check_squares(records, mapper, square)
+    return records
+
+
+def load_images(node: DictConfig, records: list[dict[str, Any]], scaling: str = "full", square: int = 0) -> Any:
+    """
+    The loader of ``node``, as in :func:`build_loader`, for these records alone; empty where there are none.
+
+    Args:
+        node, records: as :func:`load_records` takes and gives them.
+        scaling, square: as for :class:`ReadableMapper`.
+
+    Raises:
+        InputError: for arguments that the loader does not take.
+    """
+    check_choice("dataloader.image_scaling", scaling, SCALINGS)
+    if not records:  # Detectron2's samplers take at least one
+        return []
     arguments = {key: instantiate(node[key]) for key in node if key not in ("_target_", "dataset", "mapper")}
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
     try:
-        loader = target(dataset=records, mapper=ReadableMapper(mapper, scaling, square), **arguments)
+        return target(dataset=records, mapper=ReadableMapper(instantiate(node.mapper), scaling, square), **arguments)
     except (AssertionError, TypeError) as error:  # an argument that it does not take
         reason = str(error).strip().split("\n")[0]
+        name = node.dataset.get("names", "")
         raise InputError(f"the loader of data set {name!r} cannot be built ({reason})") from error
-    return loader, records
 
 
 def check_instances(name: str):

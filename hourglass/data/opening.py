@@ -17,8 +17,10 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
+from hourglass.checks import check_choice
 from hourglass.data.annotations import InstanceFile, open_instances
-from hourglass.data.loading import build_loader, check_instances
+from hourglass.data.images import SCALINGS
+from hourglass.data.loading import check_instances, load_images, load_records
 from hourglass.data.mapper import PanopticMapper
 from hourglass.data.mending import folder
 from hourglass.errors import InputError
@@ -27,7 +29,7 @@ from hourglass.errors import InputError
 PANOPTIC = ("PanopticEvaluator", "COCOPanopticEvaluator")
 
 
-def open_test(cfg: DictConfig, model: nn.Module, max_images: int | None = None) -> tuple[Any, list[dict[str, Any]]]:
+def open_test(cfg: DictConfig, model: nn.Module, max_images: int | None = None) -> list[dict[str, Any]]:
     """
     Open the data set that a model is evaluated on.
 
@@ -40,19 +42,18 @@ def open_test(cfg: DictConfig, model: nn.Module, max_images: int | None = None) 
         max_images: only the first so many images; None: all.
 
     Returns:
-        the loader, and the records that it reads.
+        the records of the images, which :func:`load_test` reads.
 
     Raises:
-        InputError: see :func:`~hourglass.data.loading.build_loader`; for images without an id or with the id of
+        InputError: see :func:`~hourglass.data.loading.load_records`; for images without an id or with the id of
             another, or that an evaluator knows nothing of; for tasks that the model or the data do not have; for a
             model with other classes than the data.
     """
     node = cfg.dataloader.test
     name = _one_name(node.dataset)
     _check_batches(node)
-    scaling = cfg.dataloader.get("image_scaling", "full")
-    loader, records = build_loader(node, max_images, scaling, square_side(model))
-    _check_ids(records, name)
+    check_choice("dataloader.image_scaling", _scaling(cfg), SCALINGS)
+    records = _with_plain_ids(load_records(node, max_images, square_side(model)), name)
     for evaluator in _evaluators(cfg.dataloader.get("evaluator")):
         if issubclass(evaluator.kind, COCOEvaluator):
             _check_coco(evaluator, records, model)
@@ -62,7 +63,12 @@ def open_test(cfg: DictConfig, model: nn.Module, max_images: int | None = None) 
         elif issubclass(evaluator.kind, SemSegEvaluator):
             _check_switch(model, "semantic_on", evaluator)
             check_classes(model, evaluator.name, semantic=True)
-    return loader, records
+    return records
+
+
+def load_test(cfg: DictConfig, model: nn.Module, records: list[dict[str, Any]]) -> Any:
+    """The loader of the images of these records, all or some of those that :func:`open_test` gave."""
+    return load_images(cfg.dataloader.test, records, _scaling(cfg), square_side(model))
 
 
 def open_train(cfg: DictConfig, model: nn.Module) -> Any:
@@ -70,12 +76,11 @@ def open_train(cfg: DictConfig, model: nn.Module) -> Any:
     Open the data sets that a model is trained on; returns the loader.
 
     Raises:
-        InputError: see :func:`~hourglass.data.loading.build_loader`; for a model with other classes than the data; for
+        InputError: see :func:`~hourglass.data.loading.load_records`; for a model with other classes than the data; for
             masks that the data do not have, or that the mapper does not take.
     """
     node = cfg.dataloader.train
-    scaling = cfg.dataloader.get("image_scaling", "full")
-    loader, records = build_loader(node, None, scaling, square_side(model))
+    records = load_records(node)
     names = node.dataset.get("names", "")
     names = [names] if isinstance(names, str) else list(names)
     target, options = _target(node.mapper), node.mapper
@@ -88,7 +93,11 @@ def open_train(cfg: DictConfig, model: nn.Module) -> Any:
     if plain:
         _check_categories(records, model)
         _check_masks(records, options, model)
-    return loader
+    return load_images(node, records, _scaling(cfg), square_side(model))
+
+
+def _scaling(cfg: DictConfig) -> str:
+    return cfg.dataloader.get("image_scaling", "full")
 
 
 def square_side(model: nn.Module) -> int:
@@ -156,7 +165,8 @@ def _check_batches(node: DictConfig) -> None:
     node.pop("batch_size", None)  # Detectron2 0.6 does not take it
 
 
-def _check_ids(records: list[dict[str, Any]], name: str) -> None:
+def _with_plain_ids(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The records with ids that are no types of numpy's, each with one of its own."""
     without = [i for i, record in enumerate(records) if record.get("image_id") is None]
     if without:
         raise InputError(
@@ -177,6 +187,7 @@ def _check_ids(records: list[dict[str, Any]], name: str) -> None:
             f"{len(twice)} of the {len(records)} records of data set {name!r} have the image_id of another, such as "
             f"{twice[0]['image_id']!r} of {twice[0].get('file_name')}: each image takes an id of its own"
         )
+    return [{**record, "image_id": id if isinstance(id := record["image_id"], str) else int(id)} for record in records]
 
 
 # --- COCO's evaluation ----------------------------------------------------------------------------------------------

@@ -4,18 +4,27 @@ import contextlib
 import inspect
 import io
 import logging
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    RotatedCOCOEvaluator,
+)
 from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
 from hourglass.errors import InputError
 from hourglass.evaluation.cost import PeakMemory, count_gflops
+from hourglass.evaluation.journal import Journal, dump, members, restore
 from hourglass.evaluation.resampling import Interval, draw_samples, ratio_of_medians, ratio_of_samples
 from hourglass.evaluation.timing import Clock, Run, Stopwatch
 
@@ -102,80 +111,172 @@ class Comparison(NamedTuple):
 def compare(
     subjects: dict[str, Subject],
     images: Iterable[list[dict]],
-    image_ids: list | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     warmup: int = 3,
     what: str | None = None,
+    journal: Journal | None = None,
 ) -> Comparison | None:
     """
-    Run every model on every image, in turn and in alternating order, evaluate the outputs and time the runs.
+    Run every model on every image, in turn and in alternating order, evaluate the outputs and time the runs. The images
+    that ran are those that are evaluated, whatever else the evaluators' annotations have.
 
     Every process of a distributed job calls this with its share of the images.
 
     Args:
         subjects: name -> model, the one to be compared with first.
         images: Detectron2's input dictionaries, one image at a time; has a length.
-        image_ids: evaluate only these images of the data set; None: all.
         device: "cuda" or "cpu".
         dtype: float32, or another type for autocast.
         warmup: untimed runs of each model on the first image.
         what: text before the progress bar; None: the names of the models.
+        journal: what was finished before, without which `images` are, and where images go as they are finished; of
+            evaluators that :func:`~hourglass.evaluation.journal.can_dump`. None: an interruption loses everything.
 
     Returns:
         the comparison; None in all but the main process.
 
     Raises:
-        InputError: for batches of several images.
+        InputError: for batches of several images, for images without an id, with one that ran already or that the
+            annotations lack, and for an evaluator that takes other images than those that ran.
+        KeyboardInterrupt: with what the journal keeps.
     """
-    clock, memory = Clock(device), PeakMemory(device)
-    runs: dict[str, list[Run]] = {name: [] for name in subjects}
-    peaks = dict.fromkeys(subjects, 0.0)
-    encoder_inputs: dict[str, tuple] = {}
     names = list(subjects)
-    what = what or f"comparing {' and '.join(names)}"
-    for subject in subjects.values():
-        subject.evaluator.reset()
-    with contextlib.ExitStack() as stack:
-        for subject in subjects.values():
-            stack.enter_context(_evaluating(subject.model))
-        with contextlib.ExitStack() as timed, torch.no_grad():
-            timed.enter_context(torch.autocast(device, dtype, enabled=dtype != torch.float32))
-            watches = {name: Stopwatch(subject.model, subject.encoder, clock) for name, subject in subjects.items()}
-            for watch in watches.values():
-                timed.callback(watch.close)
-            for i, inputs in enumerate(tqdm(images, desc=what, unit="image", disable=not comm.is_main_process())):
-                if len(inputs) != 1:
-                    raise InputError(f"models are compared on one image at a time, got a batch of {len(inputs)}")
-                if i == 0:
-                    for name in names * warmup:
-                        watches[name].run(inputs)
-                for name in names if i % 2 == 0 else reversed(names):
-                    memory.reset()
-                    outputs, run = watches[name].run(inputs)
-                    peaks[name] = max(peaks[name], memory.read())
-                    runs[name].append(run)
-                    encoder_inputs.setdefault(name, watches[name].encoder_input)
-                    subjects[name].evaluator.process(inputs, outputs)
-        gflops = {name: count_gflops(subjects[name].encoder, inputs) for name, inputs in encoder_inputs.items()}
-
-    accuracy = {name: _evaluate(subject.evaluator, image_ids) for name, subject in subjects.items()}
-    samples = {name: _resample(subject.evaluator) for name, subject in subjects.items()}
-    shares = comm.gather((runs, peaks, gflops))
+    with contextlib.nullcontext() if journal is None else journal:
+        shares = comm.all_gather(_run(subjects, images, device, dtype, warmup, what, journal))
+        image_ids = [image_id for finished, _ in shares for image_id in finished]
+        repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
+        if repeated:
+            raise InputError(f"an image is compared once, got {repeated[0]!r} in more than one process")
+        accuracy = {name: _evaluate(subject.evaluator, image_ids) for name, subject in subjects.items()}
+        samples = {name: _resample(subject.evaluator) for name, subject in subjects.items()}
     if not comm.is_main_process():
         return None
     measurements = {}
     for name in names:
-        every = [run for runs, _, _ in shares for run in runs[name]]
+        every = [measured[name] for finished, _ in shares for measured in finished.values()]
         measurements[name] = Measurement(
             accuracy=accuracy[name],
             samples=samples[name],
-            runs={part: np.array([getattr(run, part) for run in every]) for part in Run._fields},
-            encoder_gflops=next(gflops[name] for _, _, gflops in shares if name in gflops),
-            peak_memory_mb=max(peaks[name] for _, peaks, _ in shares),
+            runs={part: np.array([getattr(each.run, part) for each in every]) for part in Run._fields},
+            encoder_gflops=next(gflops[name] for _, gflops in shares if name in gflops),
+            peak_memory_mb=max(each.peak_memory_mb for each in every),
         )
     limits = [getattr(member, "max_detections", None) for member in members(subjects[names[0]].evaluator)]
     return Comparison(measurements, next((limit for limit in limits if limit is not None), None))
+
+
+class _Finished(NamedTuple):
+    """What is measured of a model on an image."""
+
+    run: Run
+    peak_memory_mb: float
+
+
+def _run(
+    subjects: dict[str, Subject],
+    images: Iterable[list[dict]],
+    device: str,
+    dtype: torch.dtype,
+    warmup: int,
+    what: str | None,
+    journal: Journal | None,
+) -> tuple[dict[Any, dict[str, _Finished]], dict[str, float]]:
+    """
+    Run the models on this process's images.
+
+    Returns:
+        image id -> name -> what was measured; name -> GFLOPs of the encoder on the first of the images.
+    """
+    clock, memory = Clock(device), PeakMemory(device)
+    names = list(subjects)
+    what = what or f"comparing {' and '.join(names)}"
+    for subject in subjects.values():
+        subject.evaluator.reset()
+    known = _annotated_images(subjects[names[0]].evaluator)
+    # What this process has finished: image id -> name -> its measurements.
+    finished, gflops = ({}, {}) if journal is None else _read(journal, subjects)
+    with contextlib.ExitStack() as stack:
+        for subject in subjects.values():
+            stack.enter_context(_evaluating(subject.model))
+        stack.enter_context(torch.no_grad())
+        watches = {name: Stopwatch(subject.model, subject.encoder, clock) for name, subject in subjects.items()}
+        stack.callback(lambda: [watch.close() for watch in watches.values()])
+        # One context for all runs: what it casts of the weights is kept while it lasts, for each model alike.
+        stack.enter_context(torch.autocast(device, dtype, enabled=dtype != torch.float32))
+        warm = False
+        bar = tqdm(images, desc=what, unit="image", disable=not comm.is_main_process(), initial=len(finished))
+        bar.total = len(images) + len(finished)
+        for inputs in bar:
+            image_id = _check_image(inputs, known, finished)
+            for name in [] if warm else names * warmup:
+                watches[name].run(inputs)
+            warm = True
+            measured = {}
+            # In alternating order, wherever an interruption left it.
+            for name in names if len(finished) % 2 == 0 else reversed(names):
+                memory.reset()
+                outputs, run = watches[name].run(inputs)
+                measured[name] = _Finished(run, memory.read())
+                subjects[name].evaluator.process(inputs, outputs)
+            if not finished:
+                for name, subject in subjects.items():
+                    watches[name].close()
+                    with torch.autocast(device, enabled=False):
+                        gflops[name] = count_gflops(subject.encoder, watches[name].encoder_input)
+                    watches[name] = Stopwatch(subject.model, subject.encoder, clock)
+            finished[image_id] = measured
+            if journal is not None:
+                _write(journal, subjects, image_id, measured, gflops if len(finished) == 1 else {})
+    return finished, gflops
+
+
+def _annotated_images(evaluator: DatasetEvaluator) -> set[Any] | None:
+    """The images that all evaluators with annotations in COCO's format have; None where there is no such evaluator."""
+    sets = [set(member._coco_api.imgs) for member in members(evaluator) if hasattr(member, "_coco_api")]
+    return set.intersection(*sets) if sets else None
+
+
+def _check_image(inputs: list[dict[str, Any]], known: set[Any] | None, finished: Collection[Any]) -> Any:
+    """The id of the one image."""
+    if len(inputs) != 1:
+        raise InputError(f"models are compared on one image at a time, got a batch of {len(inputs)}")
+    if "image_id" not in inputs[0]:
+        raise InputError(f"an image to be compared has an 'image_id', got {sorted(inputs[0])}")
+    image_id = inputs[0]["image_id"]
+    if image_id in finished:
+        raise InputError(f"an image is compared once, got {image_id!r} again: ids of images must be unique")
+    if known is not None and image_id not in known:
+        raise InputError(f"image {image_id!r} is not among the {len(known)} images of the evaluator's annotations")
+    return image_id
+
+
+def _write(
+    journal: Journal, subjects: dict[str, Subject], image_id: Any, measured: dict[str, _Finished], gflops: dict
+) -> None:
+    models = {
+        name: {
+            "run": measured[name].run,
+            "peak_memory_mb": measured[name].peak_memory_mb,
+            "evaluators": [dump(member, image_id) for member in members(subject.evaluator)],
+        }
+        for name, subject in subjects.items()
+    }
+    journal.append({"image_id": image_id, "models": models, "gflops": gflops})
+
+
+def _read(journal: Journal, subjects: dict[str, Subject]) -> tuple[dict[Any, dict[str, _Finished]], dict[str, float]]:
+    """What :func:`_write` wrote, restored to the evaluators."""
+    finished, gflops = {}, {}
+    for record in journal.records():
+        gflops.update(record["gflops"])
+        finished[record["image_id"]] = {
+            name: _Finished(Run(*model["run"]), model["peak_memory_mb"]) for name, model in record["models"].items()
+        }
+        for name, subject in subjects.items():
+            for member, kept in zip(members(subject.evaluator), record["models"][name]["evaluators"]):
+                restore(member, record["image_id"], kept)
+    return finished, gflops
 
 
 @contextlib.contextmanager
@@ -188,11 +289,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def members(evaluator: DatasetEvaluator) -> list[DatasetEvaluator]:
-    """The evaluators that one of them may consist of."""
-    return evaluator._evaluators if isinstance(evaluator, DatasetEvaluators) else [evaluator]
-
-
 def _resample(evaluator: DatasetEvaluator) -> dict[str, np.ndarray]:
     figures = {}
     for member in members(evaluator):
@@ -202,7 +298,18 @@ def _resample(evaluator: DatasetEvaluator) -> dict[str, np.ndarray]:
     return figures
 
 
-def _evaluate(evaluator: DatasetEvaluator, image_ids: list | None) -> dict[str, dict[str, Any]]:
+def _own_images(evaluator: DatasetEvaluator) -> set[Any] | None:
+    """The images that an evaluator takes whichever ran; None where it takes those that ran."""
+    if isinstance(evaluator, LVISEvaluator):
+        return set(evaluator._lvis_api.imgs)
+    if isinstance(evaluator, RotatedCOCOEvaluator):
+        return set(evaluator._coco_api.imgs)
+    if isinstance(evaluator, PascalVOCDetectionEvaluator):
+        return set(Path(evaluator._image_set_path).read_text().split())
+    return None
+
+
+def _evaluate(evaluator: DatasetEvaluator, image_ids: list) -> dict[str, dict[str, Any]]:
     if isinstance(evaluator, DatasetEvaluators):  # its own evaluate() takes no img_ids
         results = {}
         for member in members(evaluator):
@@ -211,9 +318,14 @@ def _evaluate(evaluator: DatasetEvaluator, image_ids: list | None) -> dict[str, 
                     raise InputError(f"an evaluator for each task is taken, got two that evaluate {task!r}")
                 results[task] = metrics
         return results
-    arguments = {}
-    if image_ids is not None and "img_ids" in inspect.signature(evaluator.evaluate).parameters:
-        arguments["img_ids"] = image_ids
+    own = _own_images(evaluator)
+    if own is not None and own != set(image_ids):
+        raise InputError(
+            f"{type(evaluator).__name__} evaluates all {len(own)} images of its annotations, {len(image_ids)} ran: "
+            "run the whole data set (evaluation.max_images=null)"
+        )
+    takes_ids = "img_ids" in inspect.signature(evaluator.evaluate).parameters
+    arguments = {"img_ids": image_ids} if takes_ids else {}
     # COCO's evaluation prints tables of its own, and Detectron2's logs them.
     logger = logging.getLogger("detectron2.evaluation")
     level = logger.level

@@ -58,6 +58,15 @@ class InstanceEvaluator(COCOEvaluator):
         #: The images, in the order of the matches.
         self.image_ids: list[Any] = []
 
+    def dump(self, image_id: Any) -> Any:
+        """What :meth:`process` kept of the image that came last, as JSON has it."""
+        return self._predictions[-1] if self._predictions and self._predictions[-1]["image_id"] == image_id else None
+
+    def restore(self, image_id: Any, record: Any) -> None:
+        """Keep what :meth:`dump` returned of an image."""
+        if record is not None:
+            self._predictions.append(record)
+
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict:
         if coco_eval is not None:
             self.image_ids = list(coco_eval.params.imgIds)

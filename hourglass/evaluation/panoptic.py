@@ -184,6 +184,14 @@ class PanopticEvaluator(DatasetEvaluator):
             except InputError as error:
                 raise InputError(f"image {image_id!r} of data set {self._name!r}: {error}") from error
 
+    def dump(self, image_id: Any) -> Any:
+        """What :meth:`process` counted in an image, as JSON has it."""
+        return self.counts[image_id].tolist()
+
+    def restore(self, image_id: Any, record: Any) -> None:
+        """Keep what :meth:`dump` returned of an image."""
+        self.counts[image_id] = np.array(record)
+
     def _prediction(self, segments: Any, info: list[dict] | None) -> tuple[np.ndarray, list[dict[str, int]]]:
         ids = segments.cpu().numpy().astype(np.int64)
         if info is None:

@@ -18,7 +18,7 @@ from pycocotools import mask as rle
 
 from hourglass import InputError
 from hourglass.data import PanopticMapper
-from hourglass.data.opening import open_test, open_train, square_side
+from hourglass.data.opening import load_test, open_test, open_train, square_side
 from hourglass.data.panoptic import register_panoptic
 from hourglass.launch import CONFIGS, DEMO, build_evaluator, load_config
 
@@ -108,9 +108,14 @@ def model_of(cfg):
     return MODELS[key]
 
 
+def open_both(cfg):
+    """The loader and its records."""
+    records = open_test(cfg, model_of(cfg))
+    return load_test(cfg, model_of(cfg), records), records
+
+
 def test(*overrides: str, **options):
-    cfg = config(*overrides, **options)
-    return open_test(cfg, model_of(cfg))
+    return open_both(config(*overrides, **options))
 
 
 def train(*overrides: str, **options):
@@ -146,7 +151,7 @@ class TestNames:
     def test_a_list_of_one(self, folder):
         register(folder)
         cfg = config("dataloader.test.dataset.names=[mine]")
-        assert len(open_test(cfg, model_of(cfg))[1]) == 2
+        assert len(open_test(cfg, model_of(cfg))) == 2
         assert score(cfg) == pytest.approx({"bbox": 100, "segm": 100})
 
     @pytest.mark.parametrize("names, first", [("[mine,other]", "mine"), ("[]", "my_val")])
@@ -216,14 +221,14 @@ class TestRecords:
         ):
             open_test(cfg, model_of(cfg))
         cfg.dataloader.test.batch_size = 1  # which Detectron2 0.6 does not take
-        assert len(open_test(cfg, model_of(cfg))[1]) == 2
+        assert len(open_test(cfg, model_of(cfg))) == 2
 
     def test_an_argument_that_the_loader_does_not_take(self, folder):
         register(folder)
         cfg = config()
         cfg.dataloader.test.total_batch_size = 4
         with pytest.raises(InputError, match="the loader of data set 'mine' cannot be built .*total_batch_size"):
-            open_test(cfg, model_of(cfg))
+            open_both(cfg)
 
 
 class TestImages:
@@ -485,7 +490,7 @@ class TestFunctions:
     def test_are_evaluated(self, folder):
         register_function(lambda: records(folder))
         cfg = config()
-        assert len(open_test(cfg, model_of(cfg))[1]) == 2
+        assert len(open_test(cfg, model_of(cfg))) == 2
         assert score(cfg) == pytest.approx({"bbox": 100, "segm": 100})
 
     def test_what_was_written_before_is_not_believed(self, folder, tmp_path):
@@ -521,7 +526,8 @@ class TestFunctions:
 
         register_function(function)
         cfg = config()
-        open_test(cfg, model_of(cfg))
+        opened = open_test(cfg, model_of(cfg))
+        assert [type(record["image_id"]) for record in opened] == [int, int]
         assert score(cfg) == pytest.approx({"bbox": 100, "segm": 100})
 
     @pytest.mark.parametrize("key", ["height", "width"])

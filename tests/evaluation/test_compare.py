@@ -1,9 +1,16 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    RotatedCOCOEvaluator,
+)
 
 from hourglass import InputError, Plan, SkipBlocks, TokenClustering, expedite
 from hourglass.evaluation import Subject, compare, describe, to_json, to_table, write_report
@@ -52,7 +59,7 @@ def test_every_model_sees_every_image_once_and_in_turn(capsys):
 
 
 def test_only_the_images_that_were_run_are_evaluated():
-    comparison = compare(subjects(), images(2), image_ids=[0, 1])
+    comparison = compare(subjects(), images(2))
     assert comparison.models["control"].accuracy["bbox"]["AP"] == 2.0
 
 
@@ -67,13 +74,48 @@ def test_several_evaluators_of_one_run():
     compared = subjects()
     for name, subject in compared.items():
         compared[name] = subject._replace(evaluator=DatasetEvaluators([Recorder(), Segments()]))
-    comparison = compare(compared, images(3), image_ids=[0, 1])
+    comparison = compare(compared, images(3))
     for measured in comparison.models.values():
-        assert measured.accuracy == {"bbox": {"AP": 2.0}, "panoptic_seg": {"PQ": 3.0}}
+        assert measured.accuracy == {"bbox": {"AP": 3.0}, "panoptic_seg": {"PQ": 3.0}}
     assert {name: share.ratio for name, share in comparison.retention("expedited").items()} == {
         "bbox.AP": 1.0,
         "panoptic_seg.PQ": 1.0,
     }
+
+
+def whole_set_evaluators(tmp_path) -> list[DatasetEvaluator]:
+    """Those of Detectron2 that evaluate all images of their annotations, here 0 to 2, whichever ran."""
+    every = SimpleNamespace(imgs={0: {}, 1: {}, 2: {}})
+    kinds = (LVISEvaluator, RotatedCOCOEvaluator, PascalVOCDetectionEvaluator)
+    found = [(mixed := type(kind.__name__, (Recorder, kind), {})).__new__(mixed) for kind in kinds]
+    found[0]._lvis_api = found[1]._coco_api = every
+    (tmp_path / "val.txt").write_text("0\n1\n2\n")
+    found[2]._image_set_path = str(tmp_path / "val.txt")
+    return found
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_evaluators_of_a_whole_data_set_refuse_a_part_of_it(tmp_path, which):
+    compared = subjects()
+    text = which == 2  # Pascal VOC's ids are file names
+    inputs = [[{**image[0], "image_id": str(i) if text else i}] for i, image in enumerate(images(3))]
+    for name, subject in compared.items():
+        compared[name] = subject._replace(evaluator=whole_set_evaluators(tmp_path)[which])
+    with pytest.raises(InputError, match="evaluates all 3 images of its annotations, 2 ran"):
+        compare(compared, inputs[:2])
+    assert compare(compared, inputs).models["unmodified"].accuracy == {"bbox": {"AP": 3.0}}
+
+
+def test_images_that_run_twice_or_are_not_annotated_are_refused():
+    with pytest.raises(InputError, match="an image is compared once, got 1 again"):
+        compare(subjects(), [*images(2), images(2)[1]])
+    with pytest.raises(InputError, match="an image to be compared has an 'image_id', got \\['image'\\]"):
+        compare(subjects(), [[{"image": torch.zeros(3, 64, 64)}]])
+    compared = subjects()
+    for subject in compared.values():
+        subject.evaluator._coco_api = SimpleNamespace(imgs={0: {}, 1: {}})
+    with pytest.raises(InputError, match="image 2 is not among the 2 images of the evaluator's annotations"):
+        compare(compared, images(3))
 
 
 class Drawn(Recorder):
