@@ -25,7 +25,7 @@ from torch.multiprocessing import ProcessExitedException
 from hourglass import Plan
 from hourglass.checkpoint import load_checkpoint
 from hourglass.compat import init_process_group
-from hourglass.data.loading import build_loader, load_images, load_records
+from hourglass.data.opening import load_test, open_test
 from hourglass.encoders import find_encoder
 from hourglass.evaluation import Subject, compare, to_json, to_text, write_report
 from hourglass.evaluation.journal import open_journal
@@ -68,7 +68,7 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
         plans["control"] = plan.control()
     if args.only:
         plans = {args.only: plans[args.only]}
-    records = load_records(cfg.dataloader.test, cfg.evaluation.max_images)
+    records = open_test(cfg, model, cfg.evaluation.max_images)
     subjects = {}
     for name, its_plan in plans.items():
         view = hourglass.expedite(model, its_plan)
@@ -77,7 +77,7 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
     remaining = records if journal is None else [each for each in records if each["image_id"] not in journal.done]
     comparison = compare(
         subjects,
-        load_images(cfg.dataloader.test, remaining),
+        load_test(cfg, model, remaining),
         device=cfg.train.device,
         dtype=getattr(torch, cfg.evaluation.dtype),
         warmup=cfg.evaluation.warmup,
@@ -121,9 +121,9 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # What the first evaluation would refuse is refused before training.
-    check, _ = build_loader(cfg.dataloader.test, max_images=1)
+    records = open_test(cfg, model, cfg.evaluation.max_images)
     with torch.no_grad():
-        for inputs in check:
+        for inputs in load_test(cfg, model, records[:1]):
             expedited.eval()(inputs)
     seed_all_rng(cfg.train.seed + comm.get_rank())
 

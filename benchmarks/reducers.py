@@ -42,7 +42,7 @@ from hourglass import (  # noqa: E402
 )
 from hourglass.checkpoint import load_checkpoint  # noqa: E402
 from hourglass.checks import check_count  # noqa: E402
-from hourglass.data.loading import build_loader  # noqa: E402
+from hourglass.data.opening import load_test, open_test  # noqa: E402
 from hourglass.encoders import find_encoder  # noqa: E402
 from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, compare  # noqa: E402
 from hourglass.evaluation.figures import label_of, limit_of, split_key  # noqa: E402
@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace) -> Measured:
     plans = make_plans(args.budgets, cfg.model.backbone.net.window_size, start, stop, build(cfg, "plan"), selectors)
     model = build(cfg, "model").to(args.device).eval()
     load_checkpoint(model, cfg.train.init_checkpoint)
-    loader, records = build_loader(cfg.dataloader.test, args.images)
+    records = open_test(cfg, model, args.images)
     groups = part_images(cfg.dataloader.test.dataset.names, records, args.by) if args.by else {}
     instances, subjects = {}, {}
     for name, plan in plans.items():
@@ -181,7 +181,7 @@ def measure(args: argparse.Namespace) -> Measured:
         subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
     comparison = compare(
         subjects,
-        loader,
+        load_test(cfg, model, records),
         device=args.device,
         dtype=getattr(torch, args.dtype),
         warmup=1,

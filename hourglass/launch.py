@@ -41,6 +41,7 @@ def load_config(path: str, overrides: list[str]) -> DictConfig:
     common = LazyConfig.load(str(CONFIGS / "common" / "train.py"))
     for key in ("train", "evaluation"):
         cfg[key] = OmegaConf.merge(common[key], cfg.get(key, {}))
+    cfg.dataloader.setdefault("image_scaling", "full")
     apply_overrides(cfg, overrides)
     check_options(cfg.train, cfg.evaluation)
     return cfg

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hourglass.checks import check_choice
-from hourglass.data.loading import build_loader
+from hourglass.data.opening import open_train
 from hourglass.errors import InputError
 from hourglass.reduction import Reducer, collect_losses
 
@@ -81,7 +81,7 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
         InputError: for training data that is missing or cannot be read, and where nothing is to be trained.
     """
     options = cfg.train
-    loader, _ = build_loader(cfg.dataloader.train)
+    loader = open_train(cfg, model)
     reducer = _learned_reducer(model)
     check_choice("train.trainable", options.trainable, TRAINABLE)
     if options.trainable == "reducer":

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import hourglass
-from hourglass import Plan
+from hourglass import InputError, Plan
 from tests.encoders import test_hourglass_swin as of_swin
 from tests.encoders.test_hourglass_vit import image, last, tiny_vit
 
@@ -47,3 +48,17 @@ def test_a_reducer_of_ones_own_runs_in_every_encoder(strided, size):
     out = of_swin.run(hourglass.expedite(swin, Plan(strided(), 4, 8)), x)
     expected = of_swin.run(swin, x)
     assert all(out[name].shape == expected[name].shape for name in expected)
+
+
+def test_a_panoptic_set_of_ones_own_is_registered():
+    (block,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "register_panoptic" in code)
+    try:
+        exec(block, {})  # nothing is read yet
+        metadata = MetadataCatalog.get("my_panoptic_val")
+        assert metadata.panoptic_root == "annotations/panoptic_my_val"
+        assert metadata.json_file == "annotations/my_val.json"
+        with pytest.raises(InputError, match="panoptic JSON annotations/panoptic_my_val.json cannot be read"):
+            DatasetCatalog.get("my_panoptic_val")
+    finally:
+        DatasetCatalog.remove("my_panoptic_val")
+        MetadataCatalog.remove("my_panoptic_val")

@@ -221,7 +221,7 @@ def test_other_checkpoints_and_evaluators_are_refused(tmp_path, capsys):
     assert "does not fit the model" in line
     # No semantic ground truth.
     target = "dataloader.evaluator.0._target_=detectron2.evaluation.SemSegEvaluator"
-    line = refusal(capsys, *arguments, "train.init_checkpoint=", target)
+    line = refusal(capsys, *arguments, "train.init_checkpoint=", target, "model.semantic_on=true")
     assert "dataloader.evaluator cannot be built for data set 'hourglass_demo_panoptic_val'" in line
 
 

@@ -12,6 +12,8 @@ from hourglass.evaluation import InstanceEvaluator
 image_size = 1024
 
 dataloader = dict(
+    # Of images of 16 bits: "full" range, or "percentiles" (1 to 99.8) of each image's own.
+    image_scaling="full",
     train=L(build_detection_train_loader)(
         dataset=L(get_detection_dataset_dicts)(names="coco_2017_train"),
         mapper=L(DatasetMapper)(

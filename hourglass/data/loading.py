@@ -1,43 +1,83 @@
 """Data loaders that say in one line what is wrong with the data."""
 
 import difflib
+import logging
 import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from detectron2.config import instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
+from detectron2.data import transforms as T
+from detectron2.utils.logger import log_first_n
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 
+from hourglass.checks import check_choice
+from hourglass.data.annotations import open_instances
+from hourglass.data.augmentation import EnlargeShortestEdge, RandomStain, StretchContrast
+from hourglass.data.images import SCALINGS, Header, read_header, read_headers, reading
+from hourglass.data.mapper import PanopticMapper
 from hourglass.errors import InputError
 
+# What reads images as `read_image` does.
+KNOWN_CALLS = (DatasetMapper.__call__, PanopticMapper.__call__)
 # What the files are that a record may name.
 FILES = {"file_name": "images", "pan_seg_file_name": "panoptic PNGs", "sem_seg_file_name": "semantic PNGs"}
 
 
 class ReadableMapper:
     """
-    A dataset mapper that names the image that it cannot read.
+    A dataset mapper that names the image that it cannot read, reads 16 bits, and gives no image that is too large.
 
     Args:
         mapper: dataset dictionary -> input dictionary.
+        scaling: of images of 16 bits, see :func:`~hourglass.data.images.read_image`.
+        square: side of the square in pixels that the model pads images to; 0: any size.
     """
 
-    def __init__(self, mapper):
+    def __init__(self, mapper, scaling: str = "full", square: int = 0):
         self.mapper = mapper
+        self.scaling = scaling
+        self.square = square
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        path = record.get("file_name")
         try:
-            return self.mapper(record)
+            with reading(self.scaling, labels=record.get("sem_seg_file_name")) as paths:
+                inputs = self.mapper(record)
+        except detection_utils.SizeMismatchError as error:
+            raise InputError(" ".join(str(error).split())) from error
         except (OSError, SyntaxError) as error:  # Pillow raises either for bad files
             reason = str(error).split("\n")[0]
-            path = record.get("file_name")
             raise InputError(f"image {path} cannot be read ({type(error).__name__}: {reason})") from error
+        if path is not None and path not in paths and _is_local(path) and read_header(os.fspath(path)).deep:
+            log_first_n(
+                logging.WARNING,
+                f"image {path} has 16 bits, and {type(self.mapper).__name__} reads it by itself: what Detectron2's "
+                "read_image gives a mapper that has imported it by name is clipped at 255",
+                name=__name__,
+            )
+        if self.square and inputs is not None and "image" in inputs:
+            check_square(tuple(inputs["image"].shape[-2:]), self.square, path)
+        return inputs
+
+
+def check_square(size: tuple[int, int], square: int, path: str | None) -> None:
+    """Raise InputError for an image of ``size`` pixels, as the model is given it, that does not fit into its square."""
+    if max(size) > square:
+        # Detectron2's main branch would cut it, and 0.6 pad it to a multiple of the square.
+        raise InputError(
+            f"image {path} is {size[0]} x {size[1]} pixels for the model, whose model.backbone.square_pad is {square}: "
+            "resize in the mapper's augmentations, or set model.backbone.square_pad=0 where the encoder takes any size"
+        )
 
 
 def build_loader(node: DictConfig, max_images: int | None = None) -> tuple[Any, list[dict[str, Any]]]:
     """
-    Build a data loader from the LazyCall of Detectron2's ``build_detection_train_loader`` or ``..._test_loader``.
+    Build a data loader from the LazyCall of Detectron2's ``build_detection_train_loader`` or ``..._test_loader``, of
+    checked data.
 
     Args:
         node: the call, with ``dataset`` and ``mapper``.
@@ -47,27 +87,36 @@ def build_loader(node: DictConfig, max_images: int | None = None) -> tuple[Any, 
         the loader, and the records that it reads.
 
     Raises:
-        InputError: for a data set that is not registered or not there, or without an image.
+        InputError: see :func:`load_records`.
     """
     records = load_records(node, max_images)
     return load_images(node, records), records
 
 
-def load_records(node: DictConfig, max_images: int | None = None) -> list[dict[str, Any]]:
+def load_records(node: DictConfig, max_images: int | None = None, square: int = 0) -> list[dict[str, Any]]:
     """
-    The records of the data set that ``node``, as in :func:`build_loader`, reads.
+    The records of the data set that ``node``, as in :func:`build_loader`, reads, checked: annotations whole, and of the
+    images the headers.
+
+    Args:
+        node, max_images: as there.
+        square: side of the square in pixels that the model pads images to; 0: any size.
 
     Raises:
-        InputError: for a data set that is not registered or not there, or without an image.
+        InputError: for a data set that is not registered or not there, is without an image, or has annotations or
+            images that cannot be read as they are meant.
     """
     name = node.dataset.get("names", "")
+    names = [name] if isinstance(name, str) else list(name)
     if name:
-        _check_registered([name] if isinstance(name, str) else list(name))
+        _check_registered(names)
+    for each in names:
+        check_instances(each)
     try:
         records = instantiate(node.dataset)[:max_images]
     except InputError:
         raise
-    except (AssertionError, KeyError, OSError, ValueError) as error:  # what Detectron2's loaders raise for bad files
+    except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:  # what Detectron2 raises for bad data
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"data set {name!r} cannot be loaded ({type(error).__name__}: {reason})") from error
     if not records:
@@ -78,16 +127,131 @@ def load_records(node: DictConfig, max_images: int | None = None) -> list[dict[s
         if missing:
             what = f"{len(missing)} of the {len(paths)} {kind} of data set {name!r}"
             raise InputError(f"{what} are missing, such as {missing[0]} ({_where(name)})")
+    mapper = instantiate(node.mapper)
+    _check_headers(records, name, mapper)
+    if square:
+        _check_squares(records, mapper, square)
     return records
 
 
-def load_images(node: DictConfig, records: list[dict[str, Any]]) -> Any:
-    """The loader of ``node``, as in :func:`build_loader`, for these records alone; empty where there are none."""
+def load_images(node: DictConfig, records: list[dict[str, Any]], scaling: str = "full", square: int = 0) -> Any:
+    """
+    The loader of ``node``, as in :func:`build_loader`, for these records alone; empty where there are none.
+
+    Args:
+        node, records: as :func:`load_records` takes and gives them.
+        scaling, square: as for :class:`ReadableMapper`.
+
+    Raises:
+        InputError: for arguments that the loader does not take.
+    """
+    check_choice("dataloader.image_scaling", scaling, SCALINGS)
     if not records:  # Detectron2's samplers take at least one
         return []
     arguments = {key: instantiate(node[key]) for key in node if key not in ("_target_", "dataset", "mapper")}
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
-    return target(dataset=records, mapper=ReadableMapper(instantiate(node.mapper)), **arguments)
+    try:
+        return target(dataset=records, mapper=ReadableMapper(instantiate(node.mapper), scaling, square), **arguments)
+    except (AssertionError, TypeError) as error:  # an argument that it does not take
+        reason = str(error).strip().split("\n")[0]
+        name = node.dataset.get("names", "")
+        raise InputError(f"the loader of data set {name!r} cannot be built ({reason})") from error
+
+
+def check_instances(name: str):
+    """
+    The checked instances of a registered data set, an :class:`~hourglass.data.annotations.InstanceFile`.
+
+    Returns:
+        None where it names no file of COCO's format.
+    """
+    if name not in DatasetCatalog.list():
+        return None
+    metadata = MetadataCatalog.get(name)
+    path = getattr(metadata, "json_file", None)
+    if not path or metadata.get("evaluator_type") == "lvis":  # which has a format of its own
+        return None
+    return open_instances(path)
+
+
+def _check_headers(records: Sequence[dict[str, Any]], name: Any, mapper: Any) -> None:
+    """The sizes of images and of PNGs against the records, and the images' types of values."""
+    local = [record for record in records if "file_name" in record and _is_local(record["file_name"])]
+    headers = dict(zip(map(id, local), read_headers([os.fspath(record["file_name"]) for record in local])))
+    # Other mappers may read whatever they like.
+    if isinstance(mapper, (DatasetMapper, PanopticMapper)) and type(mapper).__call__ in KNOWN_CALLS:
+        bad = [record for record in local if headers[id(record)].problem]
+        if bad:
+            what = f"{len(bad)} of the {len(records)} images of data set {name!r} cannot be read"
+            raise InputError(f"{what}, such as {bad[0]['file_name']}, which {headers[id(bad[0])].problem}")
+    bad = []
+    for record in local:
+        size = record.get("height"), record.get("width")
+        if None not in size and size != headers[id(record)].upright:
+            bad.append((record, size, headers[id(record)]))
+    if bad:
+        record, size, header = bad[0]
+        raise InputError(
+            f"{len(bad)} of the {len(records)} images of data set {name!r} have another size than their annotation "
+            "says, "
+            f"such as image {record.get('image_id')!r}: {record['file_name']} is {_size(header.upright)} pixels"
+            f"{_because(header, size)}, annotated is {_size(size)} (height x width)"
+        )
+    for key, kind in FILES.items():
+        if key == "file_name":
+            continue
+        owners = [record for record in local if key in record and _is_local(record[key])]
+        for record, header in zip(owners, read_headers([os.fspath(record[key]) for record in owners])):
+            expected = headers[id(record)].upright
+            if header.stored != expected:
+                raise InputError(
+                    f"{kind[:-1]} {record[key]} is {_size(header.stored)} pixels, its image {record['file_name']} "
+                    f"{_size(expected)} (height x width)"
+                )
+            if key == "pan_seg_file_name" and header.mode not in ("RGB", "RGBA"):
+                raise InputError(f"panoptic PNG {record[key]} is of Pillow's mode {header.mode!r}: 8 bit RGB is taken")
+
+
+def _because(header: Header, annotated: tuple) -> str:
+    if header.orientation == 1:
+        return ""
+    stored = ", as which it was annotated" if annotated == header.stored else ""
+    return f" upright (its EXIF orientation {header.orientation} turns {_size(header.stored)}{stored})"
+
+
+def _size(size: Sequence) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _check_squares(records: Sequence[dict[str, Any]], mapper: Any, square: int) -> None:
+    """What a mapper for tests makes of the sizes, where that is known unread; `ReadableMapper` sees the rest."""
+    augmentations = getattr(getattr(mapper, "augmentations", None), "augs", None)
+    if augmentations is None or getattr(mapper, "is_train", True):
+        return
+    state = np.random.get_state()
+    sizes: dict = {}
+    for record in records:
+        size = record.get("height"), record.get("width")
+        if None in size:
+            continue
+        if size not in sizes:
+            sizes[size] = _size_after(augmentations, *size)
+        if sizes[size] is not None:
+            check_square(sizes[size], square, record.get("file_name"))
+    np.random.set_state(state)
+
+
+def _size_after(augmentations: Iterable[Any], height: int, width: int) -> tuple[int, int] | None:
+    for augmentation in augmentations:
+        if isinstance(augmentation, (StretchContrast, RandomStain)):
+            continue
+        if not isinstance(augmentation, (T.ResizeShortestEdge, T.Resize, EnlargeShortestEdge)):
+            return None
+        # Takes no memory.
+        transform = augmentation.get_transform(np.broadcast_to(np.uint8(0), (height, width, 3)))
+        if isinstance(transform, T.ResizeTransform):
+            height, width = transform.new_h, transform.new_w
+    return height, width
 
 
 def _check_registered(names: list[str]) -> None:
@@ -98,15 +262,19 @@ def _check_registered(names: list[str]) -> None:
             raise InputError(f"data set {name!r} is not registered with Detectron2: {hint}")
         metadata = MetadataCatalog.get(name)
         parts = ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root")
-        expected = [path for part in parts if (path := getattr(metadata, part, None))]
+        expected = [os.fspath(path) for part in parts if (path := getattr(metadata, part, None))]
         for path in expected:
             if not _is_there(path):
                 what = f"{path} is missing; {' and '.join(expected)} are expected"
                 raise InputError(f"data set {name!r} is not there: {what} ({_where(name)})")
 
 
-def _is_there(path: str) -> bool:
-    return "://" in path or os.path.exists(path)
+def _is_there(path: str | os.PathLike) -> bool:
+    return not _is_local(path) or os.path.exists(path)
+
+
+def _is_local(path: str | os.PathLike) -> bool:
+    return "://" not in os.fspath(path)
 
 
 def _where(name: str | list[str]) -> str:

@@ -9,6 +9,7 @@ from detectron2.data import detection_utils
 from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Instances
 
+from hourglass.data.images import read_image
 from hourglass.data.panoptic import read_panoptic_png, segment_ids
 from hourglass.errors import InputError
 
@@ -55,7 +56,7 @@ class PanopticMapper:
             InputError: for a PNG that is missing or cannot be read, or whose segments are not those of the record.
         """
         record = copy.deepcopy(record)
-        image = detection_utils.read_image(record["file_name"], format=self.image_format)
+        image = read_image(record["file_name"], format=self.image_format)
         detection_utils.check_image_size(record, image)
         if "pan_seg_file_name" not in record:
             raise InputError(

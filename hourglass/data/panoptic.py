@@ -6,16 +6,20 @@ registered without a table of names.
 
 import functools
 import json
+import logging
 import os
 from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
+from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 from hourglass.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class PanopticTruth(NamedTuple):
@@ -37,8 +41,11 @@ def read_panoptic_json(path: str) -> PanopticTruth:
     """
     Read and check a panoptic JSON. The same file gives the same object: it is not to be changed.
 
+    A missing ``iscrowd`` counts as 0, with a warning; ``area`` and ``bbox`` are not needed, and not checked.
+
     Raises:
-        InputError: for a file that is missing or not JSON, lacks an entry, or has segments of unknown categories.
+        InputError: for a file that is missing or not JSON, lacks an entry, has an id more than once or one that is no
+            whole number, or segments of unknown categories.
     """
     try:
         local = PathManager.get_local_path(path)
@@ -62,6 +69,9 @@ def _read_panoptic_json(path: str, modified: int, size: int) -> PanopticTruth:
             what = f"has no list {key!r}, it has {found}"
             raise InputError(f"panoptic JSON {path} {what}: COCO's panoptic format is taken")
     try:
+        _check_unique(path, "category", [category["id"] for category in content["categories"]])
+        _check_unique(path, "image", [image["id"] for image in content.get("images") or []])
+        _check_unique(path, "annotated image", [annotation["image_id"] for annotation in content["annotations"]])
         categories = {
             category["id"]: {key: category[key] for key in ("id", "name", "isthing")}
             for category in sorted(content["categories"], key=lambda category: category["id"])
@@ -70,20 +80,54 @@ def _read_panoptic_json(path: str, modified: int, size: int) -> PanopticTruth:
             annotation["image_id"]: {key: annotation[key] for key in ("image_id", "file_name", "segments_info")}
             for annotation in content["annotations"]
         }
-        for annotation in annotations.values():
-            for segment in annotation["segments_info"]:
-                missing = {"id", "category_id"} - set(segment)
-                if missing:
-                    raise KeyError(missing.pop())
-                if segment["category_id"] not in categories:
-                    what = f"segment {segment['id']} of image {annotation['image_id']}"
-                    which = f"category_id {segment['category_id']}, which is none of {list(categories)}"
-                    raise InputError(f"panoptic JSON {path}: {what} has {which}")
-        images = {image["id"]: image for image in content.get("images", [])}
+        _check_segments(path, annotations, categories)
+        images = {image["id"]: image for image in content.get("images") or []}
     except (KeyError, TypeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"is not in COCO's panoptic format: {error}"
         raise InputError(f"panoptic JSON {path}: an entry {what}") from error
     return PanopticTruth(images, annotations, categories)
+
+
+def _check_unique(path: str, what: str, ids: list) -> None:
+    known: set = set()
+    twice = [id for id in ids if id in known or known.add(id)]
+    if twice:
+        raise InputError(
+            f"panoptic JSON {path}: {len(twice)} {what} ids are there more than once, such as {twice[0]!r}"
+        )
+    kinds = {type(id).__name__ for id in ids}
+    if not (kinds <= {"int"} or kinds <= {"str"} and "image" in what):
+        first = next(id for id in ids if type(id) is not int)
+        raise InputError(f"panoptic JSON {path}: {what} ids are whole numbers, got {first!r}")
+
+
+def _check_segments(path: str, annotations: dict[Any, dict], categories: dict[int, dict]) -> None:
+    """Ids and categories; the area and box are not read, as they can be counted."""
+    without, total = [], 0
+    for image_id, annotation in annotations.items():
+        known = set()
+        for segment in annotation["segments_info"]:
+            total += 1
+            missing = {"id", "category_id"} - set(segment)
+            if missing:
+                raise InputError(f"panoptic JSON {path}: a segment of image {image_id} has no {min(missing)!r}")
+            what = f"segment {segment['id']!r} of image {image_id}"
+            if type(segment["id"]) is not int or not 0 < segment["id"] < 256**3:
+                raise InputError(f"panoptic JSON {path}: {what} is named by no whole number from 1 to {256**3 - 1}")
+            if segment["id"] in known:
+                raise InputError(f"panoptic JSON {path}: {what} is there more than once")
+            known.add(segment["id"])
+            if segment["category_id"] not in categories:
+                which = f"category_id {segment['category_id']!r}, which is none of {list(categories)}"
+                raise InputError(f"panoptic JSON {path}: {what} has {which}")
+            if segment.get("iscrowd") is None:
+                without.append(what)
+                segment["iscrowd"] = 0
+            elif segment["iscrowd"] not in (0, 1):
+                raise InputError(f"panoptic JSON {path}: {what} has iscrowd {segment['iscrowd']!r}, which is 0 or 1")
+    if without and comm.is_main_process():
+        line = f"{len(without)} of the {total} segments have no iscrowd, such as {without[0]}: 0 is taken"
+        logger.warning(f"panoptic JSON {path}: {line}")
 
 
 def read_panoptic_png(path: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
+from PIL import Image
 
 from hourglass import InputError
 from hourglass.data.loading import build_loader
@@ -42,15 +43,15 @@ INSTANCES = {
 
 @pytest.fixture
 def birds(tmp_path):
-    """The folder of the data set "birds". The images are empty files: nothing reads them."""
+    """The folder of the data set "birds", whose images are black."""
     (tmp_path / "panoptic.json").write_text(json.dumps(CONTENT))
     (tmp_path / "instances.json").write_text(json.dumps(INSTANCES))
     for folder in ("panoptic", "semantic"):
         (tmp_path / folder).mkdir()
         for name in ("7.png", "8.png"):
-            (tmp_path / folder / name).touch()
+            Image.new("RGB" if folder == "panoptic" else "L", (5, 3)).save(tmp_path / folder / name)
     for name in ("seven.bmp", "8.jpg"):
-        (tmp_path / name).touch()
+        Image.new("RGB", (5, 3)).save(tmp_path / name)
     register_panoptic(
         "birds",
         image_root=tmp_path,
@@ -137,6 +138,7 @@ def test_what_detectron2_cannot_load_is_refused(birds):
     (birds / "instances.json").write_text("{")
     with pytest.raises(InputError, match="instances JSON .*instances.json cannot be read .JSONDecodeError: "):
         load("birds")
+    (birds / "instances.json").write_text(json.dumps(INSTANCES))
     (birds / "panoptic.json").write_text("{")
     with pytest.raises(InputError, match="panoptic JSON .* cannot be read .JSONDecodeError: "):
         load("birds")
@@ -158,3 +160,70 @@ def test_ade20k(tmp_path):
     finally:
         remove("ade20k_panoptic_train")
         remove("ade20k_panoptic_val")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"id": None}, "segment None of image 7 is named by no whole number from 1 to 16777215"),
+        ({"id": "4"}, "segment '4' of image 7 is named by no whole number"),
+        ({"id": 0}, "segment 0 of image 7 is named by no whole number"),
+        ({"id": 2}, "segment 2 of image 7 is there more than once"),
+        ({"category_id": 5}, r"segment 4 of image 7 has category_id 5, which is none of \[2, 4, 9\]"),
+        ({"category_id": "4"}, "segment 4 of image 7 has category_id '4', which is none of"),
+        ({"iscrowd": 2}, "segment 4 of image 7 has iscrowd 2, which is 0 or 1"),
+    ],
+)
+def test_wrong_segments_are_refused(birds, change, message):
+    content = json.loads(json.dumps(CONTENT))
+    content["annotations"][0]["segments_info"][0].update(change)
+    (birds / "panoptic.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"panoptic.json: {message}"):
+        load("birds")
+
+
+@pytest.mark.parametrize("key", ["id", "category_id"])
+def test_segments_without_an_id_or_a_category_are_refused(birds, key):
+    content = json.loads(json.dumps(CONTENT))
+    del content["annotations"][0]["segments_info"][1][key]
+    (birds / "panoptic.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"panoptic.json: a segment of image 7 has no '{key}'"):
+        load("birds")
+
+
+@pytest.mark.parametrize("area", [None, -1, 0, "much"])
+def test_what_can_be_counted_is_not_asked_for(birds, area, caplog):
+    content = json.loads(json.dumps(CONTENT))
+    for one in content["annotations"][0]["segments_info"]:
+        one["area"] = area
+        if area is None:
+            del one["area"]
+    (birds / "panoptic.json").write_text(json.dumps(content))
+    records = load("birds")[1]
+    assert [one["iscrowd"] for one in records[0]["segments_info"]] == [0, 1]
+    (line,) = caplog.messages
+    assert "panoptic.json: 1 of the 2 segments have no iscrowd, such as segment 4 of image 7: 0 is taken" in line
+
+
+@pytest.mark.parametrize(
+    "key, what", [("images", "image"), ("annotations", "annotated image"), ("categories", "category")]
+)
+def test_what_is_there_twice_is_refused(birds, key, what):
+    content = json.loads(json.dumps(CONTENT))
+    content[key].append(content[key][0])
+    (birds / "panoptic.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"panoptic.json: 1 {what} ids are there more than once, such as"):
+        load("birds")
+
+
+@pytest.mark.parametrize("folder, kind", [("panoptic", "panoptic PNG"), ("semantic", "semantic PNG")])
+def test_a_png_of_another_size_is_refused_when_opened(birds, folder, kind):
+    Image.new("RGB" if folder == "panoptic" else "L", (3, 5)).save(birds / folder / "8.png")
+    with pytest.raises(InputError, match=f"{kind} .*8.png is 5 x 3 pixels, its image .*8.jpg 3 x 5"):
+        load("birds")
+
+
+def test_a_panoptic_png_without_colours_is_refused_when_opened(birds):
+    Image.new("L", (5, 3)).save(birds / "panoptic" / "7.png")
+    with pytest.raises(InputError, match="panoptic PNG .*7.png is of Pillow's mode 'L': 8 bit RGB is taken"):
+        load("birds")

@@ -383,7 +383,6 @@ class TestBadInputs:
             ('{"annotations": [{"image_id": 1}], "categories": []}', "an entry lacks 'file_name'"),
             ('{"annotations": [], "categories": [{"id": 1, "name": "cell"}]}', "an entry lacks 'isthing'"),
             ('{"annotations": [3], "categories": []}', "is not in COCO's panoptic format"),
-            (json.dumps(CONTENT).replace('"id": 300, ', ""), "an entry lacks 'id'"),
             (json.dumps(CONTENT).replace('"category_id": 5', '"category_id": 6'), "of image a has category_id 6"),
         ],
     )

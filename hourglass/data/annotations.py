@@ -1,0 +1,541 @@
+"""Instances in COCO's format: all that loaders and evaluators read is checked, and mended where there is no doubt."""
+
+import functools
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+from detectron2.utils import comm
+from pycocotools import mask as rle
+
+from hourglass.data.mending import original, read_instead
+from hourglass.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# How many annotations are checked at once: bounds the memory.
+BLOCK = 10_000
+# Pixels by which a box may differ from that of its mask, or leave its image.
+TOLERANCE = 2.0
+
+
+class Lacking(NamedTuple):
+    """
+    Annotations that lack something.
+
+    Attributes:
+        count: how many.
+        first: the id of the first, None where there is none.
+    """
+
+    count: int
+    first: Any
+
+
+class InstanceFile(NamedTuple):
+    """
+    What a checked file holds.
+
+    Attributes:
+        path: its name in messages.
+        image_ids: of its images.
+        categories: how many.
+        annotations: how many.
+        without_mask: those without a mask.
+        without_keypoints: those without keypoints.
+    """
+
+    path: str
+    image_ids: frozenset
+    categories: int
+    annotations: int
+    without_mask: Lacking
+    without_keypoints: Lacking
+
+
+def open_instances(path: str | os.PathLike, name: str | None = None) -> InstanceFile:
+    """
+    Check a JSON of instances. What can be mended without a doubt is, with a warning: whoever asks Detectron2's
+    ``PathManager`` for the file is then given a mended copy. That the file has changed since the last call is noticed.
+
+    Mended are: a missing ``iscrowd`` (0); ``area`` (the mask's, else the box's) and ``bbox`` (the mask's); a polygon
+    that is not in a list; polygons under 3 points beside others; ids of annotations that are no whole numbers over 0,
+    which pycocotools counts wrongly.
+
+    Args:
+        path: of the JSON, remote or not.
+        name: of the file in messages; None: `path`.
+
+    Raises:
+        InputError: for everything else that is not COCO's format, naming the first offender.
+    """
+    name = os.fspath(path) if name is None else name
+    try:
+        local = original(path)
+        status = os.stat(local)
+    except OSError as error:
+        raise InputError(f"instances JSON {name} cannot be read ({type(error).__name__})") from error
+    return _open_instances(os.fspath(path), local, name, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _open_instances(path: str, local: str, name: str, modified: int, size: int) -> InstanceFile:
+    try:
+        with open(local, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"instances JSON {name} cannot be read ({type(error).__name__}: {reason})") from error
+    check = InstanceCheck(content, name)
+    found = check.run()
+    read_instead(path, local, content if check.mends else None)
+    if comm.is_main_process():
+        for line in [*check.mends, *check.doubts]:
+            logger.warning(line)
+    return found
+
+
+class InstanceCheck:
+    """
+    Checks the content of a JSON, and mends it in place.
+
+    Attributes:
+        mends: a line for each kind of mend, once it has run.
+        doubts: a line for each thing that is odd, but not known to be wrong.
+
+    Args:
+        content: as ``json.load`` gives it.
+        name: of the file in messages.
+    """
+
+    def __init__(self, content: Any, name: str):
+        self.content, self.name = content, name
+        self._mends: dict[tuple[str, str], tuple[int, str]] = {}
+        self.doubts: list[str] = []
+        self._images: dict[Any, tuple[int, int]] = {}
+        self._categories: set[int] = set()
+        self._left = self._boxes = 0  # boxes that leave their images, and all
+        self._corners = self._compared = 0  # boxes that are x0 y0 x1 y1 by their masks, and those with masks
+        self._first_corners: Any = None
+
+    @property
+    def mends(self) -> list[str]:
+        total = len(self.content["annotations"])
+        return [
+            f"instances JSON {self.name}: {count} of the {total} {what}, such as {first}: {how}"
+            for (what, how), (count, first) in self._mends.items()
+        ]
+
+    def run(self) -> InstanceFile:
+        """
+        Raises:
+            InputError: for what is not COCO's format.
+        """
+        for key in ("images", "annotations", "categories"):
+            if not isinstance(self.content, dict) or not isinstance(self.content.get(key), list):
+                found = sorted(self.content) if isinstance(self.content, dict) else type(self.content).__name__
+                raise InputError(
+                    f"instances JSON {self.name} has no list {key!r}, it has {found}: COCO's format is taken"
+                )
+        self._check_categories(self.content["categories"])
+        self._check_images(self.content["images"])
+        annotations = self.content["annotations"]
+        self._check_links(annotations)
+        self._check_flags(annotations)
+        self._refuse(
+            "whose area is no number from 0", annotations, [_is_area(one.get("area")) for one in annotations], "area"
+        )
+        self._unwrap_polygons(annotations)
+        for start in range(0, len(annotations), BLOCK):
+            self._check_shapes(annotations[start : start + BLOCK])
+        self._conclude()
+        return InstanceFile(
+            path=self.name,
+            image_ids=frozenset(self._images),
+            categories=len(self._categories),
+            annotations=len(annotations),
+            without_mask=_lacking(one for one in annotations if "segmentation" not in one),
+            without_keypoints=_lacking(one for one in annotations if not one.get("keypoints")),
+        )
+
+    # --- images and categories --------------------------------------------------------------------------------------
+
+    def _check_categories(self, categories: list) -> None:
+        if not categories:
+            raise InputError(f"instances JSON {self.name} has no category")
+        for i, category in enumerate(categories):
+            if not isinstance(category, dict) or not isinstance(category.get("name"), str):
+                raise InputError(f"instances JSON {self.name}: category {i} of its list has no name, got {category!r}")
+        bad = [category.get("id") for category in categories if not _is_whole(category.get("id"))]
+        if bad:
+            raise InputError(
+                f"instances JSON {self.name}: {len(bad)} of the {len(categories)} categories have ids that are no "
+                "whole "
+                f"numbers, such as {bad[0]!r}"
+            )
+        self._categories = self._unique("category", [category["id"] for category in categories])
+
+    def _check_images(self, images: list) -> None:
+        for i, image in enumerate(images):
+            if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
+                raise InputError(f"instances JSON {self.name}: image {i} of its list has no file_name, got {image!r}")
+        ids = [image.get("id") for image in images]
+        # pycocotools sorts them: numbers and text together would become text.
+        names = bool(ids) and isinstance(ids[0], str)
+        bad = [(image, id) for image, id in zip(images, ids) if not (isinstance(id, str) if names else _is_whole(id))]
+        if bad:
+            (image, id), kind = bad[0], "text, as the first is" if names else "whole numbers"
+            raise InputError(
+                f"instances JSON {self.name}: {len(bad)} of the {len(images)} images have ids that are not {kind}, "
+                "such "
+                f"as {id!r} of {image['file_name']}"
+            )
+        self._unique("image", ids)
+        for image in images:
+            size = image.get("height"), image.get("width")
+            if not all(_is_whole(side) and side > 0 for side in size):
+                raise InputError(
+                    f"instances JSON {self.name}: image {image['id']!r} has height {size[0]!r} and width {size[1]!r}: "
+                    "whole numbers over 0 are taken"
+                )
+            self._images[image["id"]] = size
+
+    def _unique(self, what: str, ids: list) -> set:
+        known: set = set()
+        twice = [id for id in ids if id in known or known.add(id)]
+        if twice:
+            raise InputError(
+                f"instances JSON {self.name}: {len(twice)} {what} ids are there more than once, such as {twice[0]!r}"
+            )
+        return known
+
+    # --- ids and flags of annotations -------------------------------------------------------------------------------
+
+    def _check_links(self, annotations: list) -> None:
+        """The ids that an annotation has and refers to."""
+        for i, one in enumerate(annotations):
+            if not isinstance(one, dict):
+                raise InputError(f"instances JSON {self.name}: annotation {i} of its list is no object, got {one!r}")
+        known = [isinstance(one.get("image_id"), str) or _is_whole(one.get("image_id")) for one in annotations]
+        self._refuse("whose image_id is neither a whole number nor text", annotations, known)
+        strange = [one for one in annotations if one["image_id"] not in self._images]
+        if strange:
+            first = strange[0]
+            line = (
+                f"instances JSON {self.name}: {len(strange)} of the {len(annotations)} annotations have an image_id "
+                "that "
+                f"none of its images has, such as annotation {first.get('id')!r} with {first['image_id']!r}"
+            )
+            texts = {str(id) for id in self._images}
+            if len(strange) == len(annotations) or any(str(one["image_id"]) in texts for one in strange):
+                raise InputError(f"{line} (its images have ids such as {next(iter(self._images), None)!r})")
+            self.doubts.append(f"{line}: they are left out")
+        right = [_is_whole(one.get("category_id")) for one in annotations]
+        self._refuse("whose category_id is no whole number", annotations, right, "category_id")
+        right = [one["category_id"] in self._categories for one in annotations]
+        self._refuse(f"whose category_id is none of {sorted(self._categories)[:20]}", annotations, right, "category_id")
+
+        ids = [one.get("id") for one in annotations]
+        if "minival" not in self.name:  # COCO 2014's have a few twice, which Detectron2 lets pass
+            self._unique("annotation", [id for id in ids if id is not None and not isinstance(id, (list, dict))])
+        # A found object is noted by its id: 0 would count as not found, and text cannot be noted.
+        bad = [id for id in ids if not _is_whole(id) or id < 1]
+        if bad:
+            for i, one in enumerate(annotations, start=1):
+                one["id"] = i
+            self._mend(
+                len(bad), "annotations have ids that are no whole numbers over 0", repr(bad[0]), "all are numbered anew"
+            )
+
+    def _check_flags(self, annotations: list) -> None:
+        missing = [one for one in annotations if one.get("iscrowd") is None]
+        for one in missing:
+            one["iscrowd"] = 0
+        if missing:
+            self._mend(len(missing), "annotations have no iscrowd", _names(missing[0]), "0 is taken")
+        right = [one["iscrowd"] in (0, 1) for one in annotations]
+        self._refuse("whose iscrowd is neither 0 nor 1", annotations, right, "iscrowd")
+        right = [one.get("ignore", 0) in (0, None, False) for one in annotations]
+        self._refuse('with "ignore", which Detectron2 does not take (crowds are ignored)', annotations, right)
+
+    # --- masks and boxes --------------------------------------------------------------------------------------------
+
+    def _unwrap_polygons(self, annotations: list) -> None:
+        flat, short, useless, bad = [], [], [], []
+        for one in annotations:
+            mask = one.get("segmentation")
+            if not mask:  # missing, null, [], {}
+                one.pop("segmentation", None)
+                continue
+            if isinstance(mask, list) and len(mask) >= 6 and all(_is_number(each) for each in mask):
+                flat.append(one)
+                mask = one["segmentation"] = [mask]
+            if isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask):
+                if any(len(polygon) % 2 for polygon in mask):
+                    bad.append(one)
+                    continue
+                whole = [polygon for polygon in mask if len(polygon) >= 6]
+                if not whole:
+                    # Detectron2's loader would drop the object with its box.
+                    useless.append(one)
+                    del one["segmentation"]
+                elif len(whole) < len(mask):
+                    short.append(one)
+                    one["segmentation"] = whole
+            elif not isinstance(mask, dict):
+                bad.append(one)
+        if bad:
+            self._fail(
+                bad, len(annotations), "whose segmentation is neither RLE nor a list of polygons [x0, y0, x1, y1, ...]"
+            )
+        if flat:
+            self._mend(len(flat), "annotations have one polygon not in a list", _names(flat[0]), "it is taken as one")
+        if short:
+            self._mend(
+                len(short),
+                "annotations have polygons of under 3 points beside others",
+                _names(short[0]),
+                "those are left out",
+            )
+        if useless:
+            self._mend(
+                len(useless),
+                "annotations have polygons of under 3 points alone",
+                _names(useless[0]),
+                "they count as without a mask",
+            )
+
+    def _check_shapes(self, annotations: list) -> None:
+        total = len(self.content["annotations"])
+        polygons = [one for one in annotations if isinstance(one.get("segmentation"), list)]
+        runs = [one for one in annotations if isinstance(one.get("segmentation"), dict)]
+        extents = {**self._polygon_extents(polygons, total), **self._run_extents(runs, total)}
+
+        missing = [one for one in annotations if not one.get("bbox")]
+        nowhere = [one for one in missing if id(one) not in extents]
+        if nowhere:
+            self._fail(nowhere, total, "without a bbox and a mask")
+        for one in missing:
+            x0, y0, x1, y1 = extents[id(one)]
+            one["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+        if missing:
+            self._mend(len(missing), "annotations have no bbox", _names(missing[0]), "their masks' is taken")
+        bad = [one for one in annotations if not _is_box(one["bbox"])]
+        if bad:
+            self._fail(
+                bad,
+                total,
+                "whose bbox is not [x, y, width, height] of finite numbers, none of the sides under 0",
+                "bbox",
+            )
+        self._judge_boxes(annotations, extents)
+
+        unknown = [one for one in annotations if one.get("area") is None]
+        for one in unknown:
+            one["area"] = self._area(one)
+        if unknown:
+            self._mend(
+                len(unknown), "annotations have no area", _names(unknown[0]), "their masks' or else boxes' is taken"
+            )
+
+    def _polygon_extents(self, annotations: list, total: int) -> dict[int, tuple[float, float, float, float]]:
+        """Of each annotation, by identity: x0, y0, x1, y1."""
+        if not annotations:
+            return {}
+        owners = [one for one in annotations for _ in one["segmentation"]]
+        polygons = [polygon for one in annotations for polygon in one["segmentation"]]
+        try:
+            values = np.array(list(chain.from_iterable(polygons)))
+        except ValueError:  # lists of different lengths
+            values = np.array([None])
+        if values.ndim != 1 or values.dtype.kind not in "if" or not np.isfinite(values).all():
+            bad = [one for one in annotations if not all(_is_number(x) for each in one["segmentation"] for x in each)]
+            self._fail(bad, total, "with polygons of other values than finite numbers")
+        starts = np.cumsum([0, *(len(polygon) // 2 for polygon in polygons[:-1])])
+        points = values.astype(np.float64).reshape(-1, 2)
+        low = np.minimum.reduceat(points, starts)
+        high = np.maximum.reduceat(points, starts)
+        extents: dict[int, tuple[float, float, float, float]] = {}
+        for one, (x0, y0), (x1, y1) in zip(owners, low.tolist(), high.tolist()):
+            if id(one) in extents:
+                a0, b0, a1, b1 = extents[id(one)]
+                x0, y0, x1, y1 = min(x0, a0), min(y0, b0), max(x1, a1), max(y1, b1)
+            extents[id(one)] = (x0, y0, x1, y1)
+        return extents
+
+    def _run_extents(self, annotations: list, total: int) -> dict[int, tuple[float, float, float, float]]:
+        if not annotations:
+            return {}
+        bad = [one for one in annotations if not _is_rle(one["segmentation"])]
+        if bad:
+            self._fail(bad, total, 'whose RLE is not {"size": [height, width], "counts": text or whole numbers}')
+        # Annotations of images that are not there have no size to be compared with.
+        sized = [(one, self._images[one["image_id"]]) for one in annotations if one["image_id"] in self._images]
+        turned = [one for one, size in sized if tuple(one["segmentation"]["size"]) == size[::-1] != size]
+        if turned:
+            self._fail(turned, total, "whose RLE has the size (width, height), where (height, width) is taken")
+        other = [one for one, size in sized if tuple(one["segmentation"]["size"]) != size]
+        if other:
+            height, width = self._images[other[0]["image_id"]]
+            size = other[0]["segmentation"]["size"]
+            self._fail(other, total, f"whose RLE has another size than their image ({size}, not [{height}, {width}])")
+        pixels = count_pixels([one["segmentation"] for one in annotations])
+        short = [one for one, count in zip(annotations, pixels) if count != math.prod(one["segmentation"]["size"])]
+        if short:
+            self._fail(short, total, "whose RLE does not count all pixels of its size")
+        masks = [_compressed(one["segmentation"]) for one in annotations]
+        boxes = np.asarray(rle.toBbox(masks)).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return {id(one): tuple(box) for one, box in zip(annotations, boxes.tolist())}
+
+    def _judge_boxes(self, annotations: list, extents: dict[int, tuple[float, float, float, float]]) -> None:
+        """Count boxes that leave their images, and those that are x0 y0 x1 y1 as their masks have them."""
+        there = [one for one in annotations if one["image_id"] in self._images]
+        if not there:
+            return
+        boxes = np.array([one["bbox"] for one in there], np.float64)
+        sizes = np.array([self._images[one["image_id"]] for one in there], np.float64)[:, ::-1]
+        ends = boxes[:, :2] + boxes[:, 2:]
+        outside = (boxes[:, :2] < -TOLERANCE).any(1) | (ends > sizes + TOLERANCE).any(1)
+        self._left += int(outside.sum())
+        self._boxes += len(there)
+
+        masked = [i for i, one in enumerate(there) if id(one) in extents]
+        if masked:
+            masks = np.array([extents[id(there[i])] for i in masked])
+            as_sides = np.abs(np.concatenate([boxes[masked, :2], ends[masked]], 1) - masks).max(1) <= TOLERANCE
+            as_corners = np.abs(boxes[masked] - masks).max(1) <= TOLERANCE
+            corners = as_corners & ~as_sides
+            self._compared += len(masked)
+            self._corners += int(corners.sum())
+            if self._first_corners is None and corners.any():
+                self._first_corners = there[masked[int(corners.argmax())]]
+
+    def _conclude(self) -> None:
+        total = len(self.content["annotations"])
+        if 2 * self._corners > self._compared:
+            raise InputError(
+                f"instances JSON {self.name}: {self._corners} of the {total} annotations have boxes that are x0 y0 x1 "
+                "y1 "
+                f"(XYXY) by their masks, such as {_names(self._first_corners)}: [x, y, width, height] is taken"
+            )
+        if 2 * self._left > self._boxes:
+            self.doubts.append(
+                f"instances JSON {self.name}: {self._left} of the {total} boxes leave their images: are they x0 y0 x1 "
+                "y1 "
+                "(XYXY)? [x, y, width, height] is taken"
+            )
+
+    def _area(self, one: dict) -> float:
+        mask = one.get("segmentation")
+        if mask is None or one["image_id"] not in self._images:
+            return float(one["bbox"][2] * one["bbox"][3])
+        if isinstance(mask, list):
+            masks = rle.frPyObjects(mask, *self._images[one["image_id"]])
+            return float(rle.area(masks[0] if len(masks) == 1 else rle.merge(masks)))
+        return float(rle.area(_compressed(mask)))
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def _refuse(self, what: str, annotations: list, right: list[bool], key: str | None = None) -> None:
+        bad = [one for one, fine in zip(annotations, right) if not fine]
+        if bad:
+            self._fail(bad, len(annotations), what, key)
+
+    def _fail(self, bad: list, total: int, what: str, key: str | None = None) -> None:
+        got = "" if key is None else f", which has {bad[0].get(key)!r}"
+        raise InputError(
+            f"instances JSON {self.name} has {len(bad)} annotations of {total} {what}, such as {_names(bad[0])}{got}"
+        )
+
+    def _mend(self, count: int, what: str, first: str, how: str) -> None:
+        before, first_of_all = self._mends.get((what, how), (0, first))
+        self._mends[what, how] = (before + count, first_of_all)
+
+
+def _names(one: dict) -> str:
+    return f"annotation {one.get('id')!r} of image {one.get('image_id')!r}"
+
+
+def _lacking(annotations: Iterable[dict]) -> Lacking:
+    ids = [one["id"] for one in annotations]
+    return Lacking(len(ids), ids[0] if ids else None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) or isinstance(value, float) and value.is_integer()
+
+
+def _is_area(value: Any) -> bool:
+    return value is None or _is_number(value) and value >= 0
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(_is_number(x) for x in box) and min(box[2:]) >= 0
+
+
+def _is_rle(mask: dict) -> bool:
+    size, counts = mask.get("size"), mask.get("counts")
+    return (
+        isinstance(size, list)
+        and len(size) == 2
+        and all(_is_whole(side) for side in size)
+        and (isinstance(counts, str) or isinstance(counts, list) and all(_is_whole(x) and x >= 0 for x in counts))
+    )
+
+
+def count_pixels(masks: Sequence[dict]) -> np.ndarray:
+    """
+    How many pixels the runs of RLE masks count, those of objects and those between; -1 where they are none.
+
+    Args:
+        masks: (N,) with "counts", text or a list.
+
+    Returns:
+        (N,) int64
+    """
+    total = np.array([sum(mask["counts"]) if isinstance(mask["counts"], list) else -1 for mask in masks], np.int64)
+    texts = [i for i, mask in enumerate(masks) if isinstance(mask["counts"], str) and mask["counts"]]
+    if not texts:
+        return total
+    # A letter has 5 bits of a number, the lowest first, and a sixth if the number goes on.
+    coded = [masks[i]["counts"].encode("latin-1", "replace") for i in texts]
+    letters = np.frombuffer(b"".join(coded), np.uint8).astype(np.int64) - 48
+    owner = np.repeat(np.arange(len(coded)), [len(text) for text in coded])
+    ends = np.r_[owner[1:] != owner[:-1], True]
+    goes_on = letters & 32 > 0
+    wrong = np.bincount(owner[(letters < 0) | (letters > 63) | ends & goes_on], minlength=len(coded)) > 0
+    last = ~goes_on | ends
+    first = np.flatnonzero(np.r_[True, last[:-1]])
+    number = np.cumsum(last) - last
+    place = np.arange(len(letters)) - first[number]
+    wrong[owner[place > 6]] = True
+    place = np.minimum(place, 6)
+    runs = np.add.reduceat((letters & 31) << 5 * place, first)
+    runs -= np.where(letters[last] & 16, 1 << 5 * (place[last] + 1), 0)  # negative
+    # From the fourth on, a number is the difference to the one two before: three chains of sums in each mask.
+    owner = owner[first]
+    position = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    chain = 3 * owner + np.where(position == 0, 0, 2 - position % 2)
+    order = np.argsort(chain, kind="stable")
+    sums = np.cumsum(runs[order])
+    starts = np.searchsorted(chain[order], chain[order])
+    sums -= np.where(starts > 0, sums[starts - 1], 0)
+    wrong[owner[order][sums < 0]] = True
+    counted = np.zeros(len(coded), np.int64)
+    np.add.at(counted, owner[order], sums)
+    total[texts] = np.where(wrong, -1, counted)
+    return total
+
+
+def _compressed(mask: dict) -> dict:
+    return rle.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask
