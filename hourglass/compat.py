@@ -39,14 +39,41 @@ class _MissingExtension(ModuleType):
         )
 
 
+class _OfficialEvaluation(ModuleType):
+    """In place of ``detectron2.evaluation.fast_eval_api``: pycocotools' evaluation, imported when it is asked for."""
+
+    def __getattr__(self, name: str):
+        if name != "COCOeval_opt":
+            raise AttributeError(name)
+        from pycocotools.cocoeval import COCOeval
+
+        return COCOeval
+
+
 def _mend_extension() -> None:
     import detectron2
 
     try:
         import detectron2._C  # noqa: F401
     except ImportError:
+        pass
+    else:
+        return
+    try:
+        # The main branch asks for the extension with a fallback of its own, wherever it does.
+        import detectron2.layers  # noqa: F401
+    except ImportError:
+        # The 0.6 release does not. Its layers get a module that says what is missing when it is used; it is taken
+        # away again, so that who tries to import the extension learns that it is not there.
         extension = _MissingExtension("detectron2._C")
         sys.modules["detectron2._C"] = detectron2._C = extension
+        try:
+            import detectron2.layers  # noqa: F401
+        finally:
+            del sys.modules["detectron2._C"], detectron2._C
+        # COCOEvaluator of the main branch falls back to pycocotools, that of the 0.6 release does so with this.
+        name = "detectron2.evaluation.fast_eval_api"
+        sys.modules[name] = _OfficialEvaluation(name)
 
 
 def own_encoder(name: str) -> type | None:
