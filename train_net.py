@@ -31,7 +31,7 @@ from hourglass.evaluation import Subject, compare, to_json, to_text, write_repor
 from hourglass.evaluation.journal import open_journal
 from hourglass.launch import DEMO, build, build_evaluator, load_config, one_line, refuse
 from hourglass.reduction.selection import RANDOM
-from hourglass.training import train
+from hourglass.training import check_training, train
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -104,6 +104,8 @@ def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: ar
 
 def main(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.overrides)
+    if not args.eval_only:
+        check_training(cfg)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         init_process_group(cfg.train.device)
     seed_all_rng(cfg.train.seed)

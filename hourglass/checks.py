@@ -1,7 +1,8 @@
 """Checks of arguments that many places share."""
 
+import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from hourglass.errors import InputError
@@ -17,3 +18,21 @@ def check_count(name: str, value: Any, smallest: int) -> None:
     """Raise InputError unless ``value`` is a whole number of at least ``smallest``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
         raise InputError(f"{name} takes a whole number of at least {smallest}, got {value!r}")
+
+
+def check_number(name: str, value: Any, over: float) -> None:
+    """Raise InputError unless ``value`` is a finite number over ``over``."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= over:
+        raise InputError(f"{name} takes a number over {over:g}, got {value!r}")
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise InputError unless ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} takes true or false, got {value!r}")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise InputError unless ``value`` is text."""
+    if not isinstance(value, str):
+        raise InputError(f"{name} takes text, got {value!r}")

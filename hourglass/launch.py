@@ -16,13 +16,15 @@ from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from hourglass.checks import check_count
+from hourglass.checks import check_count, check_number, check_switch, check_text
 from hourglass.errors import InputError
 from hourglass.files import check_folder
 from hourglass.overrides import apply_overrides
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEMO = CONFIGS / "demo" / "vitdet.py"
+# The least that options of training may be.
+TRAINING_COUNTS = {"max_iter": 1, "eval_period": 0, "log_period": 1, "checkpointer.period": 1}
 # What is raised on a full disk and in a folder without permission.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -48,6 +50,7 @@ def load_config(path: str, overrides: list[str]) -> DictConfig:
 
 
 def check_options(train: DictConfig, evaluation: DictConfig) -> None:
+    """Raise InputError for an option of a wrong type or out of range; put the device in the place of "auto"."""
     if train.device == "auto":
         train.device = "cuda" if torch.cuda.is_available() else "cpu"
     if train.device not in ("cuda", "cpu"):
@@ -56,10 +59,21 @@ def check_options(train: DictConfig, evaluation: DictConfig) -> None:
         raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
     if evaluation.dtype not in ("float32", "bfloat16"):
         raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {evaluation.dtype!r}')
+    for key in ("output_dir", "init_checkpoint"):
+        check_text(f"train.{key}", train[key])
+        train[key] = os.path.expanduser(train[key])
     check_folder("train.output_dir", train.output_dir)
     check_count("evaluation.warmup", evaluation.warmup, 0)
     if evaluation.max_images is not None:
         check_count("evaluation.max_images", evaluation.max_images, 1)
+    for key, smallest in TRAINING_COUNTS.items():
+        check_count(f"train.{key}", OmegaConf.select(train, key), smallest)
+    for key in ("allow_partial_checkpoint", "expedite", "amp.enabled"):
+        check_switch(f"train.{key}", OmegaConf.select(train, key))
+    if train.seed is not None:
+        check_count("train.seed", train.seed, 0)
+    if train.clip_gradient is not None:
+        check_number("train.clip_gradient", train.clip_gradient, 0)
 
 
 def build(cfg: DictConfig, key: str) -> Any:

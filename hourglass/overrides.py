@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from hourglass.errors import InputError
 
+_KEY = re.compile(r"[A-Za-z_][\w.]*")
+
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """
@@ -22,18 +25,21 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
 
     Args:
         cfg: the config.
-        overrides: "key=value", with Hydra's grammar for values.
+        overrides: "key=value", with Hydra's grammar for values; a value that is none of it is taken as text.
 
     Raises:
         InputError: for an override that cannot be parsed, or an unknown key; it names the nearest known one.
     """
-    keys = [_parse(override) for override in overrides]
+    parsed = [_parse(override) for override in overrides]
     # What a call takes is known once its target is.
-    ordered = sorted(zip(keys, overrides), key=lambda pair: not pair[0].endswith("_target_"))
-    for key, override in ordered:
+    ordered = sorted(zip(parsed, overrides), key=lambda pair: not pair[0][0].endswith("_target_"))
+    for (key, text), override in ordered:
         _check_key(cfg, key)
         try:
-            LazyConfig.apply_overrides(cfg, [override])
+            if text is None:
+                LazyConfig.apply_overrides(cfg, [override])
+            else:
+                OmegaConf.update(cfg, key, text, merge=True, force_add=True)
         except Exception as error:  # OmegaConf has many
             raise InputError(f"override {override!r} cannot be applied: {str(error).splitlines()[0]}") from error
         if key.endswith("._target_"):
@@ -47,14 +53,21 @@ def _drop_foreign_arguments(node: DictConfig) -> None:
         del node[name]
 
 
-def _parse(override: str) -> str:
+def _parse(override: str) -> tuple[str, str | None]:
+    """The key, and the value where it is text that Hydra's grammar has no place for, such as a path with "=" in it."""
+    key, equals, value = override.partition("=")
     try:
         parsed = OverridesParser.create().parse_override(override)
     except HydraException as error:
+        # What begins as a list, a dictionary or a quoted string is meant to be one, and not closed.
+        if _KEY.fullmatch(key) and equals and not value.lstrip().startswith(("[", "{", "'", '"')):
+            return key, value
         raise InputError(f"override {override!r} cannot be parsed: key=value is taken, such as plan.start=4") from error
-    if parsed.is_delete() or parsed.is_add() or parsed.is_sweep_override():
+    if parsed.is_delete() or parsed.is_add():
         raise InputError(f"override {override!r} is not taken: key=value is, such as plan.start=4")
-    return parsed.key_or_group
+    if parsed.is_sweep_override():  # values for runs of Hydra's: here a comma is one
+        return parsed.key_or_group, value
+    return parsed.key_or_group, None
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:

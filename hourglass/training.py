@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -12,13 +13,13 @@ from detectron2.engine import SimpleTrainer, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hourglass.checks import check_choice
+from hourglass.checks import check_choice, check_number
 from hourglass.data.opening import open_train
-from hourglass.errors import InputError
+from hourglass.errors import InputError, reason
 from hourglass.reduction import Reducer, collect_losses
 
 #: What is trained: all of the model, or of it only a reducer that learns.
@@ -66,6 +67,24 @@ class Trainer(SimpleTrainer):
         self.optimizer.step()
 
 
+def check_training(cfg: DictConfig) -> None:
+    """
+    Raises:
+        InputError: for a config that lacks what only training reads, or with an optimizer's number that is none.
+    """
+    for key, example in (
+        ("optimizer", "configs/common/optimizer.py has one"),
+        ("optimizer.params", "the call of a function that takes the model, see configs/common/optimizer.py"),
+        ("lr_multiplier", "configs/demo/vitdet.py has one"),
+        ("dataloader.train", "configs/common/coco.py has one"),
+    ):
+        if OmegaConf.select(cfg, key) is None:
+            raise InputError(f"a config that is trained must have {key!r} ({example}); --eval-only needs none")
+    if "lr" in cfg.optimizer:
+        check_number("optimizer.lr", cfg.optimizer.lr, 0)
+    check_choice("train.trainable", cfg.train.trainable, TRAINABLE)
+
+
 def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resume: bool = False) -> None:
     """
     Train ``model`` as ``cfg.train`` says and write checkpoints, ``metrics.json`` and the log to its ``output_dir``, and
@@ -83,7 +102,6 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
     options = cfg.train
     loader = open_train(cfg, model)
     reducer = _learned_reducer(model)
-    check_choice("train.trainable", options.trainable, TRAINABLE)
     if options.trainable == "reducer":
         if reducer is None:
             raise InputError(
@@ -92,6 +110,9 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
             )
         model.requires_grad_(False)
         reducer.requires_grad_(True)
+    cfg.optimizer.params.model = model
+    optimizer, schedule = _instantiate(cfg, "optimizer"), _instantiate(cfg, "lr_multiplier")
+    cfg.optimizer.params.pop("model")  # the config is written as it was
     main = comm.is_main_process()
     os.makedirs(options.output_dir, exist_ok=True)
     setup_logger(options.output_dir, distributed_rank=comm.get_rank())
@@ -99,8 +120,6 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_no_input_error)
     if main:
         LazyConfig.save(cfg, os.path.join(options.output_dir, "config.yaml"))
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
     replica = model
     if comm.get_world_size() > 1:
         device_ids = [comm.get_local_rank()] if options.device == "cuda" else None
@@ -116,7 +135,7 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.LRScheduler(scheduler=schedule),
             hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer) if main else None,
             hooks.EvalHook(options.eval_period, evaluate),
             hooks.PeriodicWriter(writers, period=options.log_period) if main else None,
@@ -126,11 +145,22 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
     if resume and checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)
         start = trainer.iter + 1
+    elif resume and main:
+        logging.getLogger(__name__).warning(
+            "nothing to resume, starting anew: %s has no last_checkpoint", options.output_dir
+        )
     trainer.train(start, options.max_iter)
     if main and reducer is not None:
         path = os.path.join(options.output_dir, "reducer.pth")
         torch.save(reducer.state_dict(), f"{path}.part")
         os.replace(f"{path}.part", path)
+
+
+def _instantiate(cfg: DictConfig, key: str) -> Any:
+    try:
+        return instantiate(cfg[key])
+    except (ImportError, TypeError, ValueError) as error:  # an argument that it does not take
+        raise InputError(f"{key} cannot be built ({reason(error)})") from error
 
 
 def _learned_reducer(model: nn.Module) -> Reducer | None:

@@ -34,6 +34,33 @@ def test_arguments_are_those_of_the_target_that_is_given_with_them():
         apply_overrides(config(), ["plan.reducer.k=3", "plan.reducer._target_=hourglass.AveragePooling"])
 
 
+# Each of them means something in Hydra's grammar, or is no part of it.
+TEXTS = ["/tmp/a=b", "=", "a=b=c", "~/model.pth", "/data/model(1).pth", "a)b", "a,b", "x,y,z", "#1", "/a/#b", "a{b"]
+TEXTS += ["a}b", "a[0].pth", "set]", "it's.pth", 'the "best".pth', "modèle/ü.pth", "模型.pth", "a b.pth", "a\\b.pth"]
+TEXTS += ["C:\\runs", "a:b", "hf://owner/name", "detectron2://b.pkl?matching_heuristics=True", "100%", "a&b|c;d"]
+TEXTS += ["glob(*)", "", "@x"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_it_is(text):
+    cfg = config()
+    apply_overrides(cfg, [f"train.output_dir={text}"])
+    assert cfg.train.output_dir == text
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        *(("4", 4), ("-0.5", -0.5), ("1e-3", 1e-3), ("null", None), ("true", True), ("'4'", "4"), ('"a=b"', "a=b")),
+        *(("[1,2]", [1, 2]), ("{a: 1}", {"a": 1}), ("[[1,a],{b: 2}]", [[1, "a"], {"b": 2}]), ("${train.seed}", 0)),
+    ],
+)
+def test_values_of_hydras_grammar_stay_what_they_are(text, value):
+    cfg = config()
+    apply_overrides(cfg, [f"train.output_dir={text}"])
+    assert cfg.train.output_dir == value and isinstance(cfg.train.output_dir, str) == isinstance(value, str)
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -45,6 +72,10 @@ def test_arguments_are_those_of_the_target_that_is_given_with_them():
         ("list.7.a=1", "unknown key 'list.7.a'"),
         ("plan.start", "cannot be parsed"),
         ("plan.reducer.grid=[20", "cannot be parsed"),
+        ("plan.reducer.grid={a", "cannot be parsed"),
+        ("train.output_dir='a", "cannot be parsed"),
+        ("=4", "unknown key ''"),
+        ("train output=4", "cannot be parsed"),
         ("~plan.start", "is not taken"),
         ("+plan.new=1", "is not taken"),
     ],

@@ -16,12 +16,14 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.logger import setup_logger
+from omegaconf import OmegaConf
 from PIL import Image
 
 import hourglass.data.panoptic
 import train_net
-from hourglass import launch
+from hourglass import InputError, launch
 from hourglass.evaluation.journal import read_records
+from hourglass.training import check_training
 
 ROOT = Path(__file__).parent.parent
 # Small enough for a test: 256 tokens, of which the plan keeps 100.
@@ -273,7 +275,7 @@ def test_another_reducer_and_another_data_set_by_overrides(tmp_path, datasets):
 
 
 @pytest.mark.parametrize("expedite", ["true", "false"])
-def test_training(tmp_path, expedite, capsys):
+def test_training(tmp_path, expedite, capsys, caplog):
     arguments = [
         f"train.output_dir={tmp_path}",
         f"train.expedite={expedite}",
@@ -286,8 +288,11 @@ def test_training(tmp_path, expedite, capsys):
         "evaluation.max_images=2",
         *UNTRAINED,
     ]
-    run(*arguments)
-    assert capsys.readouterr().out.count("encoder latency") == 2
+    run("--resume", *arguments)  # there is nothing yet
+    printed = capsys.readouterr()
+    assert printed.out.count("encoder latency") == 2
+    assert f"nothing to resume, starting anew: {tmp_path} has no last_checkpoint" in caplog.text
+    caplog.clear()
     metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     losses = [line["total_loss"] for line in metrics if "total_loss" in line]
     assert len(losses) >= 2 and torch.tensor(losses).isfinite().all()
@@ -297,7 +302,7 @@ def test_training(tmp_path, expedite, capsys):
     # What it wrote is a checkpoint of the unmodified model, and training goes on from it.
     run("--resume", *[argument.replace("max_iter=2", "max_iter=3") for argument in arguments])
     again = torch.load(tmp_path / "model_final.pth")
-    assert again["iteration"] == 2 and set(again["model"]) == set(weights)
+    assert "nothing to resume" not in caplog.text and again["iteration"] == 2 and set(again["model"]) == set(weights)
     moved = [name for name in weights if not torch.equal(weights[name], again["model"][name])]
     assert any(name.startswith("backbone.net.blocks.5.") for name in moved)
     run("--eval-only", *UNTRAINED, f"train.init_checkpoint={tmp_path}/model_final.pth", f"train.output_dir={tmp_path}")
@@ -475,6 +480,15 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
         (["train.device=tpu"], 'train.device takes "cuda", "cpu" or "auto"'),
         (["evaluation.dtype=float8"], 'evaluation.dtype takes "float32" or "bfloat16"'),
         (["evaluation.max_images=0"], "evaluation.max_images takes a whole number of at least 1"),
+        (["train.max_iter=0"], "train.max_iter takes a whole number of at least 1, got 0"),
+        (["train.eval_period=often"], "train.eval_period takes a whole number of at least 0, got 'often'"),
+        (["train.checkpointer.period=2.5"], "train.checkpointer.period takes a whole number of at least 1, got 2.5"),
+        (["train.seed=-1"], "train.seed takes a whole number of at least 0, got -1"),
+        (["train.amp.enabled=yes!"], "train.amp.enabled takes true or false, got 'yes!'"),
+        (["train.expedite=1"], "train.expedite takes true or false, got 1"),
+        (["train.clip_gradient=-1"], "train.clip_gradient takes a number over 0, got -1"),
+        (["train.clip_gradient=nan"], "train.clip_gradient takes a number over 0, got nan"),
+        (["train.init_checkpoint=3"], "train.init_checkpoint takes text, got 3"),
     ],
 )
 def test_refusals(tmp_path, capsys, overrides, message):
@@ -482,6 +496,41 @@ def test_refusals(tmp_path, capsys, overrides, message):
     line = refusal(capsys, "--eval-only", f"train.output_dir={output}", *UNTRAINED, *overrides)
     assert message in line
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["optimizer.lr=abc"], "optimizer.lr takes a number over 0, got 'abc'"),
+        (["optimizer.lr=-1"], "optimizer.lr takes a number over 0, got -1"),
+        (["optimizer.betas=abc"], "optimizer cannot be built"),
+        (["optimizer.weight_decay=-1"], "optimizer cannot be built (ValueError: Invalid weight_decay value: -1)"),
+        (["lr_multiplier.warmup_length=2"], "lr_multiplier cannot be built"),
+        (["train.trainable=some"], "train.trainable takes 'all' or 'reducer', got 'some'"),
+    ],
+)
+def test_training_options_are_refused_before_anything_is_written(tmp_path, capsys, overrides, message):
+    line = refusal(capsys, f"train.output_dir={tmp_path}/o", "train.max_iter=1", *UNTRAINED, *overrides)
+    assert message in line
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("key", ["optimizer", "optimizer.params", "lr_multiplier", "dataloader.train"])
+def test_a_config_that_lacks_what_training_reads_is_refused(key):
+    cfg = launch.load_config(str(launch.DEMO), [])
+    parent, _, name = key.rpartition(".")
+    del (OmegaConf.select(cfg, parent) if parent else cfg)[name]
+    with pytest.raises(InputError, match=f"a config that is trained must have '{key}'"):
+        check_training(cfg)
+
+
+def test_the_homes_of_paths_are_those_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    cfg = launch.load_config(str(launch.DEMO), ["train.output_dir=~/out", "train.init_checkpoint=~/model.pth"])
+    assert cfg.train.output_dir == f"{tmp_path}/out" and cfg.train.init_checkpoint == f"{tmp_path}/model.pth"
+    cfg = launch.load_config(str(launch.DEMO), ["train.init_checkpoint=detectron2://a~b.pkl"])
+    assert cfg.train.init_checkpoint == "detectron2://a~b.pkl"
 
 
 def test_training_refuses_before_it_begins(tmp_path, capsys):

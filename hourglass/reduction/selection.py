@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hourglass.errors import InputError
+from hourglass.errors import InputError, reason
 from hourglass.reduction.reducer import Reduction, SelectingReducer
+from hourglass.weights import read_weights
 
 # Of the running mean of thresholds, in training.
 MOMENTUM = 0.95
@@ -128,22 +129,23 @@ class TokenSelection(SelectingReducer):
 
     def _read(self) -> None:
         try:
-            weights = torch.load(self.selectors, map_location="cpu", weights_only=True)
+            weights = read_weights(os.path.expanduser(self.selectors), "selectors")
+        except InputError:
+            raise
         except Exception as error:  # whatever a file system or an unpickler may raise
-            reason = str(error).strip().split("\n")[0]
-            raise InputError(f"selectors {self.selectors} cannot be read ({type(error).__name__}: {reason})") from error
+            raise InputError(f"selectors {self.selectors} cannot be read ({reason(error)})") from error
         weights = weights.get("model", weights) if isinstance(weights, dict) else {}
         found = {
             name.rpartition("reducer.")[2]: value.float()
-            for name, value in weights.items()
-            if name.startswith(("blocks.", "thresholds")) or "reducer." in name
+            for name, value in (weights.items() if isinstance(weights, dict) else ())
+            if isinstance(value, Tensor) and (name.startswith(("blocks.", "thresholds")) or "reducer." in name)
         }
-        count = len(found.get("thresholds", ()))
-        self.thresholds = torch.zeros(count)
         try:
+            count = len(found["thresholds"])
+            self.thresholds = torch.zeros(count)
             self.blocks.extend(Selector(len(found[f"blocks.{i}.0.weight"])) for i in range(count))
             self.load_state_dict(found)
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, TypeError) as error:
             raise InputError(f"selectors {self.selectors} holds no selectors: training writes some") from error
         if not count:
             raise InputError(f"selectors {self.selectors} holds no selectors: training writes some")

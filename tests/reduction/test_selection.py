@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 
@@ -137,3 +139,31 @@ def test_refusals(tmp_path):
         with pytest.raises(InputError, match=message) as refusal:
             make()
         assert "\n" not in str(refusal.value)
+
+
+class Malicious:
+    """Pickled as a call that makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["selectors.pth", "selectors.pkl", "selectors.bin"])
+@pytest.mark.parametrize("make", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_selectors_are_data_and_run_nothing(tmp_path, name, make):
+    marker, path = tmp_path / "ran", tmp_path / name
+    make({"thresholds": torch.zeros(1), "blocks.0.0.weight": Malicious(marker)}, path)
+    with pytest.raises(InputError) as refusal:
+        TokenSelection(str(path))
+    assert not marker.exists() and "\n" not in str(refusal.value)
+    assert str(path) in str(refusal.value) and "open" in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [{}, {"thresholds": 3}, [1], {"model": 3}, {"thresholds": torch.zeros(2)}])
+def test_files_that_hold_no_selectors_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="selectors .*other.pth"):
+        TokenSelection(str(tmp_path / "other.pth"))
