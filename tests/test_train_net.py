@@ -643,7 +643,7 @@ def test_an_unreadable_image_is_named(broken_copy, tmp_path, capsys, workers):
     assert f"1 of the 5 images of data set 'broken_copy' are missing, such as {broken_copy}" in refusal(
         capsys, *arguments
     )
-    assert not (tmp_path / "o").exists()
+    assert not (tmp_path / "o" / "comparison.json").exists()
 
 
 def test_configs_that_are_none(tmp_path, capsys):
