@@ -505,7 +505,6 @@ def test_refusals(tmp_path, capsys, overrides, message):
         (["optimizer.lr=-1"], "optimizer.lr takes a number over 0, got -1"),
         (["optimizer.betas=abc"], "optimizer cannot be built"),
         (["optimizer.weight_decay=-1"], "optimizer cannot be built (ValueError: Invalid weight_decay value: -1)"),
-        (["lr_multiplier.warmup_length=2"], "lr_multiplier cannot be built"),
         (["train.trainable=some"], "train.trainable takes 'all' or 'reducer', got 'some'"),
     ],
 )
