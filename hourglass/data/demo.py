@@ -30,19 +30,26 @@ CATEGORIES = [
 ]
 
 
-def write_demo(root: str | os.PathLike, images: dict[str, int], seed: int = 0, workers: int | None = None) -> None:
+def write_demo(
+    root: str | os.PathLike,
+    images: dict[str, int],
+    seed: int = 0,
+    workers: int | None = None,
+    coloured: bool = False,
+) -> None:
     """
     Draw splits of the demo data set, unless they are there already. The same arguments give the same bytes, and image
     i of a split is the same whatever the number of images.
 
     A split appears under its names only once it is whole. Processes that want the same one wait for the first of them.
-    A split that was drawn with another seed, number or recipe is replaced.
+    A split that was drawn with another seed, number, recipe or colouring is replaced.
 
     Args:
         root: the folder of the data set, made where it is missing.
         images: how many images each split has, such as ``{"train": 4000, "val": 100}``.
         seed: of the whole set, in [0, 2**32).
         workers: threads that draw; by default one a processor.
+        coloured: draw scenes in which each kind of object has hues of its own.
 
     Raises:
         ValueError: for a seed, a number of images or of workers out of range.
@@ -58,7 +65,7 @@ def write_demo(root: str | os.PathLike, images: dict[str, int], seed: int = 0, w
     root = os.fspath(root)
     os.makedirs(root, exist_ok=True)
     for split, count in images.items():
-        info = _info(split, count, seed)
+        info = _info(split, count, seed, coloured)
         if _is_complete(root, split, info):
             continue
         with _locked(root), tempfile.TemporaryDirectory(prefix=f".{split}-", dir=root) as fresh:
@@ -86,8 +93,9 @@ def _paths(root: str, split: str) -> _Paths:
     )
 
 
-def _info(split: str, count: int, seed: int) -> dict[str, Any]:
-    return {"description": "hourglass demo", "recipe": RECIPE, "seed": seed, "split": split, "images": count}
+def _info(split: str, count: int, seed: int, coloured: bool) -> dict[str, Any]:
+    info = {"description": "hourglass demo", "recipe": RECIPE, "seed": seed, "split": split, "images": count}
+    return {**info, "coloured": True} if coloured else info
 
 
 def _is_complete(root: str, split: str, info: dict[str, Any]) -> bool:
@@ -146,7 +154,7 @@ def _write_split(root: str, split: str, info: dict[str, Any], workers: int | Non
     # Threads are enough, as numpy and OpenCV release the interpreter's lock. Processes would have to be spawned (a fork
     # does not go with torch's threads), which runs an unguarded script of the caller's a second time.
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        drawn = pool.map(partial(_write_image, paths, split, info["seed"]), range(info["images"]))
+        drawn = pool.map(partial(_write_image, paths, info), range(info["images"]))
         records = list(tqdm(drawn, desc=f"drawing demo {split}", total=info["images"], unit="image"))
 
     instances = [instance for record in records for instance in record.instances]
@@ -176,9 +184,9 @@ class _Record(NamedTuple):
     panoptic: dict[str, Any]
 
 
-def _write_image(paths: _Paths, split: str, seed: int, index: int) -> _Record:
+def _write_image(paths: _Paths, info: dict[str, Any], index: int) -> _Record:
     """Draw image `index`, from 0, of a split and write its two files; its id is index + 1."""
-    scene = draw_scene((seed, zlib.crc32(split.encode()), index))
+    scene = draw_scene((info["seed"], zlib.crc32(info["split"].encode()), index), info.get("coloured", False))
     image_id = index + 1
     name = f"{image_id:012d}"
     _write_image_file(os.path.join(paths.images, f"{name}.jpg"), scene.image, [cv2.IMWRITE_JPEG_QUALITY, 95])

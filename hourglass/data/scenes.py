@@ -1,7 +1,8 @@
 """
 Synthetic scenes with exact ground truth: ten kinds of objects, told apart by their outline alone, in front of six
 kinds of textured ground. Colour and texture are drawn independently of the kind (three kinds have a favourite hue,
-which they often do not wear), so that recognising a large object takes a look at many of its parts.
+which they often do not wear), so that recognising a large object takes a look at many of its parts. In coloured scenes
+each kind has a range of hues of its own, which a model learns sooner.
 
 Letters: n objects in a scene; (h, w) the box around one object; all lengths in pixels. Pixel (x, y) covers the square
 [x, x + 1) x [y, y + 1).
@@ -39,12 +40,13 @@ class Scene(NamedTuple):
     stuff: np.ndarray  # (512, 512) uint8, indices into STUFF: the ground, also where objects hide it
 
 
-def draw_scene(seed: int | Sequence[int]) -> Scene:
+def draw_scene(seed: int | Sequence[int], coloured: bool = False) -> Scene:
     """
     Draw one scene of 3 to 12 objects.
 
     Args:
         seed: an integer or a sequence of integers, each in [0, 2**32). Equal seeds give equal scenes.
+        coloured: whether the kind of an object shows in its hue as well. The layout is that of the same seed without.
 
     Returns:
         the image and its ground truth. A pixel belongs to the last object painted that covers more than half of it.
@@ -54,7 +56,7 @@ def draw_scene(seed: int | Sequence[int]) -> Scene:
     canvas, stuff = _ground(rng)
     objects, owner = _lay_out(rng, count=rng.randint(3, 13))
     for item in objects:
-        _paint(rng, canvas, item)
+        _paint(rng, canvas, item, coloured)
     masks = owner[None] == np.arange(len(objects), dtype=owner.dtype)[:, None, None]
     return Scene(_photograph(rng, canvas), masks, [item.label for item in objects], stuff)
 
@@ -221,7 +223,7 @@ def _overlap(item: _Object) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
 # --- painting an object ---------------------------------------------------------------------------------------------
 
 
-def _paint(rng: np.random.RandomState, canvas: np.ndarray, item: _Object) -> None:
+def _paint(rng: np.random.RandomState, canvas: np.ndarray, item: _Object, coloured: bool) -> None:
     """Paint the object, and perhaps its shadow, onto the canvas, (512, 512, 3) float32 in 0..255."""
     box, part = _overlap(item)
     side = np.sqrt(abs(np.linalg.det(item.pose)))
@@ -229,7 +231,7 @@ def _paint(rng: np.random.RandomState, canvas: np.ndarray, item: _Object) -> Non
         _cast_shadow(rng, canvas, item, side)
     coverage = item.coverage[part]
     under = canvas[box]
-    colour = _vivid_colour(rng, THINGS[item.label], cv2.mean(under)[:3])
+    colour = _vivid_colour(rng, _hue(rng, THINGS[item.label], coloured), cv2.mean(under)[:3])
     second = _related_colour(rng, colour)
     weight = _TEXTURES[rng.randint(len(_TEXTURES))](rng, *_object_coordinates(item, part), side)
     paint = colour + weight[..., None] * (second - colour)
@@ -263,14 +265,25 @@ def _object_coordinates(item: _Object, part: tuple[slice, slice]) -> tuple[np.nd
     return inverse[0, 0] * x + inverse[0, 1] * y, inverse[1, 0] * x + inverse[1, 1] * y
 
 
-def _vivid_colour(rng: np.random.RandomState, name: str, under: Sequence[float]) -> np.ndarray:
-    """A saturated colour that stands out against the one under it; (3,) float32 in 0..255, like all colours here."""
-    best, best_distance = None, -1.0
-    for _ in range(12):
+def _hue(rng: np.random.RandomState, name: str, coloured: bool) -> Callable[[], float]:
+    """What draws the hues of a kind of objects, in [0, 1)."""
+    if coloured:  # a tenth of the circle each, with gaps of a fifth of that
+        return lambda: ((THINGS.index(name) + rng.uniform(-0.4, 0.4)) / len(THINGS)) % 1
+
+    def draw() -> float:
         hue = rng.uniform()
         if name in _FAVOURITE_HUES and rng.uniform() < 0.3:
             hue = (_FAVOURITE_HUES[name] + rng.uniform(-0.04, 0.04)) % 1
-        colour = _rgb(hue, rng.uniform(0.65, 1), rng.uniform(0.6, 1))
+        return hue
+
+    return draw
+
+
+def _vivid_colour(rng: np.random.RandomState, hue: Callable[[], float], under: Sequence[float]) -> np.ndarray:
+    """A saturated colour that stands out against the one under it; (3,) float32 in 0..255, like all colours here."""
+    best, best_distance = None, -1.0
+    for _ in range(12):
+        colour = _rgb(hue(), rng.uniform(0.65, 1), rng.uniform(0.6, 1))
         distance = np.linalg.norm(colour - under)
         if distance > best_distance:
             best, best_distance = colour, distance

@@ -49,6 +49,22 @@ class TestDrawScene:
         shares = np.histogram(areas, [0, 32**2, 96**2, 512**2])[0] / len(areas)
         assert shares.min() > 0.15
 
+    def test_coloured_scenes_show_the_kind_in_the_hue(self):
+        """The median hue of a plain object lies in its kind's tenth of the circle, give or take the camera."""
+        off = []
+        for i in range(12):
+            plain, coloured = draw_scene((3, i)), draw_scene((3, i), coloured=True)
+            assert plain.labels == coloured.labels and np.array_equal(plain.masks, coloured.masks)
+            assert not np.array_equal(plain.image, coloured.image)
+            hsv = cv2.cvtColor(coloured.image, cv2.COLOR_RGB2HSV)
+            for label, mask in zip(coloured.labels, coloured.masks):
+                pixels = hsv[mask & (hsv[..., 1] > 100)]
+                if len(pixels) > 500:
+                    hue = np.median(np.exp(2j * np.pi * pixels[:, 0] / 180))
+                    turn = np.angle(hue / np.exp(2j * np.pi * label / len(THINGS))) / (2 * np.pi)
+                    off.append(abs(turn) * len(THINGS))
+        assert len(off) > 30 and np.median(off) < 0.4 and np.mean(np.array(off) < 0.6) > 0.9
+
     def test_a_mask_is_what_is_painted(self, monkeypatch):
         # The same scene with all objects in pure red before the camera: the red pixels are the masks.
         canvases = []
@@ -137,10 +153,10 @@ class TestWriteDemo:
         assert len(COCO(str(tmp_path / "annotations" / "instances_val.json")).imgs) == 2
 
     def test_an_interrupted_split_leaves_nothing(self, tmp_path, monkeypatch):
-        def interrupt(scene_seed):
+        def interrupt(scene_seed, *arguments):
             if scene_seed[-1] == 2:
                 raise KeyboardInterrupt
-            return draw_scene(scene_seed)
+            return draw_scene(scene_seed, *arguments)
 
         monkeypatch.setattr(demo, "draw_scene", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -192,6 +208,19 @@ class TestRegisterDemo:
         assert not (tmp_path / "hourglass_demo" / "train").exists()
         panoptic = self.catalog.DatasetCatalog.get("hourglass_demo_panoptic_val")
         assert Path(panoptic[0]["pan_seg_file_name"]).is_relative_to(tmp_path / "hourglass_demo")
+
+    def test_coloured_scenes_lie_beside_the_others(self, tmp_path):
+        register_demo(tmp_path)
+        plain = self.catalog.DatasetCatalog.get("hourglass_demo_panoptic_val")
+        coloured = self.catalog.DatasetCatalog.get("hourglass_demo_coloured_val")
+        assert len(plain) == len(coloured) == 2
+        for record, other in zip(plain, coloured):
+            assert Path(other["file_name"]) == tmp_path / "coloured" / "val" / Path(record["file_name"]).name
+            assert [i["bbox"] for i in record["annotations"]] == [i["bbox"] for i in other["annotations"]]
+            images = (cv2.imread(each["file_name"]) for each in (record, other))
+            assert not np.array_equal(*images)
+        metadata = self.catalog.MetadataCatalog.get("hourglass_demo_coloured_val")
+        assert metadata.stuff_classes == [*THINGS, *STUFF] and Path(metadata.json_file).is_file()
 
     def test_the_evaluator_works_before_the_data_is_loaded(self, tmp_path):
         evaluation = pytest.importorskip("detectron2.evaluation")
