@@ -58,6 +58,7 @@ class Mask2Former(nn.Module):
         object_mask_threshold, overlap_threshold: see :func:`~projects.mask2former.panoptic_inference`.
         detections_per_image: instances at most.
         class_weight, mask_weight, dice_weight: of the losses and of the costs that match queries to segments.
+        class_cost: of the class in matching; None: ``class_weight``. A small one matches queries by their masks.
         no_object_weight: of "no object" in the class loss.
         deep_supervision: train each decoder layer's prediction, not only the last.
         train_num_points: points that a mask is sampled at for the losses.
@@ -94,6 +95,7 @@ class Mask2Former(nn.Module):
         class_weight: float = 2.0,
         mask_weight: float = 5.0,
         dice_weight: float = 5.0,
+        class_cost: float | None = None,
         no_object_weight: float = 0.1,
         deep_supervision: bool = True,
         train_num_points: int = 12544,
@@ -158,6 +160,8 @@ class Mask2Former(nn.Module):
         self.transformer_module = Mask2FormerTransformerModule(hidden_dim, config)
         self.class_predictor = nn.Linear(hidden_dim, num_classes + 1)
         self.criterion = _Loss(config, self.loss_weights)
+        if class_cost is not None:
+            self.criterion.matcher.cost_class = float(class_cost)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
         self._initialise(config)

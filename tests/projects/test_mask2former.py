@@ -284,6 +284,18 @@ class TestModel:
         for name, loss in model(inputs).items():
             torch.testing.assert_close(loss, 2 * losses[name])
 
+    @pytest.mark.parametrize("cost, matched", [(100.0, 0), (0.01, 1), (None, 1)])
+    def test_the_class_has_a_cost_of_its_own_in_matching(self, cost, matched):
+        """The first query has the target's class, the second its mask."""
+        matcher = small(class_cost=cost, class_weight=0.01).criterion.matcher
+        target = torch.zeros(1, 16, 16)
+        target[:, :8] = 1
+        masks = torch.stack([-10 * (2 * target[0] - 1), 10 * (2 * target[0] - 1)])[None]
+        classes = torch.zeros(1, 2, 6)
+        classes[0, 0, 2] = classes[0, 1, 3] = 10
+        ((queries, _),) = matcher(masks, classes, [target], [torch.tensor([2])])
+        assert queries.tolist() == [matched]
+
     @pytest.mark.parametrize("counts", [(0, 2), (0, 0), (30, 0)])
     def test_images_without_targets_or_with_more_than_queries(self, counts):
         model = small().train()
