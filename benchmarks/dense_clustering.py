@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hourglass.reduction import Reducer, Reduction, TokenClustering
 from hourglass.reduction.pooling import average_pool
-from hourglass.reduction.reducer import map_size
+from hourglass.reduction.windows import map_size
 
 
 class DenseClustering(Reducer):

@@ -38,7 +38,7 @@ from hourglass.checks import check_count  # noqa: E402
 from hourglass.compat import own_encoder  # noqa: E402
 from hourglass.config import find_encoder_node  # noqa: E402
 from hourglass.encoders import HourglassViT  # noqa: E402
-from hourglass.encoders.vit import run_attention, run_block  # noqa: E402
+from hourglass.encoders.registry import family_of  # noqa: E402
 from hourglass.evaluation.cost import PeakMemory, count_gflops  # noqa: E402
 from hourglass.evaluation.environment import processor  # noqa: E402
 from hourglass.evaluation.report import spread  # noqa: E402
@@ -47,7 +47,7 @@ from hourglass.evaluation.timing import Clock, Stopwatch  # noqa: E402
 from hourglass.files import check_folder, write_whole  # noqa: E402
 from hourglass.launch import build, load_config, one_line  # noqa: E402
 from hourglass.reduction import Reducer  # noqa: E402
-from hourglass.reduction.reducer import map_size  # noqa: E402
+from hourglass.reduction.reducer import Place  # noqa: E402
 
 MODELS = {
     "vitdet_b": "vitdet/mask_rcnn_b.py",
@@ -245,13 +245,14 @@ def measure_parts(encoder: nn.Module, plan: Plan, image: Tensor, args: argparse.
         side = args.size // 16
         # So large that random weights attend to few tokens, as trained ones do.
         tokens = 4 * torch.randn(args.batch, side, side, block.attn.qkv.in_features, device=args.device)
+        plainly, fast = (family_of(encoder).placed(block, way).attn for way in (False, True))
         ways = {
-            "plain formula": lambda: _global_attention(block, tokens, fast=False),
-            "fast": lambda: _global_attention(block, tokens, fast=True),
+            "plain formula": lambda: plainly(tokens, Place((side, side))),
+            "fast": lambda: fast(tokens, Place((side, side))),
         }
         with torch.no_grad(), autocast(args):
-            plain, fast = (way() for way in ways.values())
-        parts["attention of a global block"] = _compare(ways, plain - fast, args)
+            difference = torch.sub(*(way() for way in ways.values()))
+        parts["attention of a global block"] = _compare(ways, difference, args)
     if isinstance(plan.reducer, TokenClustering) and plan.scope == "map":
         with autocast(args):
             reduced = _reduced_maps(hourglass.expedite(encoder, plan), image)[-1]
@@ -264,10 +265,6 @@ def measure_parts(encoder: nn.Module, plan: Plan, image: Tensor, args: argparse.
         ways = {"tokens x centres": _reduction_of(dense, reduced), "ours": _reduction_of(reducer, reduced)}
         parts["reducing and restoring"] = _compare(ways, difference, args)
     return parts
-
-
-def _global_attention(block: nn.Module, tokens: Tensor, fast: bool) -> Tensor:
-    return run_attention(block.attn, tokens, map_size(tokens), window_size=0, fast=fast)
 
 
 def _reduction_of(reducer: Reducer, tokens: Tensor) -> Callable[[], Tensor]:
@@ -364,8 +361,12 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
     encoder, plan = load_encoder(args)
     if not isinstance(hourglass.expedite(encoder, plan), HourglassViT):
         raise InputError(f"--scaling takes a ViT's model, got {args.model}")
-    windowed = next(block for block in encoder.blocks if block.window_size > 0)
+    family = family_of(encoder)
     whole = next(block for block in encoder.blocks if block.window_size == 0)
+    windowed, fast = (
+        family.placed(block, fast=True)
+        for block in (next(block for block in encoder.blocks if block.window_size > 0), whole)
+    )
     if plan.reducer is None or plan.reducer.each_block or plan.scope != "map":
         raise InputError(f'--scaling takes a plan with a reducer that makes one smaller map, scope "map", got {plan!r}')
     # Its budget as a share of the config's map, 64 x 64 tokens at 1024 pixels.
@@ -377,13 +378,11 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
         tokens = torch.randn(args.batch, side, side, whole.attn.qkv.in_features, device=args.device)
         parts = {
             "reducing and restoring": _reduction_of(reducer, tokens),
-            "windowed block": lambda tokens=tokens, side=side: run_block(windowed, tokens, (side, side), fast=True),
-            "global block": lambda tokens=tokens, side=side: run_block(whole, tokens, (side, side), fast=True),
+            "windowed block": lambda tokens=tokens: windowed(tokens),
+            "global block": lambda tokens=tokens: fast(tokens),
         }
         if 4e-6 * args.batch * whole.attn.num_heads * side**4 < SCORES_LIMIT_MB:
-            parts["global block, plain formula"] = lambda tokens=tokens, side=side: run_block(
-                whole, tokens, (side, side)
-            )
+            parts["global block, plain formula"] = lambda tokens=tokens: whole(tokens)
         for name, values in in_turn(parts, args, f"{pixels} pixels").items():
             times.setdefault(name, {})[side * side] = float(np.median(values))
     exponents = {

@@ -5,7 +5,7 @@ from hourglass import (
     config,
 )
 from hourglass.config import add_hourglass_config
-from hourglass.encoders import HourglassSwin, HourglassViT, Plan, expedite
+from hourglass.encoders import HourglassSwin, HourglassViT, Plan, expedite, verify
 from hourglass.errors import InputError
 from hourglass.reduction import (
     AveragePooling,
@@ -36,4 +36,5 @@ __all__ = [
     "add_hourglass_config",
     "config",
     "expedite",
+    "verify",
 ]

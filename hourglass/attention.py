@@ -25,6 +25,25 @@ from hourglass.operators import needs_gradient
 CHUNK = 1 << 19
 
 
+def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """
+    Rotary positions (RoFormer, arXiv 2104.09864) of two axes: each pair of neighbouring channels is turned by an angle
+    that grows with the row, in the first half of the channels, and with the column, in the second.
+
+    Args:
+        x: (..., C), queries or keys.
+        positions: (..., 2), rows and columns of the tokens.
+        frequencies: (2, C / 4), radians from one row, and from one column, to the next.
+
+    Returns:
+        (..., C)
+    """
+    angles = (positions[..., None].to(frequencies.dtype) * frequencies).flatten(-2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
 def resize_table(table: Tensor, extent: int) -> Tensor:
     """
     Resize a table of relative positions linearly to the distances of ``extent`` tokens, as Detectron2 does.

@@ -1,7 +1,9 @@
 """Steps of a model that compiling takes as one."""
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ _library = torch.library.Library("hourglass", "DEF")
 
 
 def operator(
-    arguments: str, shape: Callable[..., list], dtype: torch.dtype | None = None
+    arguments: str, shape: Callable[..., list], dtype: torch.dtype | None = None, like: int = 0
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """
     A decorator that makes a function an operator of torch's, ``torch.ops.hourglass.<its name>``. Compiling takes it as
@@ -22,9 +24,9 @@ def operator(
 
     Args:
         arguments: as a schema of torch's, such as "Tensor tokens, int heads".
-        shape: the function's arguments -> the shape of what it returns. Its device, and its type where ``dtype`` does
-            not say it, are those of the first argument, a tensor or a list of them.
-        dtype: of what it returns.
+        shape: the function's arguments -> the shape of what it returns.
+        dtype: of what it returns; None: that of the argument number ``like``.
+        like: number of the argument, a tensor or a list of them, whose device the result is on.
     """
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -35,8 +37,8 @@ def operator(
             return function(*values).contiguous()
 
         def fake(*values) -> Tensor:
-            first = values[0] if isinstance(values[0], Tensor) else values[0][0]
-            return first.new_empty(shape(*values), dtype=dtype)
+            model = values[like] if isinstance(values[like], Tensor) else values[like][0]
+            return model.new_empty(shape(*values), dtype=dtype)
 
         for device in ("CPU", "CUDA"):
             _library.impl(name, kernel, device)
@@ -51,6 +53,12 @@ def operator(
         return call
 
     return decorate
+
+
+def without_autocast(tokens: Tensor) -> AbstractContextManager:
+    """Computing in the tensors' own types; on the meta device, which has no autocast, as everywhere."""
+    device = tokens.device.type
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def needs_gradient(*values) -> bool:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 
-from hourglass import Plan
+from hourglass import Plan, expedite
 from hourglass.encoders import find_encoder
-from hourglass.encoders.expedite import hourglass_of
+from hourglass.encoders.registry import family_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = sorted(path for path in CONFIGS.glob("*/*.py") if path.parent.name != "common")
@@ -52,9 +52,8 @@ def test_plan_fits_the_encoder(path):
     plan = instantiate(cfg.plan)
     assert isinstance(plan, Plan)
     _, encoder = find_encoder(meta_model(cfg))
-    hourglass = hourglass_of(encoder)
-    assert plan.blocks(hourglass.depth(encoder))
-    assert hourglass(encoder, plan)
+    assert plan.blocks(sum(len(stage) for stage in family_of(encoder).stages(encoder)))
+    assert expedite(encoder, plan)
 
 
 @pytest.mark.parametrize("name", VITDET)

@@ -663,7 +663,7 @@ def test_a_model_without_an_encoder_is_refused(tmp_path, capsys):
         "model = L(nn.Linear)(in_features=2, out_features=2)\n"
     )
     line = refusal(capsys, "--eval-only", "--config-file", str(config))
-    assert "a model to be expedited has one encoder of" in line and "got Linear with none" in line
+    assert "a model to be expedited has one encoder, a ViT" in line and "got Linear, which holds none" in line
 
 
 def test_the_command_line_says_what_it_takes():

@@ -1,8 +1,18 @@
-from hourglass.encoders.expedite import expedite, find_encoder
-from hourglass.encoders.hourglass_swin import HourglassSwin
-from hourglass.encoders.hourglass_vit import HourglassViT
+from hourglass.encoders.expedite import expedite
 from hourglass.encoders.plan import Plan
-from hourglass.encoders.swin import Swin
-from hourglass.encoders.vit import SimpleFeaturePyramid, ViT
+from hourglass.encoders.proof import verify
+from hourglass.encoders.registry import find_encoder
+from hourglass.encoders.swin import HourglassSwin, Swin
+from hourglass.encoders.vit import HourglassViT, SimpleFeaturePyramid, ViT
 
-__all__ = ["HourglassSwin", "HourglassViT", "Plan", "SimpleFeaturePyramid", "Swin", "ViT", "expedite", "find_encoder"]
+__all__ = [
+    "HourglassSwin",
+    "HourglassViT",
+    "Plan",
+    "SimpleFeaturePyramid",
+    "Swin",
+    "ViT",
+    "expedite",
+    "find_encoder",
+    "verify",
+]

@@ -1,59 +1,30 @@
-import copy
-from itertools import chain
+import inspect
+from typing import TypeVar, cast
 
 from torch import nn
 
-from hourglass.compat import own_encoder
-from hourglass.encoders.hourglass_swin import HourglassSwin
-from hourglass.encoders.hourglass_vit import HourglassViT
+from hourglass.encoders.hourglass import refuse_what_cannot_be_followed
 from hourglass.encoders.plan import Plan
-from hourglass.encoders.swin import Swin
-from hourglass.encoders.vit import ViT
+from hourglass.encoders.registry import family_of, find_encoder
+from hourglass.encoders.sharing import paths, replaced
 from hourglass.errors import InputError
 
-#: The encoders that can be expedited, and the hourglass for each.
-HOURGLASSES: dict[type, type] = {
-    kind: hourglass
-    for hourglass, kinds in (
-        (HourglassViT, (ViT, HourglassViT, own_encoder("ViT"))),
-        (HourglassSwin, (Swin, HourglassSwin, own_encoder("SwinTransformer"))),
-    )
-    for kind in kinds
-    if kind is not None
-}
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def find_encoder(model: nn.Module) -> tuple[str, nn.Module]:
-    """
-    The encoder in a model, unmodified or expedited, and its name (that of ``named_modules``; "" for the model itself).
-
-    Raises:
-        InputError: where the model has none or several.
-    """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, tuple(HOURGLASSES))]
-    if len(found) != 1:
-        names = sorted({f"{kind.__module__}.{kind.__qualname__}" for kind in HOURGLASSES})
-        raise InputError(
-            f"a model to be expedited has one encoder of {', '.join(names)}, "
-            f"got {type(model).__name__} with {', '.join(name for name, _ in found) or 'none'}"
-        )
-    return found[0]
-
-
-def hourglass_of(encoder: nn.Module) -> type:
-    """The hourglass for an encoder that :func:`find_encoder` found."""
-    return next(HOURGLASSES[base] for base in type(encoder).__mro__ if base in HOURGLASSES)
-
-
-def expedite(model: nn.Module, plan: Plan) -> nn.Module:
+def expedite(model: Model, plan: Plan) -> Model:
     """
     A second view of a model, with its encoder's middle blocks on fewer tokens.
 
-    Every parameter and buffer is shared with ``model``, which stays as it was; the names in ``state_dict()`` are the
-    same. The views' ``training`` flags are independent.
+    ``model`` stays as it was. Everything outside the encoder is the same modules in both, and every parameter, buffer
+    and hook is the same; the names in ``state_dict()`` are too. What is done to one later, such as ``.to()``, a new
+    parameter or a hook, is done to the other, but for what replaces a block, its ``mlp`` or its ``attn`` as a whole:
+    expedite the model again after that. ``eval()`` and ``train()`` set the modules that both have, and those of the one
+    that they are called on.
 
     Args:
-        model: holds, or is, a ViT or a Swin (ours or Detectron2's), unmodified or expedited.
+        model: holds, or is, an encoder of a family that is known (:mod:`hourglass.encoders.registry`), unmodified or
+            expedited. One that is not known by its class is proven first, see :func:`hourglass.verify`.
         plan: replaces the plan of an expedited model.
 
     Raises:
@@ -61,14 +32,24 @@ def expedite(model: nn.Module, plan: Plan) -> nn.Module:
     """
     if not isinstance(plan, Plan):
         raise InputError(f"plan takes a hourglass.Plan, got {plan!r}")
-    name, encoder = find_encoder(model)
-    plan.blocks(hourglass_of(encoder).depth(encoder))  # refuse before copying
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    view = copy.deepcopy(model, shared)
-    copied = view.get_submodule(name)
-    hourglass = hourglass_of(copied)(copied, plan)
-    if not name:
-        return hourglass
-    parent, _, child = name.rpartition(".")
-    setattr(view.get_submodule(parent), child, hourglass)
-    return view
+    _, encoder = find_encoder(model)
+    above = [module for _, module in paths(model, {encoder}) if module is not encoder]
+    for module in above:
+        refuse_what_cannot_be_followed(module)
+        _refuse_other_references(module, {encoder, *above})
+    return cast(Model, replaced(model, {encoder: family_of(encoder).hourglass(encoder, plan)}))
+
+
+def _refuse_other_references(module: nn.Module, targets: set[nn.Module]) -> None:
+    """A view of a module cannot change what the module holds beside its children."""
+    for name, value in vars(module).items():
+        if name.startswith("_"):
+            continue
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        for each in values:
+            owner = each.__self__ if inspect.ismethod(each) else each
+            if isinstance(owner, nn.Module) and owner in targets:
+                raise InputError(
+                    f"{type(module).__name__} holds {type(owner).__name__} in its attribute {name!r} beside its "
+                    "modules, and would go on calling it as it was"
+                )

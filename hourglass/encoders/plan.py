@@ -1,12 +1,9 @@
-from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
-from torch import Tensor
-
 from hourglass.checks import check_choice, check_count
 from hourglass.errors import InputError
-from hourglass.reduction import Reducer, SelectingReducer, SkipBlocks
+from hourglass.reduction import Reducer, SkipBlocks
 
 SCOPES = ("map", "window")
 ATTENTION = ("plain", "fast")
@@ -55,7 +52,7 @@ class Plan:
                 raise InputError(f"{name} takes True or False, got {value!r}")
         if attention is not None:
             check_choice("attention", attention, ATTENTION)
-        if isinstance(reducer, SkipBlocks | SelectingReducer) and scope != "map":
+        if reducer is not None and scope not in reducer.scopes:
             raise InputError(f'{type(reducer).__name__} acts on whole blocks and takes scope "map", got {scope!r}')
         self.reducer = reducer.published_form() if published and reducer is not None else reducer
         self.start = start
@@ -86,27 +83,6 @@ class Plan:
                 f"got start {self.start} and stop {self.stop}"
             )
         return range(self.start, stop)
-
-    def run(
-        self, reducer: Reducer, tokens: Tensor, blocks: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-    ) -> Tensor:
-        """
-        Run blocks on fewer tokens.
-
-        Args:
-            reducer: the plan's, or what applies it to windows.
-            tokens: (B, H, W, C).
-            blocks: the smaller map (B, h, w, C), its sizes (B, h, w) or None, its positions (B, h, w, 2) or None -> the
-                refined map (B, h, w, C).
-
-        Returns:
-            (B, H, W, C)
-        """
-        reduction = reducer(tokens)
-        refined = reduction.tokens
-        if refined.numel() > 0:
-            refined = blocks(refined, reduction.sizes if self.proportional else None, reduction.positions)
-        return reduction.restore(refined)
 
     def control(self) -> "Plan":
         """The same plan with its blocks left out: what the model owes to its other blocks."""

@@ -340,12 +340,14 @@ def _read(journal: Journal, subjects: dict[str, Subject]) -> tuple[dict[Any, dic
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    # Module by module: models that are compared share most of theirs.
+    flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in flags:
+            module.training = training
 
 
 def _resample(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -87,6 +87,8 @@ class Stopwatch:
         self._each_block = False
         self._size = 0
         self._sums: list[torch.Tensor] = []
+        # Other models may be views of the same modules, which then have the hooks too.
+        self._running = False
         #: The encoder's input in the last run.
         self.encoder_input: tuple = ()
         self._handles = [
@@ -110,7 +112,11 @@ class Stopwatch:
         self._sums.clear()
         self._clock.synchronize()
         start, mark = time.perf_counter(), self._clock.mark()
-        outputs = self._model(inputs)
+        self._running = True
+        try:
+            outputs = self._model(inputs)
+        finally:
+            self._running = False
         self._clock.synchronize()
         total = (time.perf_counter() - start) * 1000
         encoder, reduction = (
@@ -133,20 +139,29 @@ class Stopwatch:
         self._spans[part][-1].append(self._clock.mark())
 
     def _encoder_starts(self, module: nn.Module, inputs: tuple) -> None:
+        if not self._running:
+            return
         self.encoder_input = inputs
         self._start("encoder")
 
-    def _encoder_stops(self, module: nn.Module, inputs: tuple, features: dict[str, torch.Tensor]) -> None:
+    def _encoder_stops(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        if not self._running:
+            return
         self._stop("encoder")
-        self._size = max(feature.shape[0] * feature.shape[-2] * feature.shape[-1] for feature in features.values())
+        maps = _maps(output)
+        self._size = max(each.shape[0] * each.shape[-2] * each.shape[-1] for each in maps)
         # What is not finite reaches the smallest output too; its sum costs least, and is read when the device is done.
-        smallest = min(features.values(), key=torch.Tensor.numel)
+        smallest = min(maps, key=torch.Tensor.numel)
         self._sums.append(smallest.sum(dtype=torch.float32))
 
     def _reducer_starts(self, module: nn.Module, inputs: tuple) -> None:
+        if not self._running:
+            return
         self._start("reduction")
 
     def _reducer_stops(self, module: nn.Module, inputs: tuple, reduction: Reduction) -> Reduction:
+        if not self._running:
+            return reduction
         self._stop("reduction")
         merged = self._each_block and reduction.sizes is not None
         full = reduction.sizes.sum() if merged else inputs[0].shape[:-1].numel()
@@ -159,3 +174,10 @@ class Stopwatch:
             return tokens
 
         return reduction._replace(restore=restore)
+
+
+def _maps(output: Any) -> list[torch.Tensor]:
+    """The maps (B, C, H, W) that an encoder returned: a tensor, or a dictionary or sequence of some."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    return [each for part in (output.values() if isinstance(output, dict) else output) for each in _maps(part)]

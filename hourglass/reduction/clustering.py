@@ -10,10 +10,11 @@ from torch import Tensor
 
 from hourglass.checks import check_choice, check_count
 from hourglass.errors import InputError
-from hourglass.operators import operator
+from hourglass.operators import operator, without_autocast
 from hourglass.reduction.neighborhoods import PART, at_home, neighborhoods
 from hourglass.reduction.pooling import average_pool
-from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction, map_size
+from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction
+from hourglass.reduction.windows import map_size
 
 WEIGHTS = ("sum", "l2")
 CANDIDATES = ("neighborhood", "all")
@@ -111,6 +112,7 @@ def mixture(
 @operator(
     "Tensor tokens, Tensor centers, Tensor refined, Tensor temperature, int k, int neighborhood, str weights",
     lambda tokens, centers, refined, *_: [*tokens.shape[:3], refined.shape[3]],
+    like=2,
 )
 def _mix(
     tokens: Tensor, centers: Tensor, refined: Tensor, temperature: Tensor, k: int, neighborhood: int, weights: str
@@ -332,7 +334,7 @@ class TokenClustering(GridReducer):
         grid = self.cells(map_size(tokens))
         # Squared distances between wide features overflow float16 and drown in bfloat16's rounding. Without the mean
         # they are the same, and rounded less.
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens):
             features = tokens.float()
             # The authors' code leaves it in: tokens of zeros, which fill cut windows there, then tie exactly.
             mean = features.mean((1, 2), keepdim=True) if self.weights == "sum" else 0
@@ -350,7 +352,7 @@ class TokenClustering(GridReducer):
             reduced = (centers + mean).to(tokens.dtype)
 
         def restore(refined: Tensor) -> Tensor:
-            with torch.autocast(refined.device.type, enabled=False):
+            with without_autocast(refined):
                 return tokens + mix(refined - reduced) if self.restore == "update" else mix(refined)
 
         return Reduction(reduced, positions=None, sizes=sizes, restore=restore)

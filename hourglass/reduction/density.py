@@ -8,16 +8,10 @@ from torch import Tensor
 
 from hourglass.checks import check_choice, check_count
 from hourglass.errors import InputError
-from hourglass.operators import operator
+from hourglass.operators import operator, without_autocast
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
-from hourglass.reduction.reducer import (
-    PAIRS,
-    RESTORE,
-    GridReducer,
-    Reduction,
-    grid_positions,
-    map_size,
-)
+from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction
+from hourglass.reduction.windows import grid_positions, map_size
 
 
 def standardize(tokens: Tensor, spatial: float) -> Tensor:
@@ -155,7 +149,7 @@ class DensityPeaks(GridReducer):
     def forward(self, tokens: Tensor) -> Reduction:
         (rows, columns), (height, width) = self.cells(map_size(tokens)), map_size(tokens)
         batch, n = len(tokens), rows * columns
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(tokens):
             labels, chosen = density_peaks(standardize(tokens.float(), self.spatial), n, self.k)
             # In rising order a row of the smaller map is a band of the full one; in it, columns count.
             across = (chosen % width * height + chosen // width).view(batch, rows, columns).argsort(dim=2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hourglass.checks import check_choice
 from hourglass.errors import InputError
-from hourglass.operators import operator
+from hourglass.operators import operator, without_autocast
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
 from hourglass.reduction.reducer import PAIRS, RESTORE, MergingReducer, Reduction
 
@@ -107,7 +107,7 @@ class BipartiteMatching(MergingReducer):
         shape = tokens.shape[:3]
         flat, keys, positions = (x.flatten(1, 2) for x in (tokens, keys, positions))
         sizes = sizes.flatten(1)
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens):
             labels = bipartite_matching(keys.float(), flat.shape[1] - n)
             merged = merge(flat, labels, n, sizes)
             positions, merged_sizes = merge(positions, labels, n, sizes), merge_sizes(sizes, labels, n)

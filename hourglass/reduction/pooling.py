@@ -5,7 +5,8 @@ from torch import Tensor
 
 from hourglass.checks import check_choice
 from hourglass.operators import operator
-from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction, map_size
+from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction
+from hourglass.reduction.windows import map_size
 
 
 def average_pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -14,12 +14,41 @@ import torch
 from torch import Tensor, nn
 
 from hourglass.errors import InputError
+from hourglass.reduction.windows import WindowList, map_size
 
 # What the smaller map's result is to a token: its change, or its features.
 RESTORE = ("update", "features")
 
 # Pairs of tokens, or of tokens and centres, that are compared at a time: 16 MiB of scores or distances.
 PAIRS = 1 << 22
+
+
+class Place(NamedTuple):
+    """
+    What a block is told of the tokens that it runs on, (B, h, w, C): where they lie, and what else is to be done.
+
+    Attributes:
+        full: (H, W) of the map that they stand for; (h, w) where they are all of it.
+        sizes: (B, h, w), how many tokens each stands for: its logarithm is added to a key's score. None: equally many.
+        positions: (B, h, w, 2), centres (y, x) in units of original tokens; None: the regular grid.
+        window: (wh, ww), rows and columns of an attention window among them; None: shrunk as the map is.
+        listed: the windows of a list of tokens, (B, 1, L, C), and how many tokens those of each kind have
+            (:class:`~hourglass.reduction.windows.WindowList`); None: a map.
+        mask: (B, h, w, 1), 1 for tokens that take part and 0 for others, with a gradient: no token attends to the
+            others, and they are not changed. None: all take part.
+        between: what acts between attention and MLP: the tokens (B, h, w, C) and the attention's keys in the mean over
+            heads (B, h, w, D) -> the tokens for the MLP, and a mask of its update or None.
+        restore: what brings the MLP's result back to a map before the block's convolutions, if it has some.
+    """
+
+    full: tuple[int, int]
+    sizes: Tensor | None = None
+    positions: Tensor | None = None
+    window: tuple[int, int] | None = None
+    listed: tuple[WindowList, list[int]] | None = None
+    mask: Tensor | None = None
+    between: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]] | None = None
+    restore: Callable[[Tensor], Tensor] | None = None
 
 
 class Reduction(NamedTuple):
@@ -31,12 +60,14 @@ class Reduction(NamedTuple):
         positions: (B, h, w, 2), centres (y, x) in units of original tokens; None: the regular grid.
         sizes: (B, h, w), how many tokens each stands for, fractional where membership is soft; None: equally many.
         restore: (B, h, w, C) -> (B, H, W, C).
+        window: (wh, ww), rows and columns of an attention window on the smaller map; None: shrunk as the map is.
     """
 
     tokens: Tensor
     positions: Tensor | None
     sizes: Tensor | None
     restore: Callable[[Tensor], Tensor]
+    window: tuple[int, int] | None = None
 
 
 class Reducer(nn.Module):
@@ -49,9 +80,45 @@ class Reducer(nn.Module):
     on_grid = True
     #: Whether it reduces anew in each of the plan's blocks.
     each_block = False
+    #: Whether it runs blocks on lists of tokens, of which windows may lose any number.
+    takes_lists = False
+    #: What it may be applied to.
+    scopes: tuple[str, ...] = ("map", "window")
 
     def forward(self, tokens: Tensor) -> Reduction:
         raise NotImplementedError
+
+    def run(self, tokens: Tensor, blocks: Sequence[nn.Module], proportional: bool, first: int = 0) -> Tensor:
+        """
+        Run blocks on fewer tokens.
+
+        Args:
+            tokens: (B, H, W, C).
+            blocks: each is called with tokens and their :class:`Place`, and returns the tokens refined.
+            proportional: whether blocks are told how many tokens each stands for.
+            first: number of the first of the blocks among those of the plan.
+
+        Returns:
+            (B, H, W, C)
+        """
+        reduction = self(tokens)
+        refined = reduction.tokens
+        if refined.numel() > 0:
+            sizes, positions = reduction.sizes if proportional else None, reduction.positions
+            if positions is not None and not positions.is_floating_point():
+                positions = positions.float()
+            place = Place(map_size(tokens), sizes, positions, reduction.window)
+            for block in blocks:
+                refined = block(refined, place)
+        return reduction.restore(refined)
+
+    def fit(self, channels: Sequence[int]) -> None:
+        """
+        Make ready for the plan's blocks, of so many channels each.
+
+        Raises:
+            InputError: where it does not fit them.
+        """
 
     def relative_to(self, size: tuple[int, int]) -> "Reducer":
         """
@@ -71,7 +138,7 @@ class Reducer(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Name and arguments, as plain values."""
-        description = {"name": type(self).__name__}
+        description: dict[str, Any] = {"name": type(self).__name__}
         for parameter in inspect.signature(type(self)).parameters.values():
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
                 value = getattr(self, parameter.name)
@@ -84,18 +151,21 @@ class Reducer(nn.Module):
 
 class MergingReducer(Reducer):
     """
-    A reducer that acts in each of the plan's blocks, between attention and perceptron, on what blocks before have left.
+    A reducer that acts in each of the plan's blocks, between attention and MLP, on what blocks before have left.
     After the last block the reductions are restored, the last one first.
     """
 
     on_grid = False
     each_block = True
+    takes_lists = True
 
     def left(self, length: int, full: int) -> int:
         """How many tokens a block leaves of ``length``, where there were ``full`` before the plan's first block."""
         raise NotImplementedError
 
-    def forward(self, tokens: Tensor, keys: Tensor, sizes: Tensor, positions: Tensor, n: int) -> Reduction:
+    def forward(  # type: ignore[override]  # it acts between the halves of a block
+        self, tokens: Tensor, keys: Tensor, sizes: Tensor, positions: Tensor, n: int
+    ) -> Reduction:
         """
         Args:
             tokens: (B, h, w, C), after attention.
@@ -113,13 +183,14 @@ class MergingReducer(Reducer):
 class SelectingReducer(Reducer):
     """
     A reducer that selects, for each of the plan's blocks anew, the tokens that the block runs on. The others pass by
-    unchanged. In blocks with windows attention runs on all tokens and the perceptron on those selected, before which
-    they are selected.
+    unchanged. In blocks with windows attention runs on all tokens and the MLP on those selected, before which they are
+    selected. In training all tokens run, and a mask keeps the others out.
     """
 
     each_block = True
+    scopes = ("map",)
 
-    def forward(self, tokens: Tensor, block: int) -> Reduction:
+    def forward(self, tokens: Tensor, block: int) -> Reduction:  # type: ignore[override]  # anew for each block
         """
         Args:
             tokens: (1, H, W, C), of one image: each may keep another number of tokens.
@@ -137,13 +208,37 @@ class SelectingReducer(Reducer):
         """
         raise NotImplementedError
 
-    def fit(self, channels: Sequence[int]) -> None:
-        """
-        Make ready for the plan's blocks, of so many channels each.
+    def run(self, tokens: Tensor, blocks: Sequence[nn.Module], proportional: bool, first: int = 0) -> Tensor:
+        for i, block in enumerate(blocks, start=first):
+            if block.training:
+                tokens = self._run_masked(i, block, tokens)
+            elif block.windowed:
+                tokens = self._run_windowed(i, block, tokens)
+            else:
+                tokens = torch.cat([self._run_selected(i, block, image) for image in tokens.split(1)])
+        return tokens
 
-        Raises:
-            InputError: where it does not fit them.
-        """
+    def _run_masked(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
+        if block.windowed:
+            return block(tokens, Place(map_size(tokens), between=lambda tokens, _: (tokens, self.mask(tokens, i))))
+        return block(tokens, Place(map_size(tokens), mask=self.mask(tokens, i)))
+
+    def _run_windowed(self, i: int, block: nn.Module, tokens: Tensor) -> Tensor:
+        reductions: list[Reduction] = []
+
+        def select(tokens: Tensor, _: Tensor) -> tuple[Tensor, None]:
+            reductions.extend(self(image, i) for image in tokens.split(1))
+            return torch.cat([reduction.tokens for reduction in reductions], dim=2), None
+
+        def restore(refined: Tensor) -> Tensor:
+            parts = refined.split([reduction.tokens.shape[2] for reduction in reductions], dim=2)
+            return torch.cat([reduction.restore(part) for reduction, part in zip(reductions, parts)])
+
+        return block(tokens, Place(map_size(tokens), between=select, restore=restore))
+
+    def _run_selected(self, i: int, block: nn.Module, image: Tensor) -> Tensor:
+        reduction = self(image, i)
+        return block(reduction.tokens, Place(map_size(image), positions=reduction.positions, restore=reduction.restore))
 
 
 class GridReducer(Reducer):
@@ -157,10 +252,12 @@ class GridReducer(Reducer):
 
     def __init__(self, grid: Sequence[int | float] | float):
         super().__init__()
-        pair = (grid, grid) if isinstance(grid, Real) and not isinstance(grid, Integral) else grid
+        pair: Any = (grid, grid) if isinstance(grid, Real) and not isinstance(grid, Integral) else grid
         if not _is_grid(pair):
             raise InputError(f"grid takes (rows, columns), each at least 1, or a share of them in (0, 1], got {grid!r}")
-        self.grid = tuple(int(side) if isinstance(side, Integral) else float(side) for side in pair)
+        self.grid: tuple[int | float, ...] = tuple(
+            int(side) if isinstance(side, Integral) else float(side) for side in pair
+        )
 
     def cells(self, size: tuple[int, int]) -> tuple[int, int]:
         """
@@ -169,15 +266,15 @@ class GridReducer(Reducer):
         Raises:
             InputError: for a grid larger than the map.
         """
-        cells = tuple(
+        rows, columns = (
             side if isinstance(side, int) else max(1, round(side * length)) for side, length in zip(self.grid, size)
         )
-        if cells[0] > size[0] or cells[1] > size[1]:
+        if rows > size[0] or columns > size[1]:
             raise InputError(
                 f"grid {self.grid} is larger than the token map, which has {size[0]} x {size[1]} tokens: "
                 "take a smaller grid, or a share such as 0.6"
             )
-        return cells
+        return rows, columns
 
     def relative_to(self, size: tuple[int, int]) -> "GridReducer":
         self.cells(size)
@@ -191,16 +288,6 @@ def _is_grid(pair: Any) -> bool:
         return False
     return all(
         not isinstance(side, bool)
-        and (side >= 1 if isinstance(side, Integral) else isinstance(side, Real) and 0 < side <= 1)
+        and (int(side) >= 1 if isinstance(side, Integral) else isinstance(side, Real) and 0 < float(side) <= 1)
         for side in pair
     )
-
-
-def map_size(tokens: Tensor) -> tuple[int, int]:
-    """(H, W) of a map (B, H, W, C), as plain numbers under tracing too."""
-    return int(tokens.shape[1]), int(tokens.shape[2])
-
-
-def grid_positions(size: tuple[int, int], device: torch.device) -> Tensor:
-    """(H, W, 2) row and column of each token of a map."""
-    return torch.stack(torch.meshgrid(*(torch.arange(side, device=device) for side in size), indexing="ij"), dim=-1)

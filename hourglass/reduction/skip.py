@@ -9,5 +9,7 @@ class SkipBlocks(Reducer):
     the tokens as they were. What a model keeps of its accuracy so, it owes to its other blocks.
     """
 
+    scopes = ("map",)
+
     def forward(self, tokens: Tensor) -> Reduction:
         return Reduction(tokens[:, :0, :0], positions=None, sizes=None, restore=lambda refined: tokens)

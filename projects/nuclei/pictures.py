@@ -32,7 +32,7 @@ from hourglass.encoders import find_encoder  # noqa: E402
 from hourglass.files import check_folder  # noqa: E402
 from hourglass.launch import build, load_config, one_line  # noqa: E402
 from hourglass.reduction import Reducer, Reduction  # noqa: E402
-from hourglass.reduction.reducer import map_size  # noqa: E402
+from hourglass.reduction.windows import map_size  # noqa: E402
 
 CONFIG = ROOT / "configs" / "nuclei" / "vitdet.py"
 # Of the validation images: nuclei that shine, small and large ones, and stained tissue.

@@ -5,12 +5,11 @@ import torch
 import torch.nn.functional as F
 
 import hourglass
-import hourglass.encoders.swin
 from hourglass import AveragePooling, HourglassSwin, InputError, Plan, Reducer, Reduction, SkipBlocks, TokenClustering
 from hourglass.compat import own_encoder
 from hourglass.encoders import Swin
-from hourglass.encoders.swin import embed, merge_patches
 from tests.golden_cases import load, names, under
+from tests.models import embed_swin
 
 # Windows of 6; blocks 4 to 7 are the third stage, of 8 x 12 tokens at 128 x 192 pixels.
 TINY = dict(embed_dim=12, depths=(2, 2, 4, 2), num_heads=(1, 2, 4, 4), window_size=6, drop_path_rate=0.0)
@@ -101,7 +100,7 @@ def test_expediting_shares_every_parameter_and_leaves_the_model_as_it_was(plan):
 
 
 @pytest.mark.parametrize("name", names("expedit_swin_"))
-def test_the_published_plan_equals_expedits_own_code(name, monkeypatch):
+def test_the_published_plan_equals_expedits_own_code(name):
     case, tensors = load(name)
     swin = published_swin(case)
     weights = under(tensors, "weights/")
@@ -121,13 +120,9 @@ def test_the_published_plan_equals_expedits_own_code(name, monkeypatch):
     start = case["kwargs"]["clustering_location"]
     plan = Plan(reducer, start, sum(case["kwargs"]["depths"][:3]), scope="window", published=True)
     expedited = hourglass.expedite(swin, plan).eval()
-    blocks, run_block = {}, hourglass.encoders.swin.run_block
-
-    def record(block, *arguments):
-        out = blocks[block] = run_block(block, *arguments)
-        return out
-
-    monkeypatch.setattr(hourglass.encoders.swin, "run_block", record)
+    blocks = {}
+    for block in expedited.layers[2].blocks:
+        block.register_forward_hook(lambda block, _, out: blocks.__setitem__(block, out))
     expected = under(tensors, "in0/")
     outputs = run(expedited, expected["image"])
     for level in ("res2", "res3", "res4", "res5"):
@@ -187,11 +182,11 @@ def test_a_reduced_stage_equals_a_slow_masked_reference(scope, size):
     reducer = TokenClustering((4, 4)) if scope == "window" else TokenClustering(2 / 3)
     expedited = hourglass.expedite(swin, Plan(reducer, 5, 8, scope=scope))
     with torch.no_grad():
-        tokens = embed(swin, image(2, *size).double())
+        tokens = embed_swin(swin, image(2, *size).double())
         for stage in swin.layers[:2]:
             for block in stage.blocks:
                 tokens = slow_block(block, tokens, (6, 6), (1, 1), 6)
-            tokens = merge_patches(stage.downsample, tokens)
+            tokens = stage.downsample(tokens)
         blocks = swin.layers[2].blocks
         tokens = slow_block(blocks[0], tokens, (6, 6), (1, 1), 6)
         reduction = expedited.reducer(tokens)

@@ -1,5 +1,7 @@
 """Encoders under reducers that put tokens off the grid, merge them block by block, or select them."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,11 +9,11 @@ import hourglass
 from hourglass import AveragePooling, BipartiteMatching, DensityPeaks, InputError, Plan, SkipBlocks, TokenSelection
 from hourglass.compat import own_encoder
 from hourglass.encoders import find_encoder
-from hourglass.encoders.vit import embed, run_block
 from hourglass.reduction import collect_losses
-from hourglass.reduction.reducer import grid_positions
+from hourglass.reduction.windows import grid_positions
 from tests.encoders import test_hourglass_swin as of_swin
 from tests.encoders.test_hourglass_vit import TINY, image, last, tiny_vit
+from tests.models import embed_vit
 from tests.reduction import references
 
 SIZES = pytest.mark.parametrize("size", [(64, 64), (56, 104), (8, 8)], ids=str)
@@ -111,7 +113,7 @@ def test_positions_on_the_grid_are_the_grid(grid, attention):
     )
     torch.testing.assert_close(last(placed, x), last(pooled, x), atol=1e-6, rtol=1e-6)
     swin = of_swin.tiny_swin().double().eval()
-    window = swin.layers[0].window_size
+    window = swin.layers[0].blocks[0].attn.window_size[0]
     x = torch.randn(2, 3, 4 * 4 * window, 4 * 8 * window, dtype=torch.double)  # whole windows in the first stages
     with torch.no_grad():
         placed, pooled = (
@@ -126,7 +128,7 @@ def test_peaks_in_global_blocks_equal_the_reference():
     vit, x = global_vit(), image(1, 40, 40).double()
     out = last(hourglass.expedite(vit, Plan(DensityPeaks((3, 2)), 1, 2)), x)
     with torch.no_grad():
-        tokens = vit.blocks[0](embed(vit, x))
+        tokens = vit.blocks[0](embed_vit(vit, x))
         reduction = DensityPeaks((3, 2))(tokens)
         refined = _reference_block(vit.blocks[1], *(part.flatten(0, 2) for part in reduction[:3]), (5, 5))[0]
         tokens = reduction.restore(refined.view_as(reduction.tokens))
@@ -148,7 +150,7 @@ def test_matching_equals_the_reference(restore):
     vit, x = global_vit(), image(1, 40, 40).double()
     out = last(hourglass.expedite(vit, Plan(BipartiteMatching(6, restore), 1, 3)), x)
     with torch.no_grad():
-        tokens = vit.blocks[0](embed(vit, x)).flatten(0, 2)
+        tokens = vit.blocks[0](embed_vit(vit, x)).flatten(0, 2)
         positions = grid_positions((5, 5), tokens.device).flatten(0, 1).double()
         sizes = torch.ones(25).double()
         undo = []
@@ -175,10 +177,13 @@ def test_selection_equals_the_reference():
     vit, x, reducer = global_vit(window_block_indexes=(0, 1)), image(1, 40, 40).double(), selection()
     out = last(hourglass.expedite(vit, Plan(reducer, 1, 4)), x)
     with torch.no_grad():
-        tokens = vit.blocks[0](embed(vit, x))
+        tokens = vit.blocks[0](embed_vit(vit, x))
         block = vit.blocks[1]
-        # Without its perceptron the block is attention alone.
-        attended = run_block(_WithoutPerceptron(block), tokens, (5, 5)).flatten(0, 2)
+        # Without its MLP the block is attention alone.
+        alone = copy.deepcopy(block)
+        alone.mlp = torch.nn.Conv2d(16, 16, 1)
+        alone.mlp.forward = torch.zeros_like
+        attended = alone(tokens).flatten(0, 2)
         kept = _kept(reducer.blocks[0], attended)
         tokens = torch.stack([t + block.mlp(block.norm2(t)) if i in kept else t for i, t in enumerate(attended)])
         positions = grid_positions((5, 5), tokens.device).flatten(0, 1).double()
@@ -189,13 +194,6 @@ def test_selection_equals_the_reference():
             tokens[kept] = refined
         tokens = vit.blocks[4](tokens.view(1, 5, 5, -1))
     torch.testing.assert_close(out, tokens.permute(0, 3, 1, 2), atol=1e-6, rtol=1e-6)
-
-
-class _WithoutPerceptron(torch.nn.Module):
-    def __init__(self, block):
-        super().__init__()
-        self.norm1, self.norm2, self.attn, self.drop_path = block.norm1, block.norm2, block.attn, block.drop_path
-        self.window_size, self.use_residual_block, self.mlp = block.window_size, False, lambda x: 0 * x
 
 
 def _kept(selector, tokens):
@@ -330,8 +328,11 @@ def test_refusals(make, message):
 
 def test_refusals_of_a_swin_and_of_convolutions():
     for make, message in (
-        (lambda: swin(BipartiteMatching(2), "window"), "BipartiteMatching takes a ViT, got a Swin"),
-        (lambda: swin(DensityPeaks(0.5), "map"), "DensityPeaks takes scope \"window\" in Swin, got 'map'"),
+        (
+            lambda: swin(BipartiteMatching(2), "window"),
+            "BipartiteMatching takes an encoder whose windows stay where they are, got a Swin",
+        ),
+        (lambda: swin(DensityPeaks(0.5), "map"), 'DensityPeaks takes scope "window" where blocks have windows'),
         (
             lambda: hourglass.expedite(
                 tiny_vit(window_block_indexes=(), residual_block_indexes=(2,)), Plan(DensityPeaks(0.5), 1, 4)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from hourglass import AveragePooling, TokenClustering
-from hourglass.encoders.windows import EachWindow, partition, unpartition
+from hourglass.reduction.scope import EachWindow
+from hourglass.reduction.windows import partition, unpartition
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 13), (1, 1), (4, 9)])

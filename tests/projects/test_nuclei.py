@@ -14,8 +14,8 @@ from hourglass import AveragePooling, BipartiteMatching, InputError, Plan, Token
 from hourglass.data import PanopticMapper, register_nuclei
 from hourglass.data.loading import build_loader
 from hourglass.encoders import find_encoder
-from hourglass.encoders.windows import EachWindow
 from hourglass.launch import load_config
+from hourglass.reduction.scope import EachWindow
 from projects.nuclei import pictures, prepare
 from tests.evaluation.test_timing import tiny_vit
 

@@ -7,8 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hourglass.operators import operator
-from hourglass.reduction import MergingReducer, Reducer, Reduction
-from hourglass.reduction.reducer import map_size
+
+
+def map_size(tokens: Tensor) -> tuple[int, int]:
+    """(H, W) of a map (B, H, W, C), as plain numbers under tracing too."""
+    return int(tokens.shape[1]), int(tokens.shape[2])
+
+
+def grid_positions(size: tuple[int, int], device: torch.device) -> Tensor:
+    """(H, W, 2) row and column of each token of a map."""
+    return torch.stack(torch.meshgrid(*(torch.arange(side, device=device) for side in size), indexing="ij"), dim=-1)
 
 
 def partition(tokens: Tensor, window: tuple[int, int], value: float | Tensor = 0.0) -> Tensor:
@@ -117,10 +125,10 @@ def _windows_of_strip(tokens: Tensor, top: int, left: int, rows: int, wh: int, c
 
 def join(windows: list[Tensor], rows: list[Strip], columns: list[Strip]) -> Tensor:
     """The way back of :func:`split`."""
-    return _join(windows, _numbers(rows), _numbers(columns))
+    return _join(windows, numbers(rows), numbers(columns))
 
 
-def _numbers(strips: list[Strip]) -> list[int]:
+def numbers(strips: list[Strip]) -> list[int]:
     """An operator takes no tuples."""
     return [value for strip in strips for value in strip]
 
@@ -138,65 +146,6 @@ def _join(windows: list[Tensor], rows: list[int], columns: list[int]) -> Tensor:
         [torch.cat([unpartition(next(parts), (height, width)) for width in widths], dim=2) for height in heights],
         dim=1,
     )
-
-
-class EachWindow(Reducer):
-    """
-    Reduces each window of a map on its own and puts the results together to a smaller map. Windows that the map's edge
-    cuts off are reduced as they are: no padding joins the tokens.
-
-    Args:
-        reducer: of a window.
-        window: tokens a side.
-        pad: fill the windows at the edge with zeros and reduce those along, as Expedit's code does.
-    """
-
-    def __init__(self, reducer: Reducer, window: int, pad: bool = False):
-        super().__init__()
-        self.reducer = reducer.relative_to((window, window))
-        self.window = window
-        self.pad = pad
-
-    def forward(self, tokens: Tensor) -> Reduction:
-        size = map_size(tokens)
-        if self.pad:
-            tokens = F.pad(tokens, (0, 0, 0, -size[1] % self.window, 0, -size[0] % self.window))
-        rows, columns = (strips(length, self.window) for length in map_size(tokens))
-        reductions = [self.reducer(windows) for windows in split(tokens, rows, columns)]
-        sides = [map_size(reduction.tokens) for reduction in reductions]
-        smaller_rows = [Strip(row.windows, side[0]) for row, side in zip(rows, sides[:: len(columns)])]
-        smaller_columns = [Strip(column.windows, side[1]) for column, side in zip(columns, sides)]
-
-        def restore(refined: Tensor) -> Tensor:
-            windows = split(refined, smaller_rows, smaller_columns)
-            tokens = join([reduction.restore(part) for reduction, part in zip(reductions, windows)], rows, columns)
-            return tokens[:, : size[0], : size[1]]
-
-        sizes = positions = None
-        if reductions[0].sizes is not None:
-            sizes = [reduction.sizes[..., None] for reduction in reductions]
-            sizes = join(sizes, smaller_rows, smaller_columns)[..., 0]
-        if reductions[0].positions is not None:
-            positions = join([reduction.positions for reduction in reductions], smaller_rows, smaller_columns)
-            positions = _in_map(positions, _numbers(smaller_rows), _numbers(smaller_columns), self.window)
-        reduced = join([reduction.tokens for reduction in reductions], smaller_rows, smaller_columns)
-        return Reduction(reduced, positions, sizes, restore)
-
-
-@operator("Tensor positions, SymInt[] rows, SymInt[] columns, int window", lambda positions, *_: list(positions.shape))
-def _in_map(positions: Tensor, rows: list[int], columns: list[int], window: int) -> Tensor:
-    """
-    Positions in windows to those in the map, (B, h, w, 2).
-
-    Args:
-        rows, columns: number and side of the windows of each strip, on the smaller map.
-        window: tokens a side on the full map.
-    """
-    starts = []
-    for axis in (rows, columns):
-        sides = torch.tensor([side for n, side in zip(axis[::2], axis[1::2]) for _ in range(n)])
-        starts.append((window * torch.arange(len(sides))).repeat_interleave(sides).to(positions.device))
-    return positions + torch.stack(torch.meshgrid(*starts, indexing="ij"), dim=-1)
 
 
 class WindowList:
@@ -237,53 +186,3 @@ class WindowList:
         """The way back of :meth:`split`."""
         batch = len(parts[0]) // self.counts[0]
         return torch.cat([part.reshape(batch, 1, -1, part.shape[2]) for part in parts], dim=2)
-
-
-class MergeEachWindow(Reducer):
-    """
-    Merges the tokens of each window on their own.
-
-    Args:
-        reducer: of a window.
-    """
-
-    each_block = True
-
-    def __init__(self, reducer: MergingReducer):
-        super().__init__()
-        self.reducer = reducer
-
-    def left(self, windows: WindowList, lengths: list[int]) -> list[int]:
-        """How many tokens windows of each kind have after merging, of ``lengths``."""
-        return [self.reducer.left(length, full) for length, full in zip(lengths, windows.lengths)]
-
-    def forward(
-        self, tokens: Tensor, keys: Tensor, sizes: Tensor, positions: Tensor, windows: WindowList, lengths: list[int]
-    ) -> Reduction:
-        """
-        Args:
-            tokens, keys, positions: (B, 1, L, ...), lists.
-            sizes: (B, 1, L).
-            windows: what the lists are of.
-            lengths: how many tokens windows of each kind have.
-
-        Returns:
-            a reduction to a shorter list.
-        """
-        left = self.left(windows, lengths)
-        parts = zip(*(windows.split(x, lengths) for x in (tokens, keys, sizes[..., None], positions)), left)
-        reductions = [
-            self.reducer(part[:, None], key[:, None], size[:, None, :, 0], position[:, None], n)
-            for part, key, size, position, n in parts
-        ]
-
-        def restore(refined: Tensor) -> Tensor:
-            refined = [part[:, None] for part in windows.split(refined, left)]
-            return windows.join([one.restore(part)[:, 0] for one, part in zip(reductions, refined)])
-
-        return Reduction(
-            windows.join([one.tokens[:, 0] for one in reductions]),
-            windows.join([one.positions[:, 0] for one in reductions]),
-            windows.join([one.sizes[:, 0, :, None] for one in reductions])[..., 0],
-            restore,
-        )

@@ -1,145 +1,22 @@
-"""The hourglass in Detectron2's two kinds of config: a factory for LazyConfigs, nodes and builders for yacs ones."""
+"""The hourglass in yacs configs: nodes, and the backbones that read them."""
 
-import copy
 import inspect
 import math
-from collections.abc import Iterator
 from functools import partial
-from pydoc import ErrorDuringImport
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from detectron2.utils.registry import _convert_target_to_string, locate
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from detectron2.utils.registry import locate
 from torch import nn
 
 from hourglass import reduction
 from hourglass.checks import check_choice
-from hourglass.encoders import HourglassSwin, HourglassViT, Plan, SimpleFeaturePyramid, Swin, ViT
-from hourglass.encoders import expedite as expedite_model
-from hourglass.encoders.expedite import HOURGLASSES
+from hourglass.encoders import Plan, SimpleFeaturePyramid, Swin, ViT, expedite
 from hourglass.errors import InputError
 from hourglass.reduction import GridReducer, MergingReducer, Reducer, SelectingReducer, TokenClustering
-
-
-def build_hourglass(plan: Plan, encoder: str | type, **arguments: Any) -> Backbone:
-    """
-    What :func:`expedite` puts in an encoder's place.
-
-    Args:
-        plan: which blocks run on fewer tokens.
-        encoder: the encoder's class, or its dotted name.
-        arguments: the encoder's own.
-
-    Returns:
-        the hourglass around the encoder.
-
-    Raises:
-        InputError: for a plan that is none or that the encoder cannot follow.
-    """
-    if isinstance(encoder, str):
-        encoder = locate(encoder)
-    return expedite_model(encoder(**arguments), plan)
-
-
-def expedite(cfg: DictConfig, plan: Plan | DictConfig) -> DictConfig:
-    """
-    The same config with its encoder's middle blocks on fewer tokens.
-
-    The encoder's node keeps its place and all its arguments, so overrides of them and interpolations that read them
-    work as before; its target becomes :func:`build_hourglass`, and ``plan`` and ``encoder`` (the former target) join
-    its arguments. The model's parameters keep their names.
-
-    Args:
-        cfg: a LazyConfig. Its ``model.backbone`` is, or holds at any depth, the node of an encoder: a ViT or a Swin,
-            ours or Detectron2's, given as a class or by its dotted name. In an expedited config the plan is replaced.
-        plan: a plan, or the node of one, ``L(Plan)(...)``: a config that is to be saved takes the node.
-
-    Returns:
-        a new config; ``cfg`` stays as it was.
-
-    Raises:
-        InputError: for a config without one such encoder, or a plan that is none.
-    """
-    if isinstance(plan, DictConfig) and "_target_" in plan:
-        plan = copy.deepcopy(plan)
-        with read_write(plan):
-            OmegaConf.resolve(plan)  # it may read its neighbours, and moves away from them
-    elif not isinstance(plan, Plan):
-        raise InputError(f"plan takes a hourglass.Plan or a LazyCall of one, got {plan!r}")
-    expedited = copy.deepcopy(cfg)
-    node = find_encoder_node(expedited)
-    target = _target(node)
-    with read_write(node), open_dict(node):
-        node._set_flag("allow_objects", True)  # a plan is an object, and so may the encoder's class be
-        if target is not build_hourglass and not issubclass(target, (HourglassViT, HourglassSwin)):
-            name = _convert_target_to_string(target)
-            node.encoder = name if _locate(name) is target else target
-            node._target_ = build_hourglass
-        node.plan = plan
-    return expedited
-
-
-def find_encoder_node(cfg: DictConfig) -> DictConfig:
-    """
-    The node of the encoder in a LazyConfig's ``model.backbone``.
-
-    Raises:
-        InputError: where there is none or several.
-    """
-    backbone = OmegaConf.select(cfg, "model.backbone") if isinstance(cfg, DictConfig) else None
-    if not isinstance(backbone, DictConfig):
-        given = f"one with {', '.join(map(str, cfg)) or 'nothing'}" if isinstance(cfg, DictConfig) else repr(cfg)
-        raise InputError(f"expedite takes a LazyConfig with a model.backbone, got {given}")
-    nodes = dict(_call_nodes(backbone, "model.backbone"))
-    found = [name for name, node in nodes.items() if _is_encoder(_target(node))]
-    # The encoder that an hourglass's node holds is that one's.
-    found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
-    if len(found) != 1:
-        given = " and ".join(found) or f"none: {', '.join(f'{name} is {_name(nodes[name])}' for name in nodes)}"
-        kinds = ", ".join(sorted({_convert_target_to_string(kind) for kind in HOURGLASSES}))
-        raise InputError(f"model.backbone takes one encoder to expedite (of {kinds}), got {given}")
-    return nodes[found[0]]
-
-
-def _call_nodes(node: Any, name: str) -> Iterator[tuple[str, DictConfig]]:
-    """The nodes with a ``_target_`` in a config, and their full names. Interpolations are not followed."""
-    if isinstance(node, DictConfig):
-        if "_target_" in node:
-            yield name, node
-        children = [(key, f"{name}.{key}") for key in node]
-    elif isinstance(node, ListConfig):
-        children = [(i, f"{name}[{i}]") for i in range(len(node))]
-    else:
-        return
-    for key, child in children:
-        if not OmegaConf.is_interpolation(node, key) and not OmegaConf.is_missing(node, key):
-            yield from _call_nodes(node[key], child)
-
-
-def _target(node: DictConfig) -> Any:
-    target = node._target_
-    return _locate(target) if isinstance(target, str) else target
-
-
-def _locate(name: str) -> Any:
-    try:
-        return locate(name)
-    except (ImportError, ErrorDuringImport):
-        return None
-
-
-def _is_encoder(target: Any) -> bool:
-    return target is build_hourglass or isinstance(target, type) and issubclass(target, tuple(HOURGLASSES))
-
-
-def _name(node: DictConfig) -> str:
-    target = node._target_
-    return target if isinstance(target, str) else getattr(target, "__qualname__", repr(target))
-
 
 #: MODEL.VIT: a ViT's arguments, and under PYRAMID those of the feature pyramid. The defaults are ViTDet-B's.
 VIT_NODES = {
@@ -207,8 +84,10 @@ SWIN_NODES = {
 #: ViTDet-B on 1024 x 1024 pixels; a Swin's maps shrink from stage to stage and take a GRID of shares or an early STOP.
 HOURGLASS_NODES = {
     # A class of hourglass.reduction: "TokenClustering", "AveragePooling", "DensityPeaks", "BipartiteMatching",
-    # "TokenSelection" or "SkipBlocks"; "": no reduction.
+    # "TokenSelection" or "SkipBlocks"; or a reducer of one's own by its dotted name. "": no reduction.
     "REDUCER": "TokenClustering",
+    # The reducer's arguments by their own names, in capitals. Those of this project's reducers may stand below as well.
+    "ARGUMENTS": CfgNode(new_allowed=True),
     "START": 3,
     "STOP": None,
     "SCOPE": "map",
@@ -248,9 +127,18 @@ def add_hourglass_config(cfg: CfgNode) -> None:
 
     The backbones that read them, as MODEL.BACKBONE.NAME: "build_vitdet_backbone" and "build_swin_backbone", the
     unmodified models; "build_hourglass_vitdet_backbone" and "build_hourglass_swin_backbone", the same under the plan
-    of MODEL.HOURGLASS; "D2HourglassSwinTransformer", a Swin under the plan of MODEL.SWIN, as Expedit's configs have it.
+    of MODEL.HOURGLASS; "D2HourglassSwinTransformer", a Swin under the plan of MODEL.SWIN, as Expedit's configs have it,
+    where Expedit's own checkout, which registers that name itself, is not imported.
     """
+    if "D2HourglassSwinTransformer" not in BACKBONE_REGISTRY:
+        BACKBONE_REGISTRY.register(D2HourglassSwinTransformer)
     _add_missing(cfg.MODEL, CfgNode({"VIT": VIT_NODES, "SWIN": SWIN_NODES, "HOURGLASS": HOURGLASS_NODES}))
+
+
+def _nodes(cfg: CfgNode, name: str) -> CfgNode:
+    if name not in cfg.MODEL:
+        raise InputError(f"a config without MODEL.{name}: call hourglass.add_hourglass_config(cfg) after get_cfg()")
+    return cfg.MODEL[name]
 
 
 def _add_missing(node: CfgNode, defaults: CfgNode) -> None:
@@ -268,13 +156,32 @@ def build_plan(cfg: CfgNode) -> Plan:
     Raises:
         InputError: for a value out of range.
     """
-    nodes = cfg.MODEL.HOURGLASS
+    nodes = _nodes(cfg, "HOURGLASS")
     if not nodes.REDUCER:
         return Plan(attention=nodes.ATTENTION)
+    kind = _reducer_class(nodes.REDUCER)
+    own = {name.lower(): value for name, value in nodes.ARGUMENTS.items()}
+    names = list(inspect.signature(kind).parameters)
+    for name in own:
+        check_choice(f"MODEL.HOURGLASS.ARGUMENTS of {kind.__name__}", name, tuple(names))
+    named = _arguments(kind, nodes) if kind.__module__.startswith("hourglass.") else {}
+    return Plan(kind(**{**named, **own}), **_arguments(Plan, nodes))
+
+
+def _reducer_class(name: str) -> type[Reducer]:
     kinds = {name: kind for name in reduction.__all__ if _is_reducer(kind := getattr(reduction, name))}
-    check_choice("MODEL.HOURGLASS.REDUCER", nodes.REDUCER, ("", *kinds))
-    kind = kinds[nodes.REDUCER]
-    return Plan(kind(**_arguments(kind, nodes)), **_arguments(Plan, nodes))
+    if name in kinds:
+        return kinds[name]
+    try:
+        kind = locate(name) if "." in name else None
+    except Exception:  # whatever importing it may raise
+        kind = None
+    if not _is_reducer(kind):
+        raise InputError(
+            f"MODEL.HOURGLASS.REDUCER takes '' or one of {', '.join(map(repr, kinds))}, or the dotted name of a "
+            f"hourglass.Reducer, got {name!r}"
+        )
+    return kind
 
 
 def _is_reducer(kind: Any) -> bool:
@@ -291,7 +198,7 @@ def _arguments(kind: type, nodes: CfgNode, leave_out: tuple[str, ...] = ("reduce
 @BACKBONE_REGISTRY.register()
 def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
     """ViTDet's backbone, a ViT and the simple feature pyramid, from MODEL.VIT."""
-    nodes = cfg.MODEL.VIT
+    nodes = _nodes(cfg, "VIT")
     vit = ViT(
         in_chans=input_shape.channels, norm_layer=partial(nn.LayerNorm, eps=nodes.NORM_EPS), **_arguments(ViT, nodes)
     )
@@ -307,13 +214,13 @@ def build_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeature
 @BACKBONE_REGISTRY.register()
 def build_hourglass_vitdet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> SimpleFeaturePyramid:
     """ViTDet's backbone from MODEL.VIT under the plan of MODEL.HOURGLASS."""
-    return expedite_model(build_vitdet_backbone(cfg, input_shape), build_plan(cfg))
+    return expedite(build_vitdet_backbone(cfg, input_shape), build_plan(cfg))
 
 
 @BACKBONE_REGISTRY.register()
 def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Swin:
     """Swin from MODEL.SWIN."""
-    nodes = cfg.MODEL.SWIN
+    nodes = _nodes(cfg, "SWIN")
     names = list(nodes.OUT_FEATURES)
     stages = {f"res{i + 2}": i for i in range(len(nodes.DEPTHS))}
     for name in names:
@@ -327,12 +234,12 @@ def build_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Swin:
 
 
 @BACKBONE_REGISTRY.register()
-def build_hourglass_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> HourglassSwin:
+def build_hourglass_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Swin:
     """Swin from MODEL.SWIN under the plan of MODEL.HOURGLASS."""
-    return expedite_model(build_swin_backbone(cfg, input_shape), build_plan(cfg))
+    return expedite(build_swin_backbone(cfg, input_shape), build_plan(cfg))
 
 
-def D2HourglassSwinTransformer(cfg: CfgNode, input_shape: ShapeSpec) -> HourglassSwin:
+def D2HourglassSwinTransformer(cfg: CfgNode, input_shape: ShapeSpec) -> Swin:
     """
     Swin and its plan from MODEL.SWIN, as Expedit's configs have them: with ``MODEL.HOURGLASS.PUBLISHED`` as the
     authors' code computes, else (the default) corrected. Nodes that Mask2Former's own config lacks are at their
@@ -344,12 +251,7 @@ def D2HourglassSwinTransformer(cfg: CfgNode, input_shape: ShapeSpec) -> Hourglas
     cfg = cfg.clone()
     cfg.defrost()
     add_hourglass_config(cfg)
-    return expedite_model(build_swin_backbone(cfg, input_shape), build_swin_plan(cfg))
-
-
-# Expedit's own checkout registers this name itself: there, its mask2former is to be imported first.
-if "D2HourglassSwinTransformer" not in BACKBONE_REGISTRY:
-    BACKBONE_REGISTRY.register(D2HourglassSwinTransformer)
+    return expedite(build_swin_backbone(cfg, input_shape), build_swin_plan(cfg))
 
 
 def build_swin_plan(cfg: CfgNode) -> Plan:

@@ -1,0 +1,201 @@
+"""The hourglass around an encoder: its own forward pass, with some of its blocks run on fewer tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hourglass import reduction
+from hourglass.encoders.contract import Family, as_map, is_recomputed_by_fairscale, unwrapped
+from hourglass.encoders.plan import Plan
+from hourglass.encoders.proof import is_on_meta, prove
+from hourglass.encoders.registry import family_of
+from hourglass.encoders.sharing import base_class, hide, new_view, replaced, unmodified, with_children
+from hourglass.errors import InputError
+from hourglass.reduction import Reducer
+from hourglass.reduction.scope import in_scope, probe
+
+
+class Hourglass(nn.Module):
+    """
+    An encoder whose middle blocks run on fewer tokens: on a smaller map, on a list of tokens that merge block by block,
+    or on those that are selected for each block.
+
+    It is a view of the encoder: of its class, with its modules, parameters and hooks under their own names, so that
+    checkpoints of the encoder load and changing a parameter of one changes it for both. The blocks are views as well.
+    What stands before, between and after the blocks is the encoder's own code. A reducer's parameters, if it has some,
+    are beside the encoder's under "reducer".
+
+    Args:
+        encoder: of a family that is registered, unmodified or expedited.
+        plan: which blocks run on fewer tokens; ``Plan()``: the encoder's own forward pass.
+
+    Raises:
+        InputError: for an encoder whose blocks cannot be run so, or a plan that it cannot follow.
+    """
+
+    plan: Plan
+    reducer: Reducer
+    _planned: range
+    _unmodified: nn.Module
+    _body: nn.Module
+    _same: list[tuple[nn.Module, nn.Module]]
+    _waiting: bool
+
+    def __new__(cls, encoder: nn.Module, plan: Plan):
+        return new_view(cls, base_class(unmodified(encoder)))
+
+    def __init__(self, encoder: nn.Module, plan: Plan):
+        encoder = unmodified(encoder)
+        family = family_of(encoder)
+        stages = family.stages_of(encoder)
+        blocks = [block for stage in stages for block in stage]
+        planned = plan.blocks(len(blocks))
+        reducer: Reducer | None = None
+        waiting = False
+        if planned or plan.fast:
+            refuse_what_cannot_be_followed(encoder)
+            for block in map(unwrapped, blocks):
+                if not is_recomputed_by_fairscale(block):
+                    refuse_what_cannot_be_followed(block)
+                refuse_what_cannot_be_followed(block.attn)
+            if not (waiting := is_on_meta(encoder)):
+                prove(encoder, family, planned)
+        if plan.reducer is not None and planned:
+            reducer = _bound(plan, plan.reducer, family, [blocks[i] for i in planned])
+
+        views = {
+            block: family.placed(block, plan.fast, plan.published and i in planned)
+            for i, block in enumerate(blocks)
+            if plan.fast or i in planned
+        }
+        self.__dict__.update(with_children(encoder, dict(replaced(encoder, views)._modules)).__dict__)
+        runs: dict[nn.Module, nn.Module] = {}
+        first = 0
+        for stage in stages:
+            among = [views[block] for i, block in enumerate(stage, start=first) if i in planned]
+            if among and reducer is not None:
+                runs[among[0]] = Middle(reducer, among, plan.proportional, max(0, first - planned.start))
+                runs |= {view: Through() for view in among[1:]}
+            first += len(stage)
+        body = replaced(with_children(encoder, dict(self._modules)), runs)
+        if reducer is not None:
+            self._modules["reducer"] = reducer
+        same = [(self, body)] + [
+            (module, inner)
+            for name, inner in body.named_modules()
+            if name and (module := self.get_submodule(name)) is not inner and not isinstance(inner, Middle | Through)
+        ]
+        hide(self, plan=plan, _planned=planned, _unmodified=encoder, _body=body, _same=same, _waiting=waiting)
+
+    def train(self, mode: bool = True) -> "Hourglass":
+        super().train(mode)  # which in Mask2Former's Swin returns nothing
+        return self
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """As the encoder's."""
+        if self._waiting and not is_on_meta(self):
+            prove(self._unmodified, family_of(self._unmodified), self._planned)
+            hide(self, _waiting=False)
+        for module, inner in self._same:
+            if inner.training != module.training:
+                hide(inner, training=module.training)
+        return self._body.forward(*arguments, **options)
+
+
+class Middle(nn.Module):
+    """
+    Where the encoder's forward pass calls the first of a stage's planned blocks: runs all of them on fewer tokens.
+
+    Args:
+        reducer: bound to the encoder.
+        blocks: views of the planned blocks.
+        proportional: see :class:`~hourglass.Plan`.
+        first: number of the first block among the plan's.
+    """
+
+    reducer: Reducer
+    blocks: list[nn.Module]
+    proportional: bool
+    first: int
+
+    def __init__(self, reducer: Reducer, blocks: Sequence[nn.Module], proportional: bool, first: int):
+        super().__init__()
+        hide(self, reducer=reducer, blocks=list(blocks), proportional=proportional, first=first)
+
+    def forward(self, tokens: Tensor, *_: Any) -> Tensor:
+        whole = as_map(tokens, self)
+        return self.reducer.run(whole, self.blocks, self.proportional, self.first).reshape(tokens.shape)
+
+
+class Through(nn.Module):
+    """Where the encoder's forward pass calls a block that has been run already."""
+
+    def forward(self, tokens: Tensor, *_: Any) -> Tensor:
+        return tokens
+
+
+def refuse_what_cannot_be_followed(module: nn.Module) -> None:
+    """
+    Raises:
+        InputError: for a module whose call does not run its class's forward pass: a compiled one, or one whose
+            ``forward`` was replaced.
+    """
+    name = type(module).__name__
+    if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        raise InputError(f"{name} is compiled, and would run as it was: expedite the model first, then compile")
+    if "forward" in module.__dict__:
+        raise InputError(f"the forward pass of this {name} was replaced, and would run as it was: expedite it first")
+
+
+def _bound(plan: Plan, reducer: Reducer, family: Family, blocks: list[nn.Module]) -> Reducer:
+    """The plan's reducer, ready for these blocks."""
+    where = f"in blocks {plan.start} to {plan.start + len(blocks) - 1}"
+    inner = [unwrapped(block) for block in blocks]
+    windows = {family.window_size(block) for block in inner} - {0}
+    kind = type(reducer).__name__
+    if reducer.takes_lists and not family.block.takes_lists:
+        raise InputError(
+            f"{kind} takes an encoder whose windows stay where they are, got a {family.name}, whose windows shift: "
+            "tokens that merge in one would lie in two of the next block's"
+        )
+    if plan.scope == "window" and len(windows) != 1:
+        raise InputError(
+            'scope "window" needs blocks with windows of one size among those of the plan, '
+            f"got {sorted(windows) or 'none'} {where}"
+        )
+    like = inner[0].norm1.weight
+    if plan.scope == "map" and windows and reducer.on_grid and not _is_ours(reducer):
+        _check_positions(reducer, like)
+    if not reducer.on_grid and plan.scope == "map" and windows:
+        raise InputError(
+            f'{kind} takes scope "window" where blocks have windows, got scope "map" and windows '
+            f"of {sorted(windows)} {where}: its tokens lie anywhere, and are cut into no windows"
+        )
+    if not reducer.on_grid and any(getattr(block, "use_residual_block", False) for block in inner):
+        raise InputError(f"{kind} takes blocks without convolutions, got some {where}")
+    if plan.published:
+        family.check_published(plan, inner)
+    reducer.fit([block.norm1.weight.numel() for block in inner])
+    reducer.to(like.device)
+    window = windows.pop() if plan.scope == "window" else None
+    return in_scope(reducer, window, family.pads_published and plan.published, like)
+
+
+def _is_ours(reducer: Reducer) -> bool:
+    return type(reducer).__name__ in reduction.__all__ and getattr(reduction, type(reducer).__name__) is type(reducer)
+
+
+def _check_positions(reducer: Reducer, like: Tensor) -> None:
+    """Whether a reducer gives positions may show only when it runs."""
+    if reducer.each_block:
+        return
+    try:
+        reduction = probe(reducer, (64, 64), like)
+    except InputError:  # a grid for larger maps
+        return
+    if reduction.positions is not None:
+        raise InputError(
+            f"{type(reducer).__name__} gives its tokens positions: its class is to say on_grid = False, so that it is "
+            "known where it can be used"
+        )

@@ -1,0 +1,291 @@
+"""
+Proof that blocks are run as their own forward passes run them. An encoder that is not known by its exact class (a copy,
+a fork, a subclass) is taken only with this proof: otherwise what differs would go into every figure without a word.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hourglass.encoders.contract import Family, as_map, unwrapped
+from hourglass.encoders.registry import family_of, find_encoder, is_known
+from hourglass.encoders.sharing import base_class, hide, replaced, unmodified, with_children
+from hourglass.errors import InputError, reason
+from hourglass.reduction.reducer import Place
+
+# Largest difference of a block's own result and ours, relative to what the block adds to its tokens: in float64, and
+# where a block runs only in its own type, in epsilons of that.
+TOLERANCE = 1e-6
+EPSILONS = 64
+
+
+class Proof(NamedTuple):
+    """
+    One kind of an encoder's blocks, run both ways on a small random map.
+
+    Attributes:
+        blocks: their numbers.
+        kind: their class, and what of it is told apart.
+        difference: largest, of the own forward pass and ours, plain and fast, relative to what the block adds.
+        tolerance: up to which they are equal to rounding.
+    """
+
+    blocks: list[int]
+    kind: str
+    difference: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "equal" if self.holds else "DIFFERENT"
+        limits = f"{self.difference:.1e} (at most {self.tolerance:.0e})"
+        return f"{verdict} {limits}: {self.kind}, blocks {_ranges(self.blocks)}"
+
+
+def verify(model: nn.Module) -> list[Proof]:
+    """
+    Run each distinct kind of block of a model's encoder both ways, by its own forward pass and as an hourglass runs it
+    on a full map, plain and fast, with random parameters in float64::
+
+        for proof in hourglass.verify(model):
+            print(proof)
+
+    Args:
+        model: holds, or is, one encoder of a family that is known.
+
+    Raises:
+        InputError: for a model without such an encoder, or with blocks that cannot be run.
+    """
+    encoder = unmodified(find_encoder(model)[1])
+    family = family_of(encoder)
+    blocks = [block for stage in family.stages_of(encoder) for block in stage]
+    return [_prove_kind(encoder, family, blocks, numbers) for numbers in _kinds(family, blocks)]
+
+
+def prove(encoder: nn.Module, family: Family, planned: range) -> None:
+    """
+    Prove an encoder that is not known by its class.
+
+    Args:
+        encoder: unmodified.
+        family: its family.
+        planned: the blocks that are to run on fewer tokens.
+
+    Raises:
+        InputError: where a block's own forward pass gives something else than ours, or the encoder's uses a map between
+            blocks that are to run on fewer tokens.
+    """
+    if is_known(encoder):
+        return
+    blocks = [block for stage in family.stages_of(encoder) for block in stage]
+    for numbers in _kinds(family, blocks):
+        proof = _prove_kind(encoder, family, blocks, numbers)
+        if not proof.holds:
+            raise InputError(
+                f"{_name(encoder)} looks like {family.name}, but its block {numbers[0]}, a {proof.kind}, gives another "
+                f"result than {family.name}'s would: {100 * proof.difference:.2g} % of what it adds to its tokens. It "
+                "takes a family of its own, see hourglass.encoders.contract"
+            )
+    _check_calls(encoder, family, blocks, planned)
+
+
+def is_on_meta(encoder: nn.Module) -> bool:
+    """Whether an encoder has no values yet."""
+    return any(tensor.is_meta for tensor in (*encoder.parameters(), *encoder.buffers()))
+
+
+def _name(module: nn.Module) -> str:
+    kind = base_class(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _kinds(family: Family, blocks: Sequence[nn.Module]) -> list[list[int]]:
+    """The numbers of the blocks of each kind: of the same classes, shapes and plain attributes."""
+    kinds: dict[Any, list[int]] = {}
+    for i, block in enumerate(blocks):
+        block = unwrapped(block)
+        described = [
+            (name, base_class(module), tuple(sorted(_attributes(module).items())))
+            for name, module in block.named_modules()
+        ]
+        shapes = [(name, tuple(p.shape)) for name, p in (*block.named_parameters(), *block.named_buffers())]
+        kinds.setdefault((str(described), str(shapes)), []).append(i)
+    return list(kinds.values())
+
+
+def _attributes(module: nn.Module) -> dict[str, str]:
+    plain = (bool, int, float, str, tuple, list, type(None))
+    # What a pass sets (a size, say) or what grows from block to block (the rate of stochastic depth) tells no kind.
+    ignored = {"training", "H", "W", "drop_prob", "p", "recompute"}
+    return {
+        name: repr(value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and isinstance(value, plain) and name not in ignored
+    }
+
+
+class _BothWays(nn.Module):
+    """A block by its own forward pass, and as an hourglass runs it, plain and fast, on one map."""
+
+    encoder: nn.Module
+    family: Family
+    views: list[nn.Module]
+
+    def __init__(self, encoder: nn.Module, family: Family, block: nn.Module):
+        super().__init__()
+        self.block = unwrapped(block)
+        hide(self, encoder=encoder, family=family, views=[family.placed(self.block, fast) for fast in (False, True)])
+
+    def forward(self, tokens: Tensor) -> list[Tensor]:
+        size = (tokens.shape[1], tokens.shape[2])
+        return [
+            self.family.own(self.encoder, self.block, tokens),
+            *(view(tokens, Place(size)) for view in self.views),
+        ]
+
+
+def _prove_kind(encoder: nn.Module, family: Family, blocks: Sequence[nn.Module], numbers: list[int]) -> Proof:
+    block = unwrapped(blocks[numbers[0]])
+    window = family.window_size(block)
+    kind = f"{type(block).__name__} of {f'windows of {window}' if window else 'global attention'}"
+    # Neither square nor in whole windows, and more than one of them.
+    size = (window + 2, 2 * window - 1) if window > 1 else (5, 7)
+    size, instead = family.small(block) or (size, {})
+    both = _BothWays(encoder, family, block)
+    random = torch.Generator().manual_seed(0)
+    weight = block.norm1.weight
+    tokens = torch.randn(1, *size, len(weight), generator=random, dtype=torch.float64).to(weight.device)
+    with _in_evaluation(block), torch.no_grad():
+        try:
+            # Parameters as they are may hide a difference: a scale that starts at one, a projection that starts at 0.
+            drawn = {
+                **{name: tensor.double() + _noise(tensor, random) for name, tensor in both.named_parameters()},
+                **dict(both.named_buffers()),
+                **{f"block.{name}": tensor for name, tensor in instead.items()},
+            }
+            drawn = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in drawn.items()}
+            results, tolerance = torch.func.functional_call(both, drawn, (tokens,)), TOLERANCE
+        except Exception:  # what does not run in float64, such as quantised layers, runs as it is
+            tokens = tokens.to(weight.dtype)
+            try:
+                results, tolerance = both(tokens), EPSILONS * torch.finfo(weight.dtype).eps
+            except Exception as error:
+                raise InputError(
+                    f"{_name(encoder)} looks like {family.name}, but its block {numbers[0]}, a {kind}, cannot be run "
+                    f"on placed tokens ({reason(error)})"
+                ) from error
+    own, *ours = (result.double() for result in results)
+    added = (own - tokens.double()).abs().max()
+    difference = max(
+        float((result - own).abs().max() / added) if result.shape == own.shape else math.inf for result in ours
+    )
+    return Proof(numbers, kind, math.inf if math.isnan(difference) else difference, tolerance)
+
+
+def _noise(tensor: Tensor, random: torch.Generator) -> Tensor:
+    return 0.1 * torch.randn(tensor.shape, generator=random, dtype=torch.float64).to(tensor.device)
+
+
+@contextmanager
+def _in_evaluation(module: nn.Module) -> Iterator[None]:
+    flags = [(each, each.training) for each in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for each, training in flags:
+            each.training = training
+
+
+class _Held:
+    """In place of a map between blocks that run on fewer tokens: whoever uses it is told that there is none."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+class _Recorded(nn.Module):
+    """In a block's place: notes that it was called, and with what."""
+
+    number: int
+    calls: list[tuple[int, bool]]
+    last: dict[str, Any]
+    held: bool
+
+    def __init__(self, number: int, calls: list[tuple[int, bool]], last: dict[str, Any], held: bool):
+        super().__init__()
+        hide(self, number=number, calls=calls, last=last, held=held)
+
+    def forward(self, tokens: Any, *_: Any) -> Any:
+        last = self.last.get("output")
+        self.calls.append((self.number, self.last.get("inside", False) and tokens is not last))
+        given = self.last["tokens"] if isinstance(tokens, _Held) else tokens
+        as_map(given, self)
+        output = _Held(self.number) if self.held else given.clone()
+        self.last.update(output=output, inside=self.held, tokens=given)
+        return output
+
+
+def _check_calls(encoder: nn.Module, family: Family, blocks: Sequence[nn.Module], planned: range) -> None:
+    """Whether the encoder's own forward pass, run without data, calls each block once, in order, one on the other."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ends = {sum(len(stage) for stage in family.stages_of(encoder)[: i + 1]) - 1 for i in range(len(blocks))}
+    calls: list[tuple[int, bool]] = []
+    last: dict[str, Any] = {}
+    runs: dict[nn.Module, nn.Module] = {
+        block: _Recorded(i, calls, last, i in planned and i != planned.stop - 1 and i not in ends)
+        for i, block in enumerate(blocks)
+    }
+    body = replaced(with_children(encoder, dict(encoder._modules)), runs)
+    first = next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
+    side = _image_side(encoder)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            body.forward(
+                torch.empty(1, first.in_channels, side, side, dtype=first.weight.dtype, device=first.weight.device)
+            )
+    except (AttributeError, TypeError, RuntimeError) as error:
+        if isinstance(last.get("output"), _Held):
+            raise InputError(
+                f"{_name(encoder)} uses the map after block {last['output'].number}, and no plan may run blocks on "
+                f"fewer tokens across that: end it there, or start it after ({reason(error)})"
+            ) from error
+        raise InputError(f"the forward pass of {_name(encoder)} could not be followed ({reason(error)})") from error
+    if [number for number, _ in calls] != list(range(len(blocks))):
+        raise InputError(f"{_name(encoder)} does not call each of its blocks once and in order: it cannot be expedited")
+    changed = next((number for number, other in calls if other), None)
+    if changed is not None:
+        raise InputError(
+            f"{_name(encoder)} changes the map between blocks {changed - 1} and {changed}: no plan may run blocks on "
+            "fewer tokens across that"
+        )
+
+
+def _image_side(encoder: nn.Module) -> int:
+    """An image that the encoder takes: what it says, or a multiple of all usual patches."""
+    for module in (encoder, getattr(encoder, "patch_embed", None)):
+        side = getattr(module, "img_size", None)
+        if isinstance(side, (tuple, list)):
+            side = side[0]
+        if isinstance(side, int) and side > 0:
+            return side
+    return 448
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5" """
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

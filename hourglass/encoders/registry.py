@@ -1,0 +1,88 @@
+"""The families of encoders that are known, and which of them a module is of."""
+
+from torch import nn
+
+from hourglass.encoders.contract import Family, unwrapped
+from hourglass.encoders.sharing import base_class
+from hourglass.errors import InputError
+
+_families: list[Family] = []
+
+
+def register(family: type[Family]) -> type[Family]:
+    """Make a family known to all that ask for encoders: a decorator of its class."""
+    _families.append(family())
+    return family
+
+
+def families() -> list[Family]:
+    """Those that are registered, the first one first."""
+    return list(_families)
+
+
+def is_known(encoder: nn.Module) -> bool:
+    """Whether an encoder and its blocks are known by their exact classes."""
+    family = next((family for family in _families if base_class(encoder) in family.known), None)
+    if family is None:
+        return False
+    blocks = [unwrapped(block) for stage in family.stages(encoder) or () for block in stage]
+    return all(base_class(module) in family.known for block in blocks for module in (block, block.attn))
+
+
+def is_encoder_class(kind: type) -> bool:
+    """Whether a class is, or by its name or that of a base seems, one of encoders; what it builds is seen then."""
+    return any(
+        base in family.known or base is family.hourglass or base.__name__ in family.class_names
+        for family in _families
+        for base in kind.__mro__
+    )
+
+
+def family_or_none(module: nn.Module) -> Family | None:
+    """The family of a module, by how it is built."""
+    # The last one first: a family that is built on another is told from that one by what it adds.
+    return next((family for family in reversed(_families) if family.stages(module) is not None), None)
+
+
+def family_of(encoder: nn.Module) -> Family:
+    """
+    Raises:
+        InputError: for a module of no family.
+    """
+    family = family_or_none(encoder)
+    if family is None:
+        names = ", ".join(each.name for each in _families)
+        raise InputError(f"an encoder to be expedited is a {names}, got {type(encoder).__name__}")
+    return family
+
+
+def find_encoder(model: nn.Module) -> tuple[str, nn.Module]:
+    """
+    The encoder in a model, unmodified or expedited, and its name (that of ``named_modules``; "" for the model itself).
+
+    Raises:
+        InputError: where the model has none or several.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") or not outer for outer, _ in found):
+            continue  # of an encoder
+        if family_or_none(module) is not None:
+            found.append((name, module))
+    if len(found) > 1:  # decoders may be built like an encoder that is not known
+        found = [each for each in found if is_known(each[1])] or found
+    if len(found) == 1:
+        return found[0]
+    kinds = " or ".join(family.name for family in families())
+    if found:
+        raise InputError(
+            f"a model to be expedited has one encoder, a {kinds}, got {type(model).__name__} with "
+            f"{', '.join(f'{name} ({type(module).__name__})' for name, module in found)}"
+        )
+    backbone = getattr(model, "backbone", None)
+    with_backbone = f" with the backbone {type(backbone).__name__}" if isinstance(backbone, nn.Module) else ""
+    raise InputError(
+        f"a model to be expedited has one encoder, a {kinds} (hourglass's, Detectron2's, Mask2Former's, "
+        f"segment-anything's, EVA's), got {type(model).__name__}{with_backbone}, which holds none: an encoder of "
+        "another family takes a file of its own, see hourglass.encoders.contract"
+    )
