@@ -1,3 +1,4 @@
+from hourglass.encoders import eva  # noqa: F401  (registers its family)
 from hourglass.encoders.expedite import expedite
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.proof import verify
