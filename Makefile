@@ -17,8 +17,10 @@ eval: $(READY) ## Compare the demo model with itself on fewer tokens.
 test: $(READY) ## Run the tests.
 	$(BIN)/python -m pytest -q
 
-lint: $(READY) ## Check the code's style.
+lint: $(READY) ## Check the code's style and types.
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # A $(PYTHON) that has everything is used as it is: a CUDA machine without a network needs nothing more.
 gpu: ## On a CUDA machine: run the tests on the device and time the encoders. Results lie in output/gpu.

@@ -112,14 +112,14 @@ def attend(
     batch, heads, h, w, channels = q.shape
     if not fast:
         scores = (q.flatten(2, 3) * channels**-0.5) @ k.flatten(2, 3).transpose(-2, -1)
-        if rel_h is not None:
+        if rel_h is not None and rel_w is not None:
             rows, columns = _relative_scores(q, rel_h, rel_w)
             scores = scores.view(batch, heads, h, w, h, w) + rows[..., :, None] + columns[..., None, :]
         scores = scores.view(batch, heads, h * w, h * w)
         if log_sizes is not None:
             scores = scores + log_sizes.reshape(batch, 1, 1, h * w).to(scores.dtype)
         return (scores.softmax(dim=-1) @ v.flatten(2, 3)).unflatten(2, (h, w))
-    if rel_h is None:
+    if rel_h is None or rel_w is None:
         bias = None if log_sizes is None else log_sizes.reshape(batch, 1, 1, h * w).to(q.dtype)
         mixed = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), bias)
         return mixed.unflatten(2, (h, w))
@@ -156,17 +156,17 @@ def attend_at(
         (B, N, L, C)
     """
     scale = q.shape[-1] ** -0.5
-    query, key = [q * scale], [k]
+    queries, keys = [q * scale], [k]
     for axis, table in enumerate((table_h, table_w)):
         if table is not None:
             lines, shares = _lines(positions[..., axis], extent[axis])
             resized = resize_table(table, extent[axis]).to(q.dtype)
-            query.append(_scores_with_lines(q, resized, extent[axis], positions[..., axis], lines))
-            key.append(shares.to(k.dtype)[:, None].expand(-1, q.shape[1], -1, -1))
+            queries.append(_scores_with_lines(q, resized, extent[axis], positions[..., axis], lines))
+            keys.append(shares.to(k.dtype)[:, None].expand(-1, q.shape[1], -1, -1))
     if log_sizes is not None:
-        query.append(torch.ones_like(q[..., :1]))
-        key.append(log_sizes[:, None, :, None].to(k.dtype).expand(*k.shape[:3], 1))
-    query, key = torch.cat(query, dim=-1), torch.cat(key, dim=-1)
+        queries.append(torch.ones_like(q[..., :1]))
+        keys.append(log_sizes[:, None, :, None].to(k.dtype).expand(*k.shape[:3], 1))
+    query, key = torch.cat(queries, dim=-1), torch.cat(keys, dim=-1)
     if not fast:
         return (query @ key.transpose(-2, -1)).softmax(dim=-1) @ v
     if _in_chunks(query, key, v):
@@ -312,12 +312,12 @@ def _attend_folded(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor
     """:func:`attend` by torch's fused attention."""
     batch, heads, h, w, channels = q.shape
     row, column = (torch.eye(side, dtype=q.dtype, device=q.device) for side in (h, w))
-    query = [q * channels**-0.5, *_relative_scores(q, rel_h, rel_w)]
-    key = [k, row[:, None].expand(*k.shape[:4], h), column.expand(*k.shape[:4], w)]
+    queries = [q * channels**-0.5, *_relative_scores(q, rel_h, rel_w)]
+    keys = [k, row[:, None].expand(*k.shape[:4], h), column.expand(*k.shape[:4], w)]
     if log_sizes is not None:
-        query.append(torch.ones_like(q[..., :1]))
-        key.append(log_sizes[:, None, ..., None].to(k.dtype).expand(*k.shape[:4], 1))
-    query, key = (torch.cat(parts, dim=-1).flatten(2, 3) for parts in (query, key))
+        queries.append(torch.ones_like(q[..., :1]))
+        keys.append(log_sizes[:, None, ..., None].to(k.dtype).expand(*k.shape[:4], 1))
+    query, key = (torch.cat(parts, dim=-1).flatten(2, 3) for parts in (queries, keys))
     return _fused(query, key, v.flatten(2, 3)).unflatten(2, (h, w))
 
 

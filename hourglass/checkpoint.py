@@ -223,7 +223,7 @@ def _tensors(weights: Mapping[str, Any], path: str) -> dict[str, Tensor]:
     if foreign:
         logger.warning("checkpoint %s has %d entries that are no tensors (%s)", path, len(foreign), _some(foreign))
     if hasattr(weights, "_metadata"):  # the versions of its modules
-        tensors._metadata = dict(weights._metadata)
+        vars(tensors)["_metadata"] = dict(weights._metadata)
     return tensors
 
 
@@ -242,7 +242,7 @@ def _unwrap(weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[
     if len(unwrapped) < len(weights):
         raise InputError(f"has the same names with and without {' and '.join(map(repr, found))}: save one set alone")
     if hasattr(weights, "_metadata"):
-        unwrapped._metadata = {rename(name): value for name, value in weights._metadata.items()}
+        vars(unwrapped)["_metadata"] = {rename(name): value for name, value in weights._metadata.items()}
     return unwrapped
 
 
@@ -254,7 +254,7 @@ def _strip(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     stripped = OrderedDict((name, tensor) for name, tensor in weights.items() if not name.startswith(prefix))
     stripped.update((name[len(prefix) :], tensor) for name, tensor in weights.items() if name.startswith(prefix))
     if hasattr(weights, "_metadata"):
-        stripped._metadata = {name.removeprefix(prefix): value for name, value in weights._metadata.items()}
+        vars(stripped)["_metadata"] = {name.removeprefix(prefix): value for name, value in weights._metadata.items()}
     return stripped
 
 
@@ -301,7 +301,8 @@ def _is_wrapper(prefix: str) -> bool:
 
 def _prefixes(longer: Iterable[str], shorter: Iterable[str]) -> Counter:
     """How many of the longer names are one of the shorter behind a prefix, by prefix."""
-    shorter, counts = set(shorter), Counter()
+    shorter = set(shorter)
+    counts: Counter[str] = Counter()
     for name in longer:
         ends = [i + 1 for i, character in enumerate(name) if character == "."]
         counts.update(name[:end] for end in ends if name[end:] in shorter)

@@ -1,7 +1,7 @@
 """Checks of arguments that many places share."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -30,6 +30,17 @@ def check_switch(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is true or false."""
     if not isinstance(value, bool):
         raise InputError(f"{name} takes true or false, got {value!r}")
+
+
+def repeated(values: Iterable[Any]) -> list[Any]:
+    """Those that are among the values before them, too."""
+    known: set[Any] = set()
+    again = []
+    for value in values:
+        if value in known:
+            again.append(value)
+        known.add(value)
+    return again
 
 
 def check_text(name: str, value: Any) -> None:

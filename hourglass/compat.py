@@ -19,7 +19,7 @@ from torch import nn
 def _mend_pillow() -> None:
     # Pillow 10 removed the old name; Detectron2 0.6 reads it when detectron2.data is imported.
     if not hasattr(Image, "LINEAR"):
-        Image.LINEAR = Image.Resampling.BILINEAR
+        setattr(Image, "LINEAR", Image.Resampling.BILINEAR)  # noqa: B010
 
 
 def _mend_numpy() -> None:

@@ -115,9 +115,9 @@ def _arguments(target: Any) -> list[str] | None:
                 f"_target_ {target!r} cannot be imported: the dotted name of a callable is taken"
             ) from error
     # A class hands the keywords that it does not know on to its base.
-    makers = (
-        [kind.__init__ for kind in target.__mro__ if "__init__" in vars(kind)] if isinstance(target, type) else [target]
-    )
+    makers: list[Any] = [target]
+    if isinstance(target, type):
+        makers = [vars(kind)["__init__"] for kind in target.__mro__ if "__init__" in vars(kind)]
     names: list[str] = []
     for maker in makers:
         parameters = inspect.signature(maker).parameters.values()

@@ -47,14 +47,15 @@ def layer_decay_params(model: nn.Module, base_lr: float, decay: float, **options
     if not 0 < decay <= 1:
         raise InputError(f"decay takes a factor in (0, 1], got {decay!r}")
     prefix, encoder = find_encoder(model)
-    if not hasattr(encoder, "blocks"):
+    blocks = getattr(encoder, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
         raise InputError(f"layer_decay_params takes a model with a ViT, got one with {type(encoder).__name__}")
-    prefix, depth = prefix + "." if prefix else "", len(encoder.blocks)
+    prefix, depth = prefix + "." if prefix else "", len(blocks)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = []
     # The 0.6 release takes no factor for a parameter, so the groups that it makes are split.
     for group in get_default_optimizer_params(model, base_lr=base_lr, **options):
-        layers = {}
+        layers: dict[int, list[nn.Parameter]] = {}
         for parameter in group["params"]:
             name = names[parameter]
             layer = layer_of(name.removeprefix(prefix), depth) if name.startswith(prefix) else depth + 1

@@ -114,6 +114,7 @@ def _names(file: IO[bytes]) -> Iterator[str]:
     """The dotted names that a pickle asks for, in order."""
     texts: list[Any] = []
     memo: dict[int, Any] = {}
+    argument: Any
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
             module, _, name = argument.partition(" ")
@@ -185,7 +186,8 @@ class _Array(np.ndarray):
 
     def __setstate__(self, state: tuple) -> None:
         shape, dtype, fortran, values = state[-4:]
-        super().__setstate__((1, _shape(shape), dtype.dtype, bool(fortran), _bytes(values)))
+        filled: Any = (1, _shape(shape), dtype.dtype, bool(fortran), _bytes(values))
+        super().__setstate__(filled)
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> np.ndarray:
@@ -193,7 +195,8 @@ def _reconstruct(kind: Any, shape: Any, code: Any) -> np.ndarray:
 
 
 def _from_buffer(values: Any, dtype: _DType, shape: Any, order: str) -> np.ndarray:
-    return np.frombuffer(values, dtype.dtype).reshape(_shape(shape), order=order)
+    axes: Any = order
+    return np.frombuffer(values, dtype.dtype).reshape(_shape(shape), order=axes)
 
 
 def _scalar(dtype: _DType, value: Any) -> np.generic:

@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from typing import Any
 
 from hourglass.data.augmentation import EnlargeShortestEdge, RandomStain, StretchContrast
 from hourglass.data.demo import CATEGORIES, write_demo
@@ -61,7 +62,7 @@ def register_demo(root: str | os.PathLike | None = None) -> None:
     def load_instances(metadata: Metadata) -> list:
         return load_coco_json(metadata.json_file, metadata.image_root, metadata.name)
 
-    kinds = {
+    kinds: dict[str, Any] = {
         "hourglass_demo": InstanceDemo,
         "hourglass_demo_panoptic": PanopticDemo,
         "hourglass_demo_coloured": ColouredDemo,

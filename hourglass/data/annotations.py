@@ -13,6 +13,7 @@ import numpy as np
 from detectron2.utils import comm
 from pycocotools import mask as rle
 
+from hourglass.checks import repeated
 from hourglass.data.mending import original, read_instead
 from hourglass.errors import InputError
 
@@ -29,11 +30,11 @@ class Lacking(NamedTuple):
     Annotations that lack something.
 
     Attributes:
-        count: how many.
+        number: how many.
         first: the id of the first, None where there is none.
     """
 
-    count: int
+    number: int
     first: Any
 
 
@@ -206,13 +207,12 @@ class InstanceCheck:
             self._images[image["id"]] = size
 
     def _unique(self, what: str, ids: list) -> set:
-        known: set = set()
-        twice = [id for id in ids if id in known or known.add(id)]
+        twice = repeated(ids)
         if twice:
             raise InputError(
                 f"instances JSON {self.name}: {len(twice)} {what} ids are there more than once, such as {twice[0]!r}"
             )
-        return known
+        return set(ids)
 
     # --- ids and flags of annotations -------------------------------------------------------------------------------
 

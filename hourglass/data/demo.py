@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -231,7 +231,7 @@ def _write_image(paths: _Paths, info: dict[str, Any], index: int) -> _Record:
     )
 
 
-def _segment(segment: int, category: int, area: int, box: list | tuple) -> dict[str, Any]:
+def _segment(segment: int, category: int, area: int, box: Sequence[int]) -> dict[str, Any]:
     return {"id": segment, "category_id": category, "area": area, "bbox": [int(x) for x in box], "iscrowd": 0}
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -16,6 +16,7 @@ from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 from hourglass.checks import check_choice
 from hourglass.data.augmentation import StretchContrast
@@ -74,10 +75,11 @@ def read_image(path: str, format: str | None = None, scaling: str | None = None)
         InputError: for values of other types, such as floats.
     """
     if scaling is None:
-        scaling = _reading.get().scaling if _reading.get() else "full"
+        reading = _reading.get()
+        scaling = "full" if reading is None else reading.scaling
     check_choice("scaling", scaling, SCALINGS)
     with PathManager.open(path, "rb") as file:
-        image = Image.open(file)
+        image: Image.Image = Image.open(file)
         if problem := _problem(image):
             raise InputError(f"image {path} {problem}")
         if _is_deep(image):
@@ -203,7 +205,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _has_deep_colours(image: Image.Image) -> bool:
-    for *_, arguments in image.tile:
+    for *_, arguments in getattr(image, "tile", ()):
         raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
         if isinstance(raw, str) and SIXTEEN_BIT_COLOURS.fullmatch(raw):
             return True
@@ -214,8 +216,9 @@ def _sixteen_bits(image: Image.Image, path: str) -> np.ndarray:
     """(H, W) or (H, W, 3) uint16 in RGB."""
     if not _has_deep_colours(image):
         return np.asarray(image).astype(np.uint16)
-    image.fp.seek(0)
-    pixels = cv2.imdecode(np.frombuffer(image.fp.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    file = cast(IO[bytes], cast(ImageFile, image).fp)  # nothing else has deep colours
+    file.seek(0)
+    pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
         raise InputError(f"image {path} has colours of 16 bits that OpenCV cannot read: PNG and TIFF are taken")
     return pixels if pixels.ndim == 2 else pixels[..., 2::-1]

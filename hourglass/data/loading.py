@@ -148,7 +148,7 @@ def load_images(node: DictConfig, records: list[dict[str, Any]], scaling: str = 
     check_choice("dataloader.image_scaling", scaling, SCALINGS)
     if not records:  # Detectron2's samplers take at least one
         return []
-    arguments = {key: instantiate(node[key]) for key in node if key not in ("_target_", "dataset", "mapper")}
+    arguments = {str(key): instantiate(node[key]) for key in node if key not in ("_target_", "dataset", "mapper")}
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
     try:
         return target(dataset=records, mapper=ReadableMapper(instantiate(node.mapper), scaling, square), **arguments)
@@ -180,10 +180,10 @@ def _check_headers(records: Sequence[dict[str, Any]], name: Any, mapper: Any) ->
     headers = dict(zip(map(id, local), read_headers([os.fspath(record["file_name"]) for record in local])))
     # Other mappers may read whatever they like.
     if isinstance(mapper, (DatasetMapper, PanopticMapper)) and type(mapper).__call__ in KNOWN_CALLS:
-        bad = [record for record in local if headers[id(record)].problem]
-        if bad:
-            what = f"{len(bad)} of the {len(records)} images of data set {name!r} cannot be read"
-            raise InputError(f"{what}, such as {bad[0]['file_name']}, which {headers[id(bad[0])].problem}")
+        unread = [record for record in local if headers[id(record)].problem]
+        if unread:
+            what = f"{len(unread)} of the {len(records)} images of data set {name!r} cannot be read"
+            raise InputError(f"{what}, such as {unread[0]['file_name']}, which {headers[id(unread[0])].problem}")
     bad = []
     for record in local:
         size = record.get("height"), record.get("width")
@@ -201,7 +201,7 @@ def _check_headers(records: Sequence[dict[str, Any]], name: Any, mapper: Any) ->
         if key == "file_name":
             continue
         owners = [record for record in local if key in record and _is_local(record[key])]
-        for record, header in zip(owners, read_headers([os.fspath(record[key]) for record in owners])):
+        for record, header in zip(owners, read_headers([os.fspath(owner[key]) for owner in owners])):
             expected = headers[id(record)].upright
             if header.stored != expected:
                 raise InputError(
@@ -231,11 +231,11 @@ def _check_squares(records: Sequence[dict[str, Any]], mapper: Any, square: int) 
     state = np.random.get_state()
     sizes: dict = {}
     for record in records:
-        size = record.get("height"), record.get("width")
-        if None in size:
+        height, width = size = record.get("height"), record.get("width")
+        if height is None or width is None:
             continue
         if size not in sizes:
-            sizes[size] = _size_after(augmentations, *size)
+            sizes[size] = _size_after(augmentations, height, width)
         if sizes[size] is not None:
             check_square(sizes[size], square, record.get("file_name"))
     np.random.set_state(state)

@@ -17,7 +17,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from hourglass.checks import check_choice
+from hourglass.checks import check_choice, repeated
 from hourglass.data.annotations import InstanceFile, open_instances
 from hourglass.data.images import SCALINGS
 from hourglass.data.loading import check_instances, load_images, load_records
@@ -181,12 +181,12 @@ def _with_plain_ids(records: list[dict[str, Any]], name: str) -> list[dict[str, 
             "whole "
             f"number nor text, such as {strange[0]['image_id']!r} of {strange[0].get('file_name')}"
         )
-    known: set = set()
-    twice = [record for record in records if record["image_id"] in known or known.add(record["image_id"])]
+    twice = repeated(record["image_id"] for record in records)
     if twice:
+        second = [record for record in records if record["image_id"] == twice[0]][1]
         raise InputError(
             f"{len(twice)} of the {len(records)} records of data set {name!r} have the image_id of another, such as "
-            f"{twice[0]['image_id']!r} of {twice[0].get('file_name')}: each image takes an id of its own"
+            f"{twice[0]!r} of {second.get('file_name')}: each image takes an id of its own"
         )
     return [{**record, "image_id": id if isinstance(id := record["image_id"], str) else int(id)} for record in records]
 
@@ -210,7 +210,10 @@ def _check_coco(evaluator: _Evaluator, records: list[dict[str, Any]], model: nn.
     _check_switch(model, "instance_on", evaluator)
     given = evaluator.node.get("tasks")
     tasks = list(given) if given else ["bbox", *(["segm"] if _has(model, "mask_on") is not False else [])]
-    parts = {"segm": ("masks", "mask_on", found.without_mask), "keypoints": ("keypoints", "keypoint_on", None)}
+    parts = {
+        "segm": ("masks", "mask_on", found.without_mask),
+        "keypoints": ("keypoints", "keypoint_on", found.without_keypoints),
+    }
     for task in tasks:
         if task not in ("bbox", *parts):
             raise InputError(f"{evaluator.key}.tasks takes bbox, segm and keypoints, got {task!r}")
@@ -222,13 +225,13 @@ def _check_coco(evaluator: _Evaluator, records: list[dict[str, Any]], model: nn.
         if _has(model, switch) is False:
             raise InputError(f"{evaluator.key}.tasks has {task!r}, but the model gives no {what}: {instead}")
         if task == "keypoints":
-            if found.without_keypoints.count == found.annotations:
+            if lacking.number == found.annotations:
                 raise InputError(
                     f"{evaluator.key}.tasks has {task!r}, but the instances JSON {found.path} has no {what}: {instead}"
                 )
-        elif lacking.count:
+        elif lacking.number:
             raise InputError(
-                f"{evaluator.key}.tasks has {task!r}, but {lacking.count} of the {found.annotations} annotations of "
+                f"{evaluator.key}.tasks has {task!r}, but {lacking.number} of the {found.annotations} annotations of "
                 f"the instances JSON {found.path} have no mask, such as annotation {lacking.first!r}: {instead}"
             )
     check_classes(model, evaluator.name, things=True)
@@ -304,7 +307,7 @@ class _Classes(NamedTuple):
     """A number of classes that a model has, and the override that sets it."""
 
     key: str
-    count: int
+    number: int
 
 
 def _thing_counts(model: nn.Module) -> list[_Classes]:
@@ -313,7 +316,7 @@ def _thing_counts(model: nn.Module) -> list[_Classes]:
         counts = [_Classes("model.roi_heads.num_classes", heads.num_classes)]
         predictors = getattr(heads, "box_predictor", None)
         several = isinstance(heads, CascadeROIHeads) or isinstance(predictors, nn.ModuleList)
-        for i, predictor in enumerate(predictors if several else [predictors]):
+        for i, predictor in enumerate([*predictors] if several and predictors is not None else [predictors]):
             if isinstance(count := getattr(predictor, "num_classes", None), int):
                 key = f"box_predictors.{i}" if several else "box_predictor"
                 counts.append(_Classes(f"model.roi_heads.{key}.num_classes", count))
@@ -370,14 +373,14 @@ def check_classes(
     if every and whole and its_things is not None and its_stuff is not None:
         _compare(whole, len(its_things | its_stuff), name, "of things and stuff")
     semantic = semantic or every and _thing_counts(model) != []
-    if semantic and metadata.get("stuff_classes") is not None and (classes := _semantic_count(model)):
-        _compare(classes, len(metadata.stuff_classes), name, "of pixels")
+    if semantic and metadata.get("stuff_classes") is not None and (of_pixels := _semantic_count(model)):
+        _compare(of_pixels, len(metadata.stuff_classes), name, "of pixels")
 
 
 def _compare(classes: _Classes, count: int, name: str, what: str) -> None:
-    if classes.count != count:
+    if classes.number != count:
         raise InputError(
-            f"the model has {classes.count} classes {what} ({classes.key}), data set {name!r} has {count}: "
+            f"the model has {classes.number} classes {what} ({classes.key}), data set {name!r} has {count}: "
             f"{classes.key}={count} fits it, with weights of as many"
         )
 
@@ -442,7 +445,7 @@ def _check_categories(records: list[dict[str, Any]], model: nn.Module) -> None:
     counts = [*_thing_counts(model), *filter(None, [_every_count(model)])]
     if not counts:
         return
-    key, count = min(counts, key=lambda classes: classes.count)
+    key, count = min(counts, key=lambda classes: classes.number)
     for record in records:
         for one in record.get("annotations", ()):
             if not 0 <= one.get("category_id", 0) < count:

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
+from hourglass.checks import repeated
 from hourglass.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -89,8 +90,7 @@ def _read_panoptic_json(path: str, modified: int, size: int) -> PanopticTruth:
 
 
 def _check_unique(path: str, what: str, ids: list) -> None:
-    known: set = set()
-    twice = [id for id in ids if id in known or known.add(id)]
+    twice = repeated(ids)
     if twice:
         raise InputError(
             f"panoptic JSON {path}: {len(twice)} {what} ids are there more than once, such as {twice[0]!r}"
@@ -250,9 +250,9 @@ def load_panoptic(metadata: PanopticMetadata) -> list[dict[str, Any]]:
     )
     records = []
     for image_id, annotation in truth.annotations.items():
-        image = truth.images.get(image_id, {})
+        image: dict[str, Any] = truth.images.get(image_id, {})
         stem = os.path.splitext(annotation["file_name"])[0]
-        record = {
+        record: dict[str, Any] = {
             "file_name": os.path.join(image_root, image.get("file_name", f"{stem}.jpg")),
             **{key: image[key] for key in ("height", "width") if key in image},
             "image_id": image_id,

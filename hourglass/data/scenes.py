@@ -196,10 +196,11 @@ def _lay_out(rng: np.random.RandomState, count: int) -> tuple[list[_Object], np.
     visible = np.zeros(0, np.int64)
     for side in sides:
         item = _new_object(rng, side)
-        area = np.count_nonzero(item.coverage > 0.5)
+        area = int(np.count_nonzero(item.coverage > 0.5))
         for _ in range(20):
             centre = rng.uniform(min(0.45 * side, 60), SIZE - min(0.45 * side, 60), 2)
-            item = item._replace(corner=tuple(int(c - o) for c, o in zip(centre, item.origin)))
+            left_edge, top = (int(c - o) for c, o in zip(centre, item.origin))
+            item = item._replace(corner=(left_edge, top))
             box, part = _overlap(item)
             mask = item.coverage[part] > 0.5
             hidden = np.bincount(owner[box][mask] + 1, minlength=len(objects) + 1)[1:]
@@ -247,7 +248,8 @@ def _paint(rng: np.random.RandomState, canvas: np.ndarray, item: _Object, colour
 
 def _cast_shadow(rng: np.random.RandomState, canvas: np.ndarray, item: _Object, side: float) -> None:
     reach = int(np.clip(0.08 * side, 2, 10))
-    shadow = cv2.copyMakeBorder(item.coverage, *[2 * reach] * 4, cv2.BORDER_CONSTANT, value=0)
+    around = 2 * reach
+    shadow = cv2.copyMakeBorder(item.coverage, around, around, around, around, cv2.BORDER_CONSTANT, value=0)
     shadow = cv2.GaussianBlur(shadow, (0, 0), 0.6 * reach)
     dx, dy = rng.randint(-reach, reach + 1), rng.randint(1, reach + 1)
     x, y = item.corner
@@ -281,10 +283,10 @@ def _hue(rng: np.random.RandomState, name: str, coloured: bool) -> Callable[[], 
 
 def _vivid_colour(rng: np.random.RandomState, hue: Callable[[], float], under: Sequence[float]) -> np.ndarray:
     """A saturated colour that stands out against the one under it; (3,) float32 in 0..255, like all colours here."""
-    best, best_distance = None, -1.0
+    best, best_distance = np.zeros(3, np.float32), -1.0
     for _ in range(12):
         colour = _rgb(hue(), rng.uniform(0.65, 1), rng.uniform(0.6, 1))
-        distance = np.linalg.norm(colour - under)
+        distance = float(np.linalg.norm(colour - under))
         if distance > best_distance:
             best, best_distance = colour, distance
         if distance > 120:

@@ -5,7 +5,7 @@ import inspect
 import io
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +153,7 @@ class Comparison(NamedTuple):
 
 def compare(
     subjects: dict[str, Subject],
-    images: Iterable[list[dict]],
+    images: Collection[list[dict]],
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     warmup: int = 3,
@@ -234,7 +234,7 @@ class _Finished(NamedTuple):
 
 def _run(
     subjects: dict[str, Subject],
-    images: Iterable[list[dict]],
+    images: Collection[list[dict]],
     device: str,
     dtype: torch.dtype,
     warmup: int,
@@ -260,7 +260,8 @@ def _run(
             stack.enter_context(_evaluating(subject.model))
         stack.enter_context(torch.no_grad())
         watches = {name: Stopwatch(subject.model, subject.encoder, clock) for name, subject in subjects.items()}
-        stack.callback(lambda: [watch.close() for watch in watches.values()])
+        for watch in watches.values():
+            stack.callback(watch.close)
         # One context for all runs: what it casts of the weights is kept while it lasts, for each model alike.
         stack.enter_context(torch.autocast(device, dtype, enabled=dtype != torch.float32))
         warm = False

@@ -5,11 +5,13 @@ import re
 import sys
 from math import nan, prod
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
+resource: ModuleType | None
 try:
     import resource
 except ImportError:  # Windows

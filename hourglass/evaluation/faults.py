@@ -108,7 +108,7 @@ def describe_limits(crowding: Crowding, max_detections: int, option: str, model:
 
 def detection_limit(model: nn.Module) -> tuple[str, int | None]:
     """The key in a config of the most detections that a model gives of an image, and how many; None without one."""
-    found = ("", None)
+    found: tuple[str, int | None] = ("", None)
     for name, module in model.named_modules():
         for attribute in LIMITS:
             most = getattr(module, attribute, None)

@@ -100,6 +100,7 @@ def label_of(key: str, max_detections: int | None = None) -> str:
         max_detections: as for :func:`limit_of`.
     """
     figure = find_figure(*split_key(key))
+    assert figure is not None, f"{key} is no figure"
     return f"{figure.label or figure.metric}{limit_of(key, max_detections)}"
 
 

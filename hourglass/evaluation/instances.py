@@ -74,6 +74,8 @@ class InstanceEvaluator(COCOEvaluator):
         InputError: for sides that do not grow, and ``max_dets_per_image`` under 10.
     """
 
+    _tasks: Any  # Detectron2's, a sequence or None
+
     def __init__(self, *args: Any, sides: Sequence[float] = (), **options: Any):
         if list(sides) != sorted(set(sides)) or any(side <= 0 for side in sides):
             raise InputError(f"sides takes growing numbers of pixels over 0, got {list(sides)}")
@@ -155,9 +157,9 @@ class InstanceEvaluator(COCOEvaluator):
         ]
         self._chosen = list(self._coco_api.imgs) if img_ids is None else list(img_ids)
         self.crowding = self._count(predictions)
-        tasks = self._tasks
+        tasks: Any = self._tasks
         if tasks is None:
-            self._tasks = sorted(set().union(*(prediction.get("tasks", ()) for prediction in predictions))) or None
+            self._tasks = sorted({task for prediction in predictions for task in prediction.get("tasks", ())}) or None
         try:
             super()._eval_predictions(predictions, img_ids)
         finally:
@@ -185,8 +187,8 @@ class InstanceEvaluator(COCOEvaluator):
                 total[index[id]] += number
                 most[index[id]] = max(most[index[id]], number)
             counts.append((total, most))
-        (objects, objects_of_one), (detections, detections_of_one) = counts
-        return Crowding(objects, detections, objects_of_one, detections_of_one)
+        (all_objects, objects_of_one), (all_detections, detections_of_one) = counts
+        return Crowding(all_objects, all_detections, objects_of_one, detections_of_one)
 
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict:
         if coco_eval is None:
@@ -329,7 +331,7 @@ def class_precision(category: Matches, weights: np.ndarray) -> np.ndarray:
     objects = weights @ category.objects
     times = weights[:, category.image]
     mean = np.zeros(len(weights))
-    counts, detections = None, None
+    counts, detections = None, np.zeros(0)
     for found, its_counts in zip(category.found, category.counts):
         if counts is None or (its_counts != counts).any():  # the same at most thresholds
             counts, detections = its_counts, np.cumsum(times * its_counts, axis=1)

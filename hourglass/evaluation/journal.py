@@ -112,6 +112,7 @@ class Journal:
         try:
             if self._file is None:
                 self._open()
+            assert self._file is not None
             # Past Python's buffer, so that a process that is killed has lost nothing that it appended.
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -231,7 +232,7 @@ def digest(value: Any) -> str:
 
     def plain(other: Any) -> Any:
         if isinstance(other, (np.ndarray, np.generic)):
-            return [str(other.dtype), other.shape, hashlib.blake2b(np.ascontiguousarray(other)).hexdigest()]
+            return [str(other.dtype), other.shape, hashlib.blake2b(np.ascontiguousarray(other).data).hexdigest()]
         return str(other)
 
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=plain).encode(), digest_size=16).hexdigest()
@@ -249,7 +250,7 @@ def digest_weights(models: Iterable[nn.Module]) -> str:
             key = value.data_ptr(), value.dtype, value.shape, value.stride()
             if key not in known:
                 contents = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                known[key] = hashlib.blake2b(contents, digest_size=16).hexdigest()
+                known[key] = hashlib.blake2b(contents.data, digest_size=16).hexdigest()
             total.update(f"{name} {value.dtype} {tuple(value.shape)} {known[key]}\n".encode())
     return total.hexdigest()
 

@@ -211,7 +211,7 @@ class PanopticEvaluator(DatasetEvaluator):
         """Take what :meth:`dump` gave of an image, in the place of :meth:`process`."""
         counts = np.zeros(self._evaluated.shape[1:])
         for category, *its_counts in record:
-            counts[category] = its_counts
+            counts[int(category)] = its_counts
         self.counts[image_id] = counts
 
     def _prediction(self, segments: Any, info: list[dict] | None) -> tuple[np.ndarray, list[dict[str, int]]]:

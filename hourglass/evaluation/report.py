@@ -127,7 +127,8 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
 
     for key in _keys(models):
         task, metric = split_key(key)
-        if find_figure(task, metric).label is None:
+        figure = find_figure(task, metric)
+        if figure is None or figure.label is None:
             continue
         cells = [_number(model["accuracy"].get(task, {}).get(metric), 1) for model in models.values()]
         shares = {name: ratios["retention"] for name, ratios in against.items()}
@@ -191,8 +192,7 @@ def to_class_tables(document: dict[str, Any], tablefmt: str = "simple") -> str:
         headers = [f"{label_of(key, document['max_detections'])} by class", *known]
         if differences is not None:
             headers.append(f"{other} - {next(iter(models))}")
-        rows = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
-        tables.append(_tabulate(rows, headers, tablefmt))
+        tables.append(_tabulate([cells for _, cells in sorted(rows, key=lambda row: row[0])], headers, tablefmt))
     return "\n\n".join(tables)
 
 
@@ -339,17 +339,19 @@ def _percent(share: float | None) -> str:
 
 def describe_interval(share: dict[str, float | None]) -> str:
     """An `Interval` of shares in percent, without the interval where it has none."""
-    if share["low"] is None:
-        return _percent(share["ratio"])
-    return "{ratio:.1f} % ({low:.1f}-{high:.1f})".format(**{key: 100 * value for key, value in share.items()})
+    ratio, low, high = (share[key] for key in ("ratio", "low", "high"))
+    if ratio is None or low is None or high is None:
+        return _percent(ratio)
+    return f"{100 * ratio:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
 
 
 def _points(difference: dict[str, float | None]) -> str:
-    if difference["points"] is None:
+    points, low, high = (difference[key] for key in ("points", "low", "high"))
+    if points is None:
         return "-"
-    if difference["low"] is None:
-        return f"{difference['points']:+.1f}"
-    return "{points:+.1f} ({low:+.1f} to {high:+.1f})".format(**difference)
+    if low is None or high is None:
+        return f"{points:+.1f}"
+    return f"{points:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _latency(spread: dict[str, float]) -> str:

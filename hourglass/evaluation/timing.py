@@ -163,8 +163,9 @@ class Stopwatch:
         if not self._running:
             return reduction
         self._stop("reduction")
-        merged = self._each_block and reduction.sizes is not None
-        full = reduction.sizes.sum() if merged else inputs[0].shape[:-1].numel()
+        full: int | torch.Tensor = inputs[0].shape[:-1].numel()
+        if self._each_block and reduction.sizes is not None:
+            full = reduction.sizes.sum()
         self._tokens.append((full, reduction.tokens.shape[:-1].numel()))
 
         def restore(refined: torch.Tensor) -> torch.Tensor:

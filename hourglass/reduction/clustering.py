@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -229,7 +230,7 @@ def auto_temperature(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 def _auto_temperature(tokens: Tensor, h: int, w: int) -> Tensor:
     centers, size = average_pool(tokens, (h, w)), map_size(tokens)
     rows = max(1, PART // (tokens.shape[0] * size[1] * tokens.shape[3])) if tokens.device.type == "cpu" else size[0]
-    total = 0
+    total = tokens.new_zeros(len(tokens))
     for first in range(0, size[0], rows):
         part = tokens[:, first : first + rows]
         total = total + (part - at_home(centers, size, slice(first, first + rows))).square().sum((1, 2, 3))
@@ -342,7 +343,7 @@ class TokenClustering(GridReducer):
             auto = None
             if "auto" in (self.temperature, self.restore_temperature):
                 auto = auto_temperature(features.detach(), grid)
-            temperature = auto if self.temperature == "auto" else self.temperature
+            temperature: Any = auto if self.temperature == "auto" else self.temperature
             centers, sizes = cluster(features, grid, self.iterations, self.neighborhood, temperature)
 
             if self.restore_temperature is not None:

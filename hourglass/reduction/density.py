@@ -88,8 +88,8 @@ def _peaks_of_images(features: Tensor, n: int, k: int) -> Tensor:
     delta = []
     for i, row in enumerate(rows):
         denser = rank[:, None, :] < rank[:, row, None]
-        nearest = of(i).masked_fill(~denser, torch.inf).amin(-1)
-        delta.append(torch.where(rank[:, row] == 0, of(i).amax(-1), nearest))
+        least = of(i).masked_fill(~denser, torch.inf).amin(-1)
+        delta.append(torch.where(rank[:, row] == 0, of(i).amax(-1), least))
     peaks = density + 0.5 * torch.cat(delta, dim=1).log()
     chosen = peaks.argsort(dim=1, descending=True, stable=True)[:, :n].sort(dim=1).values
 
@@ -142,9 +142,9 @@ class DensityPeaks(GridReducer):
         if isinstance(spatial, bool) or not isinstance(spatial, Real) or not 0 <= spatial < float("inf"):
             raise InputError(f"spatial takes a number of at least 0, got {spatial!r}")
         check_choice("restore", restore, RESTORE)
-        self.k = k
-        self.spatial = spatial
-        self.restore = restore
+        self.k: int = k
+        self.spatial: float = spatial
+        self.restore: str = restore
 
     def forward(self, tokens: Tensor) -> Reduction:
         (rows, columns), (height, width) = self.cells(map_size(tokens)), map_size(tokens)

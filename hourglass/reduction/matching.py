@@ -87,7 +87,7 @@ class BipartiteMatching(MergingReducer):
         if not whole and (isinstance(r, bool) or not isinstance(r, Real) or not 0 <= r <= 0.5):
             raise InputError(f"r takes a number of tokens of at least 0, or a share of them in [0, 0.5], got {r!r}")
         check_choice("restore", restore, RESTORE)
-        self.r = int(r) if whole else float(r)
+        self.r: int | float = int(r) if whole else float(r)
         self.restore = restore
 
     def relative_to(self, size: tuple[int, int]) -> "BipartiteMatching":
@@ -103,7 +103,9 @@ class BipartiteMatching(MergingReducer):
     def left(self, length: int, full: int) -> int:
         return length - most_merged(length, self.r if isinstance(self.r, int) else round(self.r * full))
 
-    def forward(self, tokens: Tensor, keys: Tensor, sizes: Tensor, positions: Tensor, n: int) -> Reduction:
+    def forward(  # type: ignore[override]  # see MergingReducer
+        self, tokens: Tensor, keys: Tensor, sizes: Tensor, positions: Tensor, n: int
+    ) -> Reduction:
         shape = tokens.shape[:3]
         flat, keys, positions = (x.flatten(1, 2) for x in (tokens, keys, positions))
         sizes = sizes.flatten(1)

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,12 +67,15 @@ class Selector(nn.Sequential):
 
     def __init__(self, channels: int, share: float = 0.5):
         hidden = max(1, channels // 4)
-        super().__init__(
-            nn.LayerNorm(channels), nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, 2), nn.LogSoftmax(dim=-1)
-        )
+        last = nn.Linear(hidden, 2)
+        super().__init__(nn.LayerNorm(channels), nn.Linear(channels, hidden), nn.GELU(), last, nn.LogSoftmax(dim=-1))
         share = min(max(share, 0.01), 0.99)
         with torch.no_grad():
-            self[3].bias.copy_(torch.tensor([share, 1 - share]).log())
+            last.bias.copy_(torch.tensor([share, 1 - share]).log())
+
+    @property
+    def norm(self) -> nn.LayerNorm:
+        return cast(nn.LayerNorm, self[0])
 
 
 class TokenSelection(SelectingReducer):
@@ -112,14 +115,14 @@ class TokenSelection(SelectingReducer):
             raise InputError(
                 f'selectors takes a file of trained selectors, or "{RANDOM}" to train new ones, got {selectors!r}'
             )
-        each = [target] if isinstance(target, Real) else target
+        each: Any = [target] if isinstance(target, Real) else target
         if isinstance(each, str) or not isinstance(each, Sequence) or not each or not all(map(_is_share, each)):
             raise InputError(f"target takes a share of tokens in (0, 1], or one for each block, got {target!r}")
         for name, value in (("loss_weight", loss_weight), ("temperature", temperature)):
             if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
                 raise InputError(f"{name} takes a number over 0, got {value!r}")
         self.selectors = os.fspath(selectors)
-        self.target = target if isinstance(target, Real) else tuple(target)
+        self.target: float | tuple[float, ...] = tuple(each) if isinstance(target, Sequence) else target
         self.loss_weight = loss_weight
         self.temperature = temperature
         self.blocks = nn.ModuleList()
@@ -155,7 +158,7 @@ class TokenSelection(SelectingReducer):
         if not self.blocks:
             self.blocks.extend(Selector(width, target) for width, target in zip(channels, targets))
             self.thresholds = torch.zeros(len(channels))
-        have = [len(selector[0].weight) for selector in self.blocks]
+        have = [len(selector.norm.weight) for selector in self._selectors()]
         if have != list(channels):
             raise InputError(
                 f"selectors {self.selectors} are for {len(have)} blocks of {_widths(have)} channels, the plan has "
@@ -164,17 +167,20 @@ class TokenSelection(SelectingReducer):
 
     def targets(self, blocks: int) -> list[float]:
         """The share aimed at in each of so many blocks."""
-        targets = [self.target] * blocks if isinstance(self.target, Real) else list(self.target)
+        targets = list(self.target) if isinstance(self.target, tuple) else [self.target] * blocks
         if len(targets) != blocks:
             raise InputError(f"target takes one share or {blocks}, one for each of the plan's blocks, got {targets}")
         return targets
 
     def _scores(self, tokens: Tensor, block: int) -> Tensor:
         """(..., C) -> (..., 2)"""
-        selector = self.blocks[block]
-        return selector(tokens.to(selector[0].weight.dtype)).float()
+        selector = self._selectors()[block]
+        return selector(tokens.to(selector.norm.weight.dtype)).float()
 
-    def forward(self, tokens: Tensor, block: int) -> Reduction:
+    def _selectors(self) -> list[Selector]:
+        return cast(list[Selector], list(self.blocks))
+
+    def forward(self, tokens: Tensor, block: int) -> Reduction:  # type: ignore[override]  # see SelectingReducer
         width, channels = tokens.shape[2:]
         flat = tokens.reshape(-1, channels)
         scores = self._scores(flat, block)

@@ -83,7 +83,8 @@ def window_of(
     if window is not None:
         return window, (window_size / window[0], window_size / window[1])
     step = (full[0] / size[0], full[1] / size[1])
-    return tuple(max(1, round(window_size / apart)) for apart in step), step
+    rows, columns = (max(1, round(window_size / apart)) for apart in step)
+    return (rows, columns), step
 
 
 class Strip(NamedTuple):
