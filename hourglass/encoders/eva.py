@@ -58,7 +58,7 @@ class EVAFamily(ViTFamily):
 
     name = "EVA-01 ViT"
     known = ()
-    class_names = ()
+    class_names = ("EVAViT",)  # detrex's copy
     block = EVABlock
 
     def fits(self, block: Any) -> bool:
@@ -110,7 +110,7 @@ class EVA02Family(ViTFamily):
 
     name = "EVA-02 ViT"
     known = ()
-    class_names = ()
+    class_names = ("EVA02_ViT",)
     block = EVA02Block
 
     def fits(self, block: Any) -> bool:

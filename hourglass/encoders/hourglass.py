@@ -138,12 +138,14 @@ class Through(nn.Module):
 def refuse_what_cannot_be_followed(module: nn.Module) -> None:
     """
     Raises:
-        InputError: for a module whose call does not run its class's forward pass: a compiled one, or one whose
-            ``forward`` was replaced.
+        InputError: for a module whose call does not run its class's forward pass, a compiled one or one whose
+            ``forward`` was replaced, and for one that is sharded already.
     """
     name = type(module).__name__
     if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
         raise InputError(f"{name} is compiled, and would run as it was: expedite the model first, then compile")
+    if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+        raise InputError(f"{name} is sharded already: expedite the model first, then shard its blocks")
     if "forward" in module.__dict__:
         raise InputError(f"the forward pass of this {name} was replaced, and would run as it was: expedite it first")
 

@@ -260,8 +260,8 @@ def test_another_reference_to_the_encoder_is_refused():
         hourglass.expedite(Detector(), Plan())
 
 
-def test_sharding_by_block(tmp_path):
-    """FSDP2 on one process: the same result."""
+def test_a_process_group(tmp_path):
+    """DDP, and FSDP2 by block, on one process: the same result."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -270,6 +270,9 @@ def test_sharding_by_block(tmp_path):
     expected = run(hourglass.expedite(vit, plan), x)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
+        parallel = nn.parallel.DistributedDataParallel(hourglass.expedite(vit, plan))
+        assert apart(run(parallel, x), expected) == 0
+        assert apart(run(hourglass.expedite(nn.parallel.DistributedDataParallel(vit), plan), x), expected) == 0
         mesh = dist.init_device_mesh("cpu", (1,))
         expedited = hourglass.expedite(vit, plan)
         for block in expedited.blocks:
@@ -278,6 +281,9 @@ def test_sharding_by_block(tmp_path):
         assert apart(run(expedited, x), expected) < 1e-6
         expedited(x)["last_feat"].square().sum().backward()
         assert all(parameter.grad is not None for parameter in expedited.parameters())
+        sharded = fully_shard(tiny_vit(), mesh=mesh)
+        with pytest.raises(InputError, match="FSDPViT is sharded already: expedite the model first, then shard its"):
+            hourglass.expedite(sharded, plan)
     finally:
         dist.destroy_process_group()
 
