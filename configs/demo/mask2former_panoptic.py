@@ -50,12 +50,13 @@ model = L(Mask2Former)(
     # The masks are easy here, the classes are not. With little cost of queries that repeat a segment, each of these
     # would learn one class instead of how to tell the classes.
     class_weight=3.0,
+    class_cost=0.5,
     mask_weight=4.0,
     dice_weight=4.0,
     no_object_weight=0.2,
 )
 
-dataloader.train.dataset.names = "hourglass_demo_panoptic_train"
+dataloader.train.dataset.names = "hourglass_demo_coloured_train"
 dataloader.train.dataset.filter_empty = False
 dataloader.train.mapper = L(PanopticMapper)(
     augmentations=[
@@ -68,7 +69,7 @@ dataloader.train.mapper = L(PanopticMapper)(
 )
 dataloader.train.total_batch_size = 8
 dataloader.train.num_workers = 1
-dataloader.test.dataset.names = "hourglass_demo_panoptic_val"
+dataloader.test.dataset.names = "hourglass_demo_coloured_val"
 dataloader.test.mapper.augmentations = []
 dataloader.test.num_workers = 1
 dataloader.evaluator = [
