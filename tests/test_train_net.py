@@ -224,7 +224,7 @@ def test_other_checkpoints_and_evaluators_are_refused(tmp_path, capsys):
     # No semantic ground truth.
     target = "dataloader.evaluator.0._target_=detectron2.evaluation.SemSegEvaluator"
     line = refusal(capsys, *arguments, "train.init_checkpoint=", target, "model.semantic_on=true")
-    assert "dataloader.evaluator cannot be built for data set 'hourglass_demo_panoptic_val'" in line
+    assert "dataloader.evaluator cannot be built for data set 'hourglass_demo_coloured_val'" in line
 
 
 def test_an_output_that_is_no_folder_is_refused_before_measuring(tmp_path, capsys):
