@@ -1,9 +1,7 @@
 """Steps of a model that compiling takes as one."""
 
-import contextlib
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -53,12 +51,6 @@ def operator(
         return call
 
     return decorate
-
-
-def without_autocast(tokens: Tensor) -> AbstractContextManager:
-    """Computing in the tensors' own types; on the meta device, which has no autocast, as everywhere."""
-    device = tokens.device.type
-    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def needs_gradient(*values) -> bool:

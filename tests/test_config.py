@@ -20,6 +20,7 @@ from hourglass import (
     HourglassViT,
     InputError,
     Plan,
+    Reducer,
     SkipBlocks,
     TokenClustering,
     TokenSelection,
@@ -30,6 +31,14 @@ from hourglass.encoders import Swin, ViT
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VIT = dict(img_size=64, patch_size=8, embed_dim=16, depth=3, num_heads=2, use_rel_pos=True, pretrain_img_size=64)
+
+
+class Strided(Reducer):
+    """Every few tokens."""
+
+    def __init__(self, stride: int = 2):
+        super().__init__()
+        self.stride = stride
 
 
 def plan(stop: int | None = None) -> Plan:
@@ -403,3 +412,25 @@ def test_a_config_of_mask2formers_own_suffices():
     backbone = build_backbone(cfg)
     assert (backbone.plan.start, backbone.plan.stop, backbone.plan.reducer.grid) == (6, 10, (5, 5))
     assert backbone(torch.zeros(1, 3, 64, 64))["res5"].shape == (1, 96, 2, 2)
+
+
+@pytest.mark.parametrize("way", ["file", "code"])
+def test_arguments_of_a_reducer_of_ones_own(way, tmp_path):
+    cfg = get_cfg()
+    hourglass.add_hourglass_config(cfg)
+    if way == "file":
+        nodes = "{REDUCER: tests.test_config.Strided, ARGUMENTS: {STRIDE: 3}}"
+        (tmp_path / "own.yaml").write_text(f"MODEL:\n  HOURGLASS: {nodes}\n")
+        cfg.merge_from_file(str(tmp_path / "own.yaml"))
+    else:
+        cfg.MODEL.HOURGLASS.REDUCER, cfg.MODEL.HOURGLASS.ARGUMENTS.STRIDE = "tests.test_config.Strided", 3
+    # As a run's own config.yaml has it.
+    saved = get_cfg()
+    hourglass.add_hourglass_config(saved)
+    saved.merge_from_other_cfg(CfgNode.load_cfg(cfg.dump()))
+    for each in (cfg, saved):
+        plan = build_plan(each)
+        assert type(plan.reducer).__name__ == "Strided" and plan.reducer.stride == 3
+    cfg.MODEL.HOURGLASS.ARGUMENTS.STEP = 3
+    with pytest.raises(InputError, match="MODEL.HOURGLASS.ARGUMENTS of Strided takes 'stride', got 'step'"):
+        build_plan(cfg)

@@ -86,8 +86,9 @@ HOURGLASS_NODES = {
     # A class of hourglass.reduction: "TokenClustering", "AveragePooling", "DensityPeaks", "BipartiteMatching",
     # "TokenSelection" or "SkipBlocks"; or a reducer of one's own by its dotted name. "": no reduction.
     "REDUCER": "TokenClustering",
-    # The reducer's arguments by their own names, in capitals. Those of this project's reducers may stand below as well.
-    "ARGUMENTS": CfgNode(new_allowed=True),
+    # The reducer's arguments by their own names, in capitals: in a file or in code, as yacs's command line adds no
+    # nodes. Those of this project's reducers may stand below as well.
+    "ARGUMENTS": {},
     "START": 3,
     "STOP": None,
     "SCOPE": "map",
@@ -133,6 +134,7 @@ def add_hourglass_config(cfg: CfgNode) -> None:
     if "D2HourglassSwinTransformer" not in BACKBONE_REGISTRY:
         BACKBONE_REGISTRY.register(D2HourglassSwinTransformer)
     _add_missing(cfg.MODEL, CfgNode({"VIT": VIT_NODES, "SWIN": SWIN_NODES, "HOURGLASS": HOURGLASS_NODES}))
+    cfg.MODEL.HOURGLASS.ARGUMENTS.set_new_allowed(True)
 
 
 def _nodes(cfg: CfgNode, name: str) -> CfgNode:

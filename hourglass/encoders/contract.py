@@ -143,6 +143,8 @@ class Family:
             proven first, Detectron2's own too: forks have classes of the same dotted names.
         class_names: names of classes of encoders, wherever they are defined, that are taken for encoders of the family
             in a LazyConfig, before they are built.
+        parts, attention_parts: attributes that a block of the family has, and its ``attn``.
+        pads_published: whether published plans reduce what fills cut windows along.
         block: what goes before the class of a block.
         hourglass: what goes before the class of an encoder.
     """
@@ -150,6 +152,9 @@ class Family:
     name: str
     known: tuple[type, ...] = ()
     class_names: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp")
+    attention_parts: tuple[str, ...] = ("qkv", "proj", "num_heads")
+    pads_published: bool = False
     block: type[PlacedBlock]
     hourglass: type
 
@@ -162,6 +167,11 @@ class Family:
         stages = self.stages(encoder)
         assert stages is not None, f"{type(encoder).__name__} is no {self.name}"
         return stages
+
+    def fits(self, block: Any) -> bool:
+        """Whether a block, without its wrappers, has what is asked of one."""
+        has_parts = all(hasattr(block, name) for name in self.parts)
+        return has_parts and all(hasattr(block.attn, name) for name in self.attention_parts)
 
     def window_size(self, block: Any) -> int:
         """Tokens a side of a block's windows; 0: its attention is global."""
@@ -181,9 +191,6 @@ class Family:
         place of its tensors then, by their names. None: it takes maps of any size.
         """
         return None
-
-    #: Whether published plans reduce what fills cut windows along.
-    pads_published: bool = False
 
     def check_published(self, plan: Any, blocks: list[Any]) -> None:
         """

@@ -26,7 +26,8 @@ class EVAAttention(ViTAttention):
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         if not self.beit_like_qkv_bias:
             return super().project(tokens)
-        return self.project_plain(tokens), self._bias().to(tokens.dtype)
+        projected = self.project_plain(tokens)
+        return projected, self._bias().to(projected.dtype)
 
     def project_plain(self, tokens: Tensor) -> Tensor:
         if not self.beit_like_qkv_bias:
@@ -59,10 +60,9 @@ class EVAFamily(ViTFamily):
     name = "EVA-01 ViT"
     known = ()
     class_names = ("EVAViT",)  # detrex's copy
+    parts = (*ViTFamily.parts, "beit_like_gamma")
+    attention_parts = (*ViTFamily.attention_parts, "beit_like_qkv_bias")
     block = EVABlock
-
-    def fits(self, block: Any) -> bool:
-        return super().fits(block) and hasattr(block, "beit_like_gamma") and hasattr(block.attn, "beit_like_qkv_bias")
 
 
 class EVA02Attention(ViTAttention):
@@ -78,9 +78,10 @@ class EVA02Attention(ViTAttention):
     rope: Any
 
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        projected = self.project_plain(tokens)
         none = torch.zeros_like(self.k_proj.weight[:, 0])
         zero = torch.cat([none if bias is None else bias for bias in (self.q_bias, None, self.v_bias)])
-        return self.project_plain(tokens), zero.to(tokens.dtype)
+        return projected, zero.to(projected.dtype)
 
     def project_plain(self, tokens: Tensor) -> Tensor:
         # As its own forward pass, which calls none of the three.
@@ -111,13 +112,11 @@ class EVA02Family(ViTFamily):
     name = "EVA-02 ViT"
     known = ()
     class_names = ("EVA02_ViT",)
+    attention_parts = ("q_proj", "k_proj", "v_proj", "q_bias", "v_bias", "rope", "proj", "num_heads")
     block = EVA02Block
 
     def fits(self, block: Any) -> bool:
-        parts = all(hasattr(block, name) for name in ("norm1", "attn", "norm2", "mlp", "window_size"))
-        names = ("q_proj", "k_proj", "v_proj", "q_bias", "v_bias", "rope", "proj", "num_heads")
-        tables = hasattr(getattr(getattr(block, "attn", None), "rope", None), "freqs_cos")
-        return parts and tables and all(hasattr(block.attn, name) for name in names)
+        return super().fits(block) and hasattr(block.attn.rope, "freqs_cos")
 
     def small(self, block: Any) -> tuple[tuple[int, int], dict[str, Tensor]] | None:
         if block.window_size > 0:

@@ -6,7 +6,7 @@ from torch import nn
 from hourglass.encoders.hourglass import refuse_what_cannot_be_followed
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.registry import family_of, find_encoder
-from hourglass.encoders.sharing import paths, replaced
+from hourglass.encoders.sharing import down_to, replaced
 from hourglass.errors import InputError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,7 +33,7 @@ def expedite(model: Model, plan: Plan) -> Model:
     if not isinstance(plan, Plan):
         raise InputError(f"plan takes a hourglass.Plan, got {plan!r}")
     _, encoder = find_encoder(model)
-    above = [module for _, module in paths(model, {encoder}) if module is not encoder]
+    above = [module for module in down_to(model, {encoder}) if module is not encoder]
     for module in above:
         refuse_what_cannot_be_followed(module)
         _refuse_other_references(module, {encoder, *above})

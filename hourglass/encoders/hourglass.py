@@ -10,7 +10,7 @@ from hourglass.encoders.contract import Family, as_map, is_recomputed_by_fairsca
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.proof import is_on_meta, prove
 from hourglass.encoders.registry import family_of
-from hourglass.encoders.sharing import base_class, hide, new_view, replaced, unmodified, with_children
+from hourglass.encoders.sharing import base_class, down_to, hide, new_view, replaced, unmodified, with_children
 from hourglass.errors import InputError
 from hourglass.reduction import Reducer
 from hourglass.reduction.scope import in_scope, probe
@@ -54,11 +54,10 @@ class Hourglass(nn.Module):
         reducer: Reducer | None = None
         waiting = False
         if planned or plan.fast:
-            refuse_what_cannot_be_followed(encoder)
-            for block in map(unwrapped, blocks):
-                if not is_recomputed_by_fairscale(block):
-                    refuse_what_cannot_be_followed(block)
-                refuse_what_cannot_be_followed(block.attn)
+            inner = [unwrapped(block) for block in blocks]
+            for module in down_to(encoder, {*inner, *(block.attn for block in inner)}):
+                if module not in inner or not is_recomputed_by_fairscale(module):
+                    refuse_what_cannot_be_followed(module)
             if not (waiting := is_on_meta(encoder)):
                 prove(encoder, family, planned)
         if plan.reducer is not None and planned:

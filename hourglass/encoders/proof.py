@@ -3,14 +3,16 @@ Proof that blocks are run as their own forward passes run them. An encoder that 
 a fork, a subclass) is taken only with this proof: otherwise what differs would go into every figure without a word.
 """
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from hourglass.contexts import evaluating
 from hourglass.encoders.contract import Family, as_map, unwrapped
 from hourglass.encoders.registry import family_of, find_encoder, is_known
 from hourglass.encoders.sharing import base_class, hide, replaced, unmodified, with_children
@@ -61,12 +63,14 @@ def verify(model: nn.Module) -> list[Proof]:
         model: holds, or is, one encoder of a family that is known.
 
     Raises:
-        InputError: for a model without such an encoder, or with blocks that cannot be run.
+        InputError: for a model without such an encoder, with blocks that cannot be run, or on the meta device.
     """
     encoder = unmodified(find_encoder(model)[1])
+    if is_on_meta(encoder):
+        raise InputError(f"{_name(encoder)} is on the meta device: what has no values cannot be run both ways")
     family = family_of(encoder)
     blocks = [block for stage in family.stages_of(encoder) for block in stage]
-    return [_prove_kind(encoder, family, blocks, numbers) for numbers in _kinds(family, blocks)]
+    return [_prove_kind(encoder, family, blocks, numbers) for numbers in _kinds(blocks)]
 
 
 def prove(encoder: nn.Module, family: Family, planned: range) -> None:
@@ -85,7 +89,7 @@ def prove(encoder: nn.Module, family: Family, planned: range) -> None:
     if is_known(encoder):
         return
     blocks = [block for stage in family.stages_of(encoder) for block in stage]
-    for numbers in _kinds(family, blocks):
+    for numbers in _kinds(blocks):
         proof = _prove_kind(encoder, family, blocks, numbers)
         if not proof.holds:
             raise InputError(
@@ -106,29 +110,37 @@ def _name(module: nn.Module) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _kinds(family: Family, blocks: Sequence[nn.Module]) -> list[list[int]]:
-    """The numbers of the blocks of each kind: of the same classes, shapes and plain attributes."""
+def _kinds(blocks: Sequence[nn.Module]) -> list[list[int]]:
+    """The numbers of the blocks of each kind: of the same classes, shapes, buffers and attributes."""
     kinds: dict[Any, list[int]] = {}
     for i, block in enumerate(blocks):
         block = unwrapped(block)
-        described = [
-            (name, base_class(module), tuple(sorted(_attributes(module).items())))
-            for name, module in block.named_modules()
-        ]
-        shapes = [(name, tuple(p.shape)) for name, p in (*block.named_parameters(), *block.named_buffers())]
-        kinds.setdefault((str(described), str(shapes)), []).append(i)
+        described = [(name, base_class(module), _attributes(module)) for name, module in block.named_modules()]
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in block.named_parameters()]
+        buffers = [(name, _content(buffer)) for name, buffer in block.named_buffers()]
+        kinds.setdefault((str(described), str(shapes), str(buffers)), []).append(i)
     return list(kinds.values())
 
 
-def _attributes(module: nn.Module) -> dict[str, str]:
-    plain = (bool, int, float, str, tuple, list, type(None))
+def _attributes(module: nn.Module) -> list[tuple[str, str]]:
     # What a pass sets (a size, say) or what grows from block to block (the rate of stochastic depth) tells no kind.
     ignored = {"training", "H", "W", "drop_prob", "p", "recompute"}
-    return {
-        name: repr(value)
+    return sorted(
+        (name, _content(value))
         for name, value in vars(module).items()
-        if not name.startswith("_") and isinstance(value, plain) and name not in ignored
-    }
+        if not name.startswith("_") and name not in ignored
+    )
+
+
+def _content(value: Any) -> str:
+    """A text that differs where values do."""
+    if isinstance(value, Tensor):
+        plain = value.detach().int_repr() if value.is_quantized else value.detach()
+        data = plain.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
+    if isinstance(value, bool | int | float | str | tuple | list | None):
+        return repr(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 class _BothWays(nn.Module):
@@ -162,7 +174,7 @@ def _prove_kind(encoder: nn.Module, family: Family, blocks: Sequence[nn.Module],
     random = torch.Generator().manual_seed(0)
     weight = block.norm1.weight
     tokens = torch.randn(1, *size, len(weight), generator=random, dtype=torch.float64).to(weight.device)
-    with _in_evaluation(block), torch.no_grad():
+    with evaluating(block), torch.no_grad():
         try:
             # Parameters as they are may hide a difference: a scale that starts at one, a projection that starts at 0.
             drawn = {
@@ -191,17 +203,6 @@ def _prove_kind(encoder: nn.Module, family: Family, blocks: Sequence[nn.Module],
 
 def _noise(tensor: Tensor, random: torch.Generator) -> Tensor:
     return 0.1 * torch.randn(tensor.shape, generator=random, dtype=torch.float64).to(tensor.device)
-
-
-@contextmanager
-def _in_evaluation(module: nn.Module) -> Iterator[None]:
-    flags = [(each, each.training) for each in module.modules()]
-    try:
-        module.eval()
-        yield
-    finally:
-        for each, training in flags:
-            each.training = training
 
 
 class _Held:
@@ -249,9 +250,8 @@ def _check_calls(encoder: nn.Module, family: Family, blocks: Sequence[nn.Module]
     side = _image_side(encoder)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            body.forward(
-                torch.empty(1, first.in_channels, side, side, dtype=first.weight.dtype, device=first.weight.device)
-            )
+            image = torch.empty(1, first.in_channels, side, side, dtype=first.weight.dtype, device=first.weight.device)
+            returned = body.forward(image)
     except (AttributeError, TypeError, RuntimeError) as error:
         if isinstance(last.get("output"), _Held):
             raise InputError(
@@ -266,6 +266,12 @@ def _check_calls(encoder: nn.Module, family: Family, blocks: Sequence[nn.Module]
         raise InputError(
             f"{_name(encoder)} changes the map between blocks {changed - 1} and {changed}: no plan may run blocks on "
             "fewer tokens across that"
+        )
+    held = next((leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, _Held)), None)
+    if held is not None:
+        raise InputError(
+            f"{_name(encoder)} returns the map after block {held.number}, and no plan may run blocks on fewer tokens "
+            "across that: end it there, or start it after"
         )
 
 

@@ -81,15 +81,19 @@ def hide(module: nn.Module, **attributes: Any) -> None:
     module.__dict__.update(attributes)
 
 
-def paths(root: nn.Module, targets: set[nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The modules, with their names, that hold one of ``targets`` at any depth, or are one, from the root down."""
-    names = dict(root.named_modules(remove_duplicate=False))
-    ends = [name for name, module in names.items() if module in targets]
-    return [
-        (name, module)
-        for name, module in names.items()
-        if any(end == name or not name or end.startswith(f"{name}.") for end in ends)
-    ]
+def down_to(root: nn.Module, targets: set[nn.Module]) -> list[nn.Module]:
+    """The modules that hold one of ``targets`` at any depth, or are one, from the root down."""
+    found: dict[nn.Module, bool] = {}
+
+    def holds(module: nn.Module) -> bool:
+        if module not in found:
+            found[module] = module in targets  # keeps its place before its children
+            below = [holds(child) for child in module._modules.values() if child is not None]
+            found[module] = found[module] or any(below)
+        return found[module]
+
+    holds(root)
+    return [module for module, held in found.items() if held]
 
 
 def unmodified(encoder: nn.Module) -> nn.Module:

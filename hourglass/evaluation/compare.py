@@ -5,7 +5,7 @@ import inspect
 import io
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
+from hourglass.contexts import evaluating
 from hourglass.errors import InputError
 from hourglass.evaluation.cost import PeakMemory, count_gflops
 from hourglass.evaluation.faults import describe_gaps, describe_weights, find_faults
@@ -257,7 +258,7 @@ def _run(
     finished, gflops = ({}, {}) if journal is None else _read(journal, subjects)
     with contextlib.ExitStack() as stack:
         for subject in subjects.values():
-            stack.enter_context(_evaluating(subject.model))
+            stack.enter_context(evaluating(subject.model))
         stack.enter_context(torch.no_grad())
         watches = {name: Stopwatch(subject.model, subject.encoder, clock) for name, subject in subjects.items()}
         for watch in watches.values():
@@ -337,18 +338,6 @@ def _read(journal: Journal, subjects: dict[str, Subject]) -> tuple[dict[Any, dic
             for member, kept in zip(members(subject.evaluator), record["models"][name]["evaluators"]):
                 restore(member, record["image_id"], kept)
     return finished, gflops
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    # Module by module: models that are compared share most of theirs.
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _resample(

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hourglass.checks import check_choice, check_count
+from hourglass.contexts import without_autocast
 from hourglass.errors import InputError
-from hourglass.operators import operator, without_autocast
+from hourglass.operators import operator
 from hourglass.reduction.neighborhoods import PART, at_home, neighborhoods
 from hourglass.reduction.pooling import average_pool
 from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from hourglass.checks import check_choice, check_count
+from hourglass.contexts import without_autocast
 from hourglass.errors import InputError
-from hourglass.operators import operator, without_autocast
+from hourglass.operators import operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
 from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction
 from hourglass.reduction.windows import grid_positions, map_size

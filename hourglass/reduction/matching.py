@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hourglass.checks import check_choice
+from hourglass.contexts import without_autocast
 from hourglass.errors import InputError
-from hourglass.operators import operator, without_autocast
+from hourglass.operators import operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
 from hourglass.reduction.reducer import PAIRS, RESTORE, MergingReducer, Reduction
 

@@ -249,6 +249,19 @@ def test_a_replaced_forward_pass_is_refused():
         hourglass.expedite(vit, Plan(attention="fast"))
 
 
+@pytest.mark.parametrize("way", ["compiled", "replaced"])
+@pytest.mark.parametrize("plan", [(SkipBlocks(), 4, 8), (None,)])
+def test_what_stands_between_the_encoder_and_its_blocks_is_refused_too(way, plan):
+    swin = tiny_swin()
+    stage = swin.layers[2]
+    if way == "compiled":
+        stage.compile(backend="eager")
+    else:
+        stage.forward = functools.partial(type(stage).forward, stage)
+    with pytest.raises(InputError, match="Stage.* (is compiled|was replaced), and would run as it was"):
+        hourglass.expedite(swin, Plan(*plan, attention="fast"))
+
+
 def test_another_reference_to_the_encoder_is_refused():
     class Detector(nn.Module):
         def __init__(self):
@@ -450,6 +463,17 @@ class Several(ViT):
         return features
 
 
+class Raw(ViT):
+    """The maps after its blocks as they are."""
+
+    def forward(self, x):
+        tokens, maps = self.patch_embed(x), []
+        for block in self.blocks:
+            tokens = block(tokens)
+            maps.append(tokens)
+        return {"maps": maps}
+
+
 class Backwards(ViT):
     def forward(self, x):
         tokens = self.patch_embed(x)
@@ -515,11 +539,37 @@ def test_blocks_of_a_known_class_that_were_replaced_are_proven_too():
         hourglass.expedite(encoder, Plan(attention="fast"))
 
 
+class Tempered(Block):
+    """Its update is multiplied by a number."""
+
+    def forward(self, tokens):
+        return tokens + float(self.factor) * (super().forward(tokens) - tokens)
+
+
+@pytest.mark.parametrize("kept", ["buffer", "attribute", "number"])
+def test_blocks_that_differ_in_a_value_alone_are_of_two_kinds(kept):
+    encoder = with_blocks(Tempered)
+    for i, block in enumerate(encoder.blocks):
+        factor = torch.tensor(2.0 if i == 3 else 1.0)
+        if kept == "buffer":
+            block.register_buffer("factor", factor)
+        else:
+            block.factor = factor if kept == "attribute" else float(factor)
+    assert [(proof.blocks, proof.holds) for proof in hourglass.verify(encoder)] == [
+        ([0, 1], True),
+        ([2, 4], True),
+        ([3], False),
+    ]
+    with pytest.raises(InputError, match="block 3, a Tempered of windows of 4, gives another result"):
+        hourglass.expedite(encoder, Plan(TokenClustering(0.6), 1, 3))
+
+
 @pytest.mark.parametrize(
     "kind, plan, message",
     [
         (Between, (1, 4), "changes the map between blocks 2 and 3|uses the map after block 2"),
         (Several, (1, 4), "uses the map after block 1, and no plan may run blocks on fewer tokens across that"),
+        (Raw, (1, 4), "returns the map after block 1, and no plan may run blocks on fewer tokens across that"),
         (Backwards, (1, 4), "does not call each of its blocks once and in order"),
     ],
 )
@@ -621,6 +671,13 @@ def test_verify_tells_each_kind_of_block():
     assert all(proof.holds and proof.difference < 1e-12 for proof in proofs)
     assert str(proofs[0]).endswith("Block of windows of 4, blocks 0-1, 3") and str(proofs[0]).startswith("equal")
     assert all(proof.holds for proof in hourglass.verify(hourglass.expedite(tiny_swin(), Plan(attention="fast"))))
+
+
+def test_verify_refuses_what_has_no_values():
+    with torch.device("meta"):
+        vit = ViT(**TINY)
+    with pytest.raises(InputError, match="ViT is on the meta device: what has no values cannot be run both ways"):
+        hourglass.verify(vit)
 
 
 @pytest.mark.parametrize("plan", ["fast", "clustering", "windows", "matching", "selection"])

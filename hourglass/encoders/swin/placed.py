@@ -67,12 +67,12 @@ class SwinAttention(PlacedAttention):
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
         setting = Setting(self.num_heads, how.window_size, how.shifted, how.published, self.scale, dropout)
         table = self.relative_position_bias_table
-        windows = setting.windows(size, place)
         if how.fast:
             qkv, zero = project(self.qkv, tokens)
             numbers = [*place.full, *(place.window or (0, 0)), *map(int, setting[:4])]
             mixed = swin_attention(qkv, zero, table, place.sizes, place.positions, numbers, list(setting[4:]))
         else:
+            windows = setting.windows(size, place)
             padded = self.qkv(pad_and_roll(tokens, windows))
             mixed = attend(padded, size, table, place, setting)
             if place.between is not None:
@@ -93,9 +93,14 @@ class SwinFamily(Family):
     name = "Swin"
     known = (Swin, Block, WindowAttention)
     class_names = ("Swin", "SwinTransformer", "D2SwinTransformer")
+    parts = (*Family.parts, "shift_size")
+    attention_parts = (
+        *Family.attention_parts,
+        *("proj_drop", "attn_drop", "scale", "window_size", "relative_position_bias_table"),
+    )
+    pads_published = True
     block = SwinBlock
     hourglass = HourglassSwin
-    pads_published = True
 
     def stages(self, encoder: nn.Module) -> list[list[nn.Module]] | None:
         layers = getattr(encoder, "layers", None)
@@ -108,12 +113,6 @@ class SwinFamily(Family):
                 return None
             stages.append(list(blocks))
         return stages if all(self.fits(unwrapped(block)) for stage in stages for block in stage) else None
-
-    def fits(self, block: Any) -> bool:
-        """Whether a block has what is asked of one."""
-        parts = all(hasattr(block, name) for name in ("norm1", "attn", "norm2", "mlp", "shift_size"))
-        names = ("qkv", "proj", "proj_drop", "attn_drop", "num_heads", "scale", "window_size")
-        return parts and all(hasattr(block.attn, name) for name in (*names, "relative_position_bias_table"))
 
     def window_size(self, block: Any) -> int:
         return unwrapped(block).attn.window_size[0]

@@ -150,6 +150,7 @@ class ViTFamily(Family):
     name = "ViT"
     known: tuple[type, ...] = (ViT, Block, Attention)
     class_names: tuple[str, ...] = ("ViT", "ImageEncoderViT")
+    parts = (*Family.parts, "window_size")
     block = ViTBlock
     hourglass = HourglassViT
 
@@ -158,11 +159,6 @@ class ViTFamily(Family):
         if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
             return None
         return [list(blocks)] if all(self.fits(unwrapped(block)) for block in blocks) else None
-
-    def fits(self, block: Any) -> bool:
-        """Whether a block has what is asked of one."""
-        parts = all(hasattr(block, name) for name in ("norm1", "attn", "norm2", "mlp", "window_size"))
-        return parts and all(hasattr(block.attn, name) for name in ("qkv", "proj", "num_heads"))
 
     def window_size(self, block: Any) -> int:
         return unwrapped(block).window_size
