@@ -24,6 +24,8 @@ from hourglass.reduction.reducer import Place
 TOLERANCE = 1e-6
 EPSILONS = 64
 
+_ACROSS = "no plan may run blocks on fewer tokens across that: end it there, or start it after"
+
 
 class Proof(NamedTuple):
     """
@@ -124,23 +126,23 @@ def _kinds(blocks: Sequence[nn.Module]) -> list[list[int]]:
 
 def _attributes(module: nn.Module) -> list[tuple[str, str]]:
     # What a pass sets (a size, say) or what grows from block to block (the rate of stochastic depth) tells no kind.
-    ignored = {"training", "H", "W", "drop_prob", "p", "recompute"}
-    return sorted(
-        (name, _content(value))
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name not in ignored
-    )
+    ignored = {*vars(nn.Module()), "H", "W", "drop_prob", "p", "recompute"}
+    return sorted((name, _content(value)) for name, value in vars(module).items() if name not in ignored)
 
 
 def _content(value: Any) -> str:
-    """A text that differs where values do."""
+    """A text that differs where values do. Objects that cannot be looked into are the same only if they are one."""
     if isinstance(value, Tensor):
         plain = value.detach().int_repr() if value.is_quantized else value.detach()
         data = plain.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
-    if isinstance(value, bool | int | float | str | tuple | list | None):
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_content(key)}: {_content(each)}' for key, each in value.items())}}}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_content, value))})"
+    if isinstance(value, bool | int | float | str | None):
         return repr(value)
-    return getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{type(value).__qualname__} {id(value)}"
 
 
 class _BothWays(nn.Module):
@@ -255,24 +257,17 @@ def _check_calls(encoder: nn.Module, family: Family, blocks: Sequence[nn.Module]
     except (AttributeError, TypeError, RuntimeError) as error:
         if isinstance(last.get("output"), _Held):
             raise InputError(
-                f"{_name(encoder)} uses the map after block {last['output'].number}, and no plan may run blocks on "
-                f"fewer tokens across that: end it there, or start it after ({reason(error)})"
+                f"{_name(encoder)} uses the map after block {last['output'].number}, and {_ACROSS} ({reason(error)})"
             ) from error
         raise InputError(f"the forward pass of {_name(encoder)} could not be followed ({reason(error)})") from error
     if [number for number, _ in calls] != list(range(len(blocks))):
         raise InputError(f"{_name(encoder)} does not call each of its blocks once and in order: it cannot be expedited")
     changed = next((number for number, other in calls if other), None)
     if changed is not None:
-        raise InputError(
-            f"{_name(encoder)} changes the map between blocks {changed - 1} and {changed}: no plan may run blocks on "
-            "fewer tokens across that"
-        )
+        raise InputError(f"{_name(encoder)} changes the map between blocks {changed - 1} and {changed}, and {_ACROSS}")
     held = next((leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, _Held)), None)
     if held is not None:
-        raise InputError(
-            f"{_name(encoder)} returns the map after block {held.number}, and no plan may run blocks on fewer tokens "
-            "across that: end it there, or start it after"
-        )
+        raise InputError(f"{_name(encoder)} returns the map after block {held.number}, and {_ACROSS}")
 
 
 def _image_side(encoder: nn.Module) -> int:

@@ -540,19 +540,26 @@ def test_blocks_of_a_known_class_that_were_replaced_are_proven_too():
 
 
 class Tempered(Block):
-    """Its update is multiplied by a number."""
+    """Its update is multiplied by a number, wherever that is kept."""
 
     def forward(self, tokens):
-        return tokens + float(self.factor) * (super().forward(tokens) - tokens)
+        kept = self._kept["factor"] if hasattr(self, "_kept") else self.factor
+        factor = kept() if callable(kept) else float(kept)
+        return tokens + factor * (super().forward(tokens) - tokens)
 
 
-@pytest.mark.parametrize("kept", ["buffer", "attribute", "number"])
+@pytest.mark.parametrize("kept", ["buffer", "attribute", "number", "list", "object"])
 def test_blocks_that_differ_in_a_value_alone_are_of_two_kinds(kept):
     encoder = with_blocks(Tempered)
+    once, twice = (lambda: 1.0), (lambda: 2.0)
     for i, block in enumerate(encoder.blocks):
         factor = torch.tensor(2.0 if i == 3 else 1.0)
         if kept == "buffer":
             block.register_buffer("factor", factor)
+        elif kept == "list":
+            block._kept = {"factor": factor, "others": [factor]}
+        elif kept == "object":
+            block.factor = twice if i == 3 else once
         else:
             block.factor = factor if kept == "attribute" else float(factor)
     assert [(proof.blocks, proof.holds) for proof in hourglass.verify(encoder)] == [
