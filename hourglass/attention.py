@@ -14,6 +14,7 @@ Letters: B batch (or batch x windows), N heads, h x w tokens, L = h w, C channel
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -127,13 +128,26 @@ def attend(
     return way(q, k, v, rel_h, rel_w, log_sizes)
 
 
+class RelativeTables(NamedTuple):
+    """
+    Decomposed relative positions of ``extent`` original tokens.
+
+    Attributes:
+        rows, columns: (number, C) embeddings of the distances along rows, and along columns, resized to
+            ``2 * extent - 1``.
+        extent: rows and columns of the original tokens.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    extent: tuple[int, int]
+
+
 def attend_at(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    table_h: Tensor | None,
-    table_w: Tensor | None,
-    extent: tuple[int, int],
+    tables: RelativeTables | None,
     positions: Tensor,
     log_sizes: Tensor | None = None,
     fast: bool = False,
@@ -145,9 +159,7 @@ def attend_at(
 
     Args:
         q, k, v: (B, N, L, C).
-        table_h, table_w: (rows, C) embeddings of the distances along rows and columns, resized to
-            ``2 * extent - 1``; None: no relative positions.
-        extent: rows and columns of the original tokens.
+        tables: None: no relative positions.
         positions: (B, L, 2), rows and columns of the tokens, from 0 to extent - 1.
         log_sizes: (B, L), added to the score of each key.
         fast: the fast way in place of the plain formula.
@@ -157,11 +169,10 @@ def attend_at(
     """
     scale = q.shape[-1] ** -0.5
     queries, keys = [q * scale], [k]
-    for axis, table in enumerate((table_h, table_w)):
-        if table is not None:
-            lines, shares = _lines(positions[..., axis], extent[axis])
-            resized = resize_table(table, extent[axis]).to(q.dtype)
-            queries.append(_scores_with_lines(q, resized, extent[axis], positions[..., axis], lines))
+    if tables is not None:
+        for table, extent, place in zip((tables.rows, tables.columns), tables.extent, positions.unbind(-1)):
+            lines, shares = _lines(place, extent)
+            queries.append(_scores_with_lines(q, resize_table(table, extent).to(q.dtype), extent, place, lines))
             keys.append(shares.to(k.dtype)[:, None].expand(-1, q.shape[1], -1, -1))
     if log_sizes is not None:
         queries.append(torch.ones_like(q[..., :1]))
@@ -205,7 +216,6 @@ def attend_windows(
     k: Tensor,
     v: Tensor,
     bias: Tensor,
-    scale: float,
     log_sizes: Tensor | None = None,
     dropout: float = 0.0,
     fast: bool = False,
@@ -214,10 +224,9 @@ def attend_windows(
     Softmax attention in windows with a bias.
 
     Args:
-        q, k, v: (B, N, L, C), B windows.
+        q, k, v: (B, N, L, C), B windows; the queries are scaled already.
         bias: (N, L, L), or (B, N, L, L) where windows do not share it, added to the scores; -inf keeps a query from a
             key.
-        scale: of the scores.
         log_sizes: (B, L), added to the score of each key.
         dropout: share of the attention weights that are dropped.
         fast: the fast way in place of the plain formula.
@@ -228,12 +237,12 @@ def attend_windows(
     if fast and dropout == 0:
         if bias.dim() == 4 and (q.is_cuda or not needs_gradient(q, k, v, bias)):
             bias = bias if log_sizes is None else bias + log_sizes[:, None, None]
-            return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=scale)
+            return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=1.0)
         if bias.dim() == 3 and _in_chunks(q, k, v, bias):
-            return _attend_windows_chunked(q, k, v, bias.to(q.dtype), scale, log_sizes)
+            return _attend_windows_chunked(q, k, v, bias.to(q.dtype), log_sizes)
         if bias.dim() == 3 and q.is_cuda:  # elsewhere fused attention has no gradient of the bias
-            return _attend_windows_fused(q, k, v, bias.to(q.dtype), scale, log_sizes)
-    scores = (q * scale) @ k.transpose(-2, -1) + bias
+            return _attend_windows_fused(q, k, v, bias.to(q.dtype), log_sizes)
+    scores = q @ k.transpose(-2, -1) + bias
     if log_sizes is not None:
         scores = scores + log_sizes[:, None, None].to(scores.dtype)
     # Under autocast the bias, and with it the scores, are float32 and the values are not.
@@ -333,26 +342,22 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)[..., :channels]
 
 
-def _attend_windows_chunked(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, log_sizes: Tensor | None
-) -> Tensor:
+def _attend_windows_chunked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, log_sizes: Tensor | None) -> Tensor:
     """:func:`attend_windows` in chunks."""
     if log_sizes is None:
-        return F.scaled_dot_product_attention(q, k, v, bias[None], scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, bias[None], scale=1.0)
     sizes = log_sizes.to(q.dtype)[:, None, None]
-    return _attend_in_chunks(q * scale, k, v, lambda b, n, i: bias[n, i] + sizes[b])
+    return _attend_in_chunks(q, k, v, lambda b, n, i: bias[n, i] + sizes[b])
 
 
-def _attend_windows_fused(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, log_sizes: Tensor | None
-) -> Tensor:
+def _attend_windows_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, log_sizes: Tensor | None) -> Tensor:
     """:func:`attend_windows` by torch's fused attention."""
     bias = bias.expand(len(q), -1, -1, -1)
     if log_sizes is None:
-        return F.scaled_dot_product_attention(q, k, v, bias, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
     # A channel more holds the sizes, so that windows still share the bias.
     sizes = log_sizes[:, None, :, None].to(k.dtype).expand(*k.shape[:3], 1)
-    query, key = torch.cat([q * scale, torch.ones_like(q[..., :1])], dim=-1), torch.cat([k, sizes], dim=-1)
+    query, key = torch.cat([q, torch.ones_like(q[..., :1])], dim=-1), torch.cat([k, sizes], dim=-1)
     return _fused(query, key, v, bias)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import hourglass.attention
-from hourglass.attention import attend, attend_at, attend_windows, read_table, resize_table
+from hourglass.attention import RelativeTables, attend, attend_at, attend_windows, read_table, resize_table
 
 
 def draw(*shape, seed=0):
@@ -85,8 +85,8 @@ def test_attention_in_windows_equals_plain_loops(proportional, fast, chunk):
     bias = draw(heads, length, length, seed=3)
     bias[:, 0, 2:] = -torch.inf
     log_sizes = draw(count, length, seed=5) if proportional else None
-    out = attend_windows(q, k, v, bias, channels**-0.5, log_sizes, fast=fast)
-    expected = plain_loops(q, k, v, lambda b, n, i, j: bias[n, i, j] + (log_sizes[b, j] if proportional else 0))
+    out = attend_windows(q, k, v, bias, log_sizes, fast=fast)
+    expected = plain_loops(q * channels**0.5, k, v, lambda b, n, i, j: bias[n, i, j] + (log_sizes[b, j] if proportional else 0))
     torch.testing.assert_close(out, expected)
 
 
@@ -95,8 +95,8 @@ def test_what_cuda_runs_in_windows_equals_the_formula(proportional):
     q, k, v = (draw(3, 2, 6, 4, seed=i) for i in range(3))
     bias, log_sizes = draw(2, 6, 6, seed=3), draw(3, 6, seed=4) if proportional else None
     bias[:, 1, 3:] = -torch.inf
-    out = hourglass.attention._attend_windows_fused(q, k, v, bias, 0.3, log_sizes)
-    torch.testing.assert_close(out, attend_windows(q, k, v, bias, 0.3, log_sizes))
+    out = hourglass.attention._attend_windows_fused(q, k, v, bias, log_sizes)
+    torch.testing.assert_close(out, attend_windows(q, k, v, bias, log_sizes))
 
 
 def linear(table, entry):
@@ -126,7 +126,7 @@ def test_attention_at_any_positions_equals_plain_loops(proportional, gradient, f
                 of_place += share * (q[b, n, query] @ linear(table, at_query - j + side - 1))
         return of_place + (log_sizes[b, key] if proportional else 0)
 
-    out = attend_at(q, k, v, *tables, extent, positions, log_sizes, fast)
+    out = attend_at(q, k, v, RelativeTables(*tables, extent), positions, log_sizes, fast)
     torch.testing.assert_close(out, plain_loops(q, k, v, bias), atol=1e-6, rtol=1e-6)
     assert out.requires_grad == gradient
 
@@ -143,7 +143,7 @@ def test_at_the_grids_positions_it_is_the_grids_attention(fast):
         lines = [(torch.arange(n).double() + 0.5) * apart - 0.5 for n, apart in zip((h, w), step)]
         positions = torch.stack(torch.meshgrid(*lines, indexing="ij"), dim=-1).flatten(0, 1).expand(2, -1, -1)
         flat = (x.flatten(2, 3) for x in (q, k, v))
-        out = attend_at(*flat, *tables, extent, positions, log_sizes.flatten(1), fast)
+        out = attend_at(*flat, RelativeTables(*tables, extent), positions, log_sizes.flatten(1), fast)
         torch.testing.assert_close(out, grid.flatten(2, 3), atol=1e-6, rtol=1e-6)
 
 
@@ -162,7 +162,7 @@ def test_training_drops_attention_weights_in_either_way():
     q, k, v = (draw(1, 1, 4, 2, seed=i) for i in range(3))
     for fast in (False, True):
         torch.manual_seed(0)
-        assert attend_windows(q, k, v, torch.zeros(1, 4, 4), 1.0, dropout=1.0, fast=fast).abs().max() == 0
+        assert attend_windows(q, k, v, torch.zeros(1, 4, 4), dropout=1.0, fast=fast).abs().max() == 0
 
 
 def test_fast_attention_never_holds_the_scores_of_all_pairs():

@@ -109,7 +109,7 @@ def attend(
         q, k, v = part.reshape(*part.shape[:1], -1, 3, setting.heads, part.shape[3] // (3 * setting.heads)).permute(
             2, 0, 3, 1, 4
         )
-        mixed = attend_windows(q, k, v, part_bias, setting.scale, log_size, setting.dropout, fast)
+        mixed = attend_windows(q * setting.scale, k, v, part_bias, log_size, setting.dropout, fast)
         attended.append(mixed.transpose(1, 2).reshape(*part.shape[:3], -1))
     result = join(attended, rows, columns)
     if any(windows.shift):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hourglass.attention import attend, attend_at, read_table, rotate
+from hourglass.attention import RelativeTables, attend, attend_at, read_table, rotate
 from hourglass.encoders.contract import Family, PlacedAttention, PlacedBlock, key_mean, project, unwrapped
 from hourglass.encoders.hourglass import Hourglass
 from hourglass.encoders.registry import register
@@ -108,8 +108,8 @@ class ViTAttention(PlacedAttention):
         tables, frequencies = self.tables(), self.frequencies()
         if frequencies is not None:
             q, k = (rotate(x, positions[:, None], frequencies) for x in (q, k))
-        table_h, table_w = tables or (None, None)
-        mixed = attend_at(q, k, v, table_h, table_w, extent, positions, log_sizes, self.how.fast)
+        relative = None if tables is None else RelativeTables(*tables, extent)
+        mixed = attend_at(q, k, v, relative, positions, log_sizes, self.how.fast)
         return mixed.transpose(1, 2).flatten(2)
 
     def _to_selected(self, tokens: Tensor, place: Place) -> Tensor:
@@ -255,8 +255,8 @@ def _attend(
     else:
         q, k, v, positions = (x.flatten(-3, -2) for x in (q, k, v, positions))
         log_sizes = None if log_sizes is None else log_sizes.flatten(1)
-        table_h, table_w = both or (None, None)
-        mixed = attend_at(q, k, v, table_h, table_w, reach.extent, positions, log_sizes, fast).unflatten(2, (h, w))
+        relative = None if both is None else RelativeTables(*both, reach.extent)
+        mixed = attend_at(q, k, v, relative, positions, log_sizes, fast).unflatten(2, (h, w))
     return mixed.permute(0, 2, 3, 1, 4).reshape(count, h, w, -1)
 
 
