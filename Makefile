@@ -25,9 +25,9 @@ lint: $(READY) ## Check the code's style and types.
 # A $(PYTHON) that has everything is used as it is: a CUDA machine without a network needs nothing more.
 gpu: ## On a CUDA machine: run the tests on the device and time the encoders. Results lie in output/gpu.
 	@if $(PYTHON) -c "import hourglass, hourglass.config, pycocotools, pytest, tabulate, tqdm" 2>/dev/null; then \
-		$(PYTHON) benchmarks/gpu.py; \
+		$(PYTHON) -m benchmarks.gpu; \
 	else \
-		$(MAKE) $(READY) && $(BIN)/python benchmarks/gpu.py; \
+		$(MAKE) $(READY) && $(BIN)/python -m benchmarks.gpu; \
 	fi
 
 clean: ## Remove the environment and what was made.

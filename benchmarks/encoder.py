@@ -1,11 +1,10 @@
-#!/usr/bin/env python
 """
 Time an encoder with random weights against itself with fast attention and on fewer tokens, in one process and in turn.
 
-    python benchmarks/encoder.py --model vitdet_b
-    python benchmarks/encoder.py --model swin_l --size 1152 --published
-    python benchmarks/encoder.py --model vitdet_b plan.stop=11 plan.scope=window 'plan.reducer.grid=[10,10]'
-    python benchmarks/encoder.py --model vitdet_b --scaling
+    python -m benchmarks.encoder --model vitdet_b
+    python -m benchmarks.encoder --model swin_l --size 1152 --published
+    python -m benchmarks.encoder --model vitdet_b plan.stop=11 plan.scope=window 'plan.reducer.grid=[10,10]'
+    python -m benchmarks.encoder --model vitdet_b --scaling
 """
 
 import argparse
@@ -19,36 +18,34 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import hourglass  # noqa: E402  (first: it mends Detectron2 0.6)
+import hourglass  # first: it mends Detectron2 0.6
 
 # isort: split
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from detectron2.config import instantiate  # noqa: E402
-from tabulate import tabulate  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from tabulate import tabulate
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from benchmarks.dense_clustering import DenseClustering  # noqa: E402
-from hourglass import InputError, Plan, TokenClustering  # noqa: E402
-from hourglass.checks import check_count  # noqa: E402
-from hourglass.compat import own_encoder  # noqa: E402
-from hourglass.config import find_encoder_node  # noqa: E402
-from hourglass.encoders import HourglassViT  # noqa: E402
-from hourglass.encoders.registry import family_of  # noqa: E402
-from hourglass.evaluation.cost import PeakMemory, count_gflops  # noqa: E402
-from hourglass.evaluation.environment import processor  # noqa: E402
-from hourglass.evaluation.report import spread  # noqa: E402
-from hourglass.evaluation.resampling import ratio_of_medians  # noqa: E402
-from hourglass.evaluation.timing import Clock, Stopwatch  # noqa: E402
-from hourglass.files import check_folder, write_whole  # noqa: E402
-from hourglass.launch import build, load_config, one_line  # noqa: E402
-from hourglass.reduction import Reducer  # noqa: E402
-from hourglass.reduction.reducer import Place  # noqa: E402
+from benchmarks.dense_clustering import DenseClustering
+from hourglass import InputError, Plan, TokenClustering
+from hourglass.checks import check_count
+from hourglass.compat import own_encoder
+from hourglass.config import find_encoder_node
+from hourglass.encoders import HourglassViT
+from hourglass.encoders.registry import family_of
+from hourglass.evaluation.cost import PeakMemory, count_gflops
+from hourglass.evaluation.environment import processor
+from hourglass.evaluation.report import spread
+from hourglass.evaluation.resampling import ratio_of_medians
+from hourglass.evaluation.timing import Clock, Stopwatch
+from hourglass.files import check_folder, write_whole
+from hourglass.launch import build, load_config, one_line
+from hourglass.reduction import Reducer
+from hourglass.reduction.reducer import Place
 
+ROOT = Path(__file__).resolve().parents[1]
 MODELS = {
     "vitdet_b": "vitdet/mask_rcnn_b.py",
     "vitdet_l": "vitdet/mask_rcnn_l.py",

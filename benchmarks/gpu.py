@@ -4,7 +4,7 @@ Everything that needs a CUDA device, in one go: the tests marked cuda, then the 
 Swin-L in bfloat16 with torch.compile. Results lie as JSON and tables in one folder.
 
     make gpu
-    python benchmarks/gpu.py --models vitdet_l
+    python -m benchmarks.gpu --models vitdet_l
 """
 
 import argparse
@@ -32,7 +32,7 @@ def steps(args: argparse.Namespace) -> dict[str, list[str]]:
         options = {"--model": model, "--size": str(MODELS[model]), "--output": str(Path(args.output).absolute())}
         options |= {"--device": "cuda", "--dtype": "bfloat16", "--repeats": "20"}
         pairs = [word for option in options.items() for word in option]
-        commands[model] = ["benchmarks/encoder.py", *pairs, "--published", "--compile"]
+        commands[model] = ["-m", "benchmarks.encoder", *pairs, "--published", "--compile"]
     return commands
 
 

@@ -1,10 +1,9 @@
-#!/usr/bin/env python
 """
 Every reducer on a trained model at three budgets of tokens: what accuracy each keeps, at what speed.
 
-    python benchmarks/reducers.py                                       the demo's ViTDet
-    python benchmarks/reducers.py --images 100 --budgets 0.5 0.3
-    python benchmarks/reducers.py --config-file configs/nuclei/vitdet.py --images 61 --by image_type --sides 10 20
+    python -m benchmarks.reducers                                       the demo's ViTDet
+    python -m benchmarks.reducers --images 100 --budgets 0.5 0.3
+    python -m benchmarks.reducers --config-file configs/nuclei/vitdet.py --images 61 --by image_type --sides 10 20
 """
 
 import argparse
@@ -15,22 +14,19 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import hourglass  # noqa: E402  (first: it mends Detectron2 0.6)
+import hourglass  # first: it mends Detectron2 0.6
 
 # isort: split
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from detectron2.data import MetadataCatalog  # noqa: E402
-from detectron2.utils.env import seed_all_rng  # noqa: E402
-from detectron2.utils.registry import locate  # noqa: E402
-from omegaconf import ListConfig  # noqa: E402
-from tabulate import tabulate  # noqa: E402
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.registry import locate
+from omegaconf import ListConfig
+from tabulate import tabulate
 
-from benchmarks.encoder import machine, save  # noqa: E402
-from hourglass import (  # noqa: E402
+from benchmarks.encoder import machine, save
+from hourglass import (
     AveragePooling,
     BipartiteMatching,
     DensityPeaks,
@@ -40,19 +36,20 @@ from hourglass import (  # noqa: E402
     TokenClustering,
     TokenSelection,
 )
-from hourglass.checkpoint import load_checkpoint  # noqa: E402
-from hourglass.checks import check_count  # noqa: E402
-from hourglass.data.opening import load_test, open_test  # noqa: E402
-from hourglass.encoders import find_encoder  # noqa: E402
-from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, compare  # noqa: E402
-from hourglass.evaluation.figures import label_of, limit_of, split_key  # noqa: E402
-from hourglass.evaluation.instances import average_precision  # noqa: E402
-from hourglass.evaluation.journal import members  # noqa: E402
-from hourglass.evaluation.report import describe_interval, without_nan  # noqa: E402
-from hourglass.evaluation.resampling import draw_samples, ratio_of_samples  # noqa: E402
-from hourglass.files import check_folder  # noqa: E402
-from hourglass.launch import build, build_evaluator, load_config, one_line  # noqa: E402
+from hourglass.checkpoint import load_checkpoint
+from hourglass.checks import check_count
+from hourglass.data.opening import load_test, open_test
+from hourglass.encoders import find_encoder
+from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, compare
+from hourglass.evaluation.figures import label_of, limit_of, split_key
+from hourglass.evaluation.instances import average_precision
+from hourglass.evaluation.journal import members
+from hourglass.evaluation.report import describe_interval, without_nan
+from hourglass.evaluation.resampling import draw_samples, ratio_of_samples
+from hourglass.files import check_folder
+from hourglass.launch import build, build_evaluator, load_config, one_line
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "demo" / "vitdet.py"
 # Blocks that the demo's model needs: without them it keeps half of its AP.
 BLOCKS = (2, 6)

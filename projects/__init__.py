@@ -1,1 +1,1 @@
-"""Parts that belong to one model family."""
+"""What belongs to one model family or data set."""

@@ -86,7 +86,9 @@ def test_attention_in_windows_equals_plain_loops(proportional, fast, chunk):
     bias[:, 0, 2:] = -torch.inf
     log_sizes = draw(count, length, seed=5) if proportional else None
     out = attend_windows(q, k, v, bias, log_sizes, fast=fast)
-    expected = plain_loops(q * channels**0.5, k, v, lambda b, n, i, j: bias[n, i, j] + (log_sizes[b, j] if proportional else 0))
+    expected = plain_loops(
+        q * channels**0.5, k, v, lambda b, n, i, j: bias[n, i, j] + (log_sizes[b, j] if proportional else 0)
+    )
     torch.testing.assert_close(out, expected)
 
 

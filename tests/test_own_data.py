@@ -8,7 +8,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from hourglass.data import write_demo
+from projects.demo import write_demo
 from tests.test_train_net import UNTRAINED, handlers, read, refusal, run  # noqa: F401
 
 

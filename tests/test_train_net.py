@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import hourglass.data.panoptic
+import projects.demo
 import train_net
 from hourglass import InputError, launch
 from hourglass.evaluation.journal import read_records
@@ -50,8 +51,8 @@ def datasets(tmp_path_factory):
     root = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DETECTRON2_DATASETS", str(root))
-        patch.setitem(hourglass.data.DEMO_IMAGES, "train", 6)
-        patch.setitem(hourglass.data.DEMO_IMAGES, "val", 5)
+        patch.setitem(projects.demo.DEMO_IMAGES, "train", 6)
+        patch.setitem(projects.demo.DEMO_IMAGES, "val", 5)
         yield root
 
 

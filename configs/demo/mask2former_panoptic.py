@@ -1,4 +1,4 @@
-"""The panoptic demo: a small Swin Mask2Former, trained from scratch on the drawn scenes of hourglass/data."""
+"""The panoptic demo: a small Swin Mask2Former, trained from scratch on the drawn scenes of projects/demo."""
 
 from pathlib import Path
 
@@ -8,9 +8,10 @@ from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
 from hourglass import Plan, TokenClustering
-from hourglass.data import STUFF, THINGS, PanopticMapper, register_demo
+from hourglass.data import PanopticMapper
 from hourglass.encoders import Swin
 from hourglass.evaluation import InstanceEvaluator, PanopticEvaluator
+from projects.demo import STUFF, THINGS, register_demo
 from projects.mask2former import Mask2Former, optimizer_params
 
 from ..common.coco import dataloader

@@ -1,4 +1,4 @@
-"""The demo: a small ViTDet Mask R-CNN, trained from scratch on the drawn scenes of hourglass/data."""
+"""The demo: a small ViTDet Mask R-CNN, trained from scratch on the drawn scenes of projects/demo."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
 from hourglass import Plan, TokenClustering
-from hourglass.data import register_demo
+from projects.demo import register_demo
 
 from ..common.coco import dataloader
 from ..common.mask_rcnn_vitdet import model

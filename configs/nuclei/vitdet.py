@@ -11,8 +11,9 @@ from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
 from hourglass import DensityPeaks, Plan
-from hourglass.data import EnlargeShortestEdge, PanopticMapper, RandomStain, StretchContrast, register_nuclei
+from hourglass.data import EnlargeShortestEdge, PanopticMapper, RandomStain, StretchContrast
 from hourglass.evaluation import InstanceEvaluator, PanopticEvaluator
+from projects.nuclei import register_nuclei
 
 from ..common.coco import dataloader
 from ..common.mask_rcnn_vitdet import model

@@ -45,8 +45,8 @@ def expedite(cfg: DictConfig, plan: Plan | DictConfig) -> DictConfig:
     its arguments. The model's parameters keep their names.
 
     Args:
-        cfg: a LazyConfig. Its ``model.backbone`` is, or holds at any depth, the node of an encoder: a ViT or a Swin,
-            ours or Detectron2's, given as a class or by its dotted name. In an expedited config the plan is replaced.
+        cfg: a LazyConfig. Its ``model.backbone`` is, or holds at any depth, the node of an encoder of a family
+            that is registered, given as a class or by its dotted name. In an expedited config the plan is replaced.
         plan: a plan, or the node of one, ``L(Plan)(...)``. A node is made of a plan, so that its values can be
             overridden and the config be saved.
 

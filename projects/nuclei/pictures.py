@@ -1,39 +1,35 @@
-#!/usr/bin/env python
 """
 Draw nuclei: the image, the ground truth, what the unmodified model finds, and the expedited one with its clusters.
 
-    python projects/nuclei/pictures.py
-    python projects/nuclei/pictures.py --images f29fd9c52e04403cd2c7d43b6fe2479292e53b2f61969d25256d2d2aca7c6a81
-    python projects/nuclei/pictures.py 'plan.reducer.grid=[6,6]' plan.start=1
+    python -m projects.nuclei.pictures
+    python -m projects.nuclei.pictures --images f29fd9c52e04403cd2c7d43b6fe2479292e53b2f61969d25256d2d2aca7c6a81
+    python -m projects.nuclei.pictures 'plan.reducer.grid=[6,6]' plan.start=1
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import hourglass  # noqa: E402  (first: it mends Detectron2 0.6)
+import hourglass  # first: it mends Detectron2 0.6
 
 # isort: split
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from pycocotools import mask as rle  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import cv2
+import numpy as np
+import torch
+from pycocotools import mask as rle
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from hourglass import InputError, Plan  # noqa: E402
-from hourglass.checkpoint import load_checkpoint  # noqa: E402
-from hourglass.data.loading import build_loader  # noqa: E402
-from hourglass.encoders import find_encoder  # noqa: E402
-from hourglass.files import check_folder  # noqa: E402
-from hourglass.launch import build, load_config, one_line  # noqa: E402
-from hourglass.reduction import Reducer, Reduction  # noqa: E402
-from hourglass.reduction.windows import map_size  # noqa: E402
+from hourglass import InputError, Plan
+from hourglass.checkpoint import load_checkpoint
+from hourglass.data.loading import build_loader
+from hourglass.encoders import find_encoder
+from hourglass.files import check_folder
+from hourglass.launch import build, load_config, one_line
+from hourglass.reduction import Reducer, Reduction
+from hourglass.reduction.windows import map_size
 
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "nuclei" / "vitdet.py"
 # Of the validation images: nuclei that shine, small and large ones, and stained tissue.
 IMAGES = [

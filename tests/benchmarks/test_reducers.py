@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import hourglass.data
+import projects.demo
 from benchmarks import reducers
 from benchmarks.reducers import make_plans, merged_a_block, pareto_front, parse
 from hourglass import BipartiteMatching, InputError, Plan, TokenClustering
@@ -13,7 +13,7 @@ from hourglass import BipartiteMatching, InputError, Plan, TokenClustering
 @pytest.fixture(autouse=True)
 def two_images(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
-    monkeypatch.setitem(hourglass.data.DEMO_IMAGES, "val", 2)
+    monkeypatch.setitem(projects.demo.DEMO_IMAGES, "val", 2)
 
 
 def test_the_budget_is_the_mean_over_blocks():

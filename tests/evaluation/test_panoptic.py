@@ -9,11 +9,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluators, SemSegEvaluator
 
 from hourglass import InputError
-from hourglass.data import write_demo
 from hourglass.data.panoptic import register_panoptic
 from hourglass.evaluation import PanopticEvaluator
 from hourglass.evaluation.compare import _evaluate
 from hourglass.evaluation.panoptic import count_segments, panoptic_quality
+from projects.demo import write_demo
 from tests.golden_cases import FOLDER, load
 
 CATEGORIES = [1, 2, 7]  # the last is stuff

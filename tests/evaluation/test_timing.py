@@ -226,7 +226,7 @@ def test_everything_is_imported_and_data_drawn_without_the_modules_of_unix(tmp_p
 import sys
 sys.modules.update(dict.fromkeys(("resource", "pwd", "grp", "termios")))
 import hourglass, hourglass.evaluation, hourglass.evaluation.journal, train_net
-from hourglass.data import write_demo
+from projects.demo import write_demo
 sys.modules["fcntl"] = None  # which iopath's locks import, where there is one
 write_demo(sys.argv[1], {"val": 1}, workers=1)
 """

@@ -11,12 +11,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from hourglass import AveragePooling, BipartiteMatching, InputError, Plan, TokenClustering, expedite
-from hourglass.data import PanopticMapper, register_nuclei
+from hourglass.data import PanopticMapper
 from hourglass.data.loading import build_loader
 from hourglass.encoders import find_encoder
 from hourglass.launch import load_config
 from hourglass.reduction.scope import EachWindow
-from projects.nuclei import pictures, prepare
+from projects.nuclei import pictures, prepare, register_nuclei
 from tests.evaluation.test_timing import tiny_vit
 
 ROOT = Path(__file__).parents[2]
@@ -101,8 +101,8 @@ def test_prepare_refuses_and_leaves_nothing(tmp_path, source, split):
 
 
 def test_prepare_is_a_command(tmp_path):
-    command = [sys.executable, str(ROOT / "projects" / "nuclei" / "prepare.py")]
-    result = subprocess.run([*command, str(tmp_path), str(tmp_path / "x")], capture_output=True, text=True)
+    command = [sys.executable, "-m", "projects.nuclei.prepare", str(tmp_path), str(tmp_path / "x")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2
     line = result.stderr.splitlines()[-1]
     assert line.startswith(f"error: {tmp_path} lacks 532 of the 532 images")

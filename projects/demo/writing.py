@@ -22,7 +22,7 @@ import numpy as np
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from hourglass.data.scenes import RECIPE, SIZE, STUFF, THINGS, draw_scene
+from projects.demo.scenes import RECIPE, SIZE, STUFF, THINGS, draw_scene
 
 CATEGORIES = [
     {"id": i, "name": name, "supercategory": "thing" if i <= len(THINGS) else "stuff", "isthing": int(i <= len(THINGS))}

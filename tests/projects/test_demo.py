@@ -9,8 +9,8 @@ import torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from hourglass import data
-from hourglass.data import STUFF, THINGS, demo, draw_scene, register_demo, write_demo
+import projects.demo
+from projects.demo import STUFF, THINGS, draw_scene, register_demo, scenes, write_demo, writing
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +68,13 @@ class TestDrawScene:
     def test_a_mask_is_what_is_painted(self, monkeypatch):
         # The same scene with all objects in pure red before the camera: the red pixels are the masks.
         canvases = []
-        monkeypatch.setattr(data.scenes, "_photograph", lambda rng, canvas: canvases.append(canvas))
-        monkeypatch.setattr(data.scenes, "_cast_shadow", lambda *args: None)
+        monkeypatch.setattr(scenes, "_photograph", lambda rng, canvas: canvases.append(canvas))
+        monkeypatch.setattr(scenes, "_cast_shadow", lambda *args: None)
         red = np.array([1000, 0, 0], np.float32)
-        monkeypatch.setattr(data.scenes, "_ground", lambda rng: (np.zeros((512, 512, 3), np.float32), None))
-        monkeypatch.setattr(data.scenes, "_vivid_colour", lambda *args: red)
-        monkeypatch.setattr(data.scenes, "_related_colour", lambda *args: red)
-        monkeypatch.setattr(data.scenes, "_new_object", without_rim(data.scenes._new_object))
+        monkeypatch.setattr(scenes, "_ground", lambda rng: (np.zeros((512, 512, 3), np.float32), None))
+        monkeypatch.setattr(scenes, "_vivid_colour", lambda *args: red)
+        monkeypatch.setattr(scenes, "_related_colour", lambda *args: red)
+        monkeypatch.setattr(scenes, "_new_object", without_rim(scenes._new_object))
         scene = draw_scene(3)
         seen, covered = canvases[0][..., 0], scene.masks.any(axis=0)
         assert seen[covered].min() > 127  # 255 * coverage, or less in the shade
@@ -158,7 +158,7 @@ class TestWriteDemo:
                 raise KeyboardInterrupt
             return draw_scene(scene_seed, *arguments)
 
-        monkeypatch.setattr(demo, "draw_scene", interrupt)
+        monkeypatch.setattr(writing, "draw_scene", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_demo(tmp_path, {"val": 4})
         assert list(tmp_path.iterdir()) == []
@@ -185,7 +185,7 @@ class TestRegisterDemo:
     def few_images(self, monkeypatch):
         pytest.importorskip("hourglass.compat")
         self.catalog = pytest.importorskip("detectron2.data")
-        monkeypatch.setitem(data.DEMO_IMAGES, "val", 2)
+        monkeypatch.setitem(projects.demo.DEMO_IMAGES, "val", 2)
         yield
         for name in self.catalog.DatasetCatalog.list():
             if name.startswith("hourglass_demo_"):
