@@ -4,6 +4,7 @@ Compare a model with itself on fewer tokens, or train it.
 
     python train_net.py --eval-only                                   the embedded demo
     python train_net.py --eval-only --config-file configs/vitdet/mask_rcnn_b.py plan.start=4
+    python train_net.py --calibrate --config-file configs/nuclei/vitdet.py search.images=16
     python train_net.py --config-file configs/demo/vitdet.py train.output_dir=output/demo
 """
 
@@ -19,17 +20,13 @@ import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from omegaconf import DictConfig
 from torch.multiprocessing import ProcessExitedException
 
-from hourglass import Plan
 from hourglass.checkpoint import load_checkpoint
+from hourglass.commands import Options, run_calibration, run_comparison, warn
 from hourglass.compat import init_process_group
 from hourglass.data.opening import load_test, open_test
-from hourglass.encoders import find_encoder
-from hourglass.evaluation import Subject, compare, to_json, to_text, write_report
-from hourglass.evaluation.journal import open_journal
-from hourglass.launch import DEMO, build, build_evaluator, load_config, one_line, refuse
+from hourglass.launch import DEMO, build, load_config, one_line, refuse
 from hourglass.reduction.selection import RANDOM
 from hourglass.training import check_training, train
 
@@ -38,7 +35,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default=str(DEMO), help="a LazyConfig; without one, the demo's")
     parser.add_argument("--eval-only", action="store_true", help="compare the models, do not train")
-    parser.add_argument("--control", action="store_true", help="also the model with the plan's blocks left out")
+    parser.add_argument("--calibrate", action="store_true", help="fit what the plan's restoring leaves out")
+    parser.add_argument(
+        "--control",
+        action="store_true",
+        help="also the model without the plan's blocks, and with an affine map in their place",
+    )
     parser.add_argument("--only", choices=("unmodified", "expedited"), help="run one of the models")
     parser.add_argument("--by-class", action="store_true", help="also tables by class, largest loss first")
     parser.add_argument(
@@ -56,70 +58,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(arguments)
     if args.only and args.control:
         parser.error("--only runs one of the models, without --control")
+    if args.calibrate and args.eval_only:
+        parser.error("--calibrate writes a calibration, which --eval-only then takes as plan.calibration")
     return args
-
-
-def run_comparison(cfg: DictConfig, model: torch.nn.Module, plan: Plan, args: argparse.Namespace) -> dict:
-    """Compare and report; returns the content of ``comparison.json``, empty in all but the main process."""
-    plans = {"unmodified": Plan(), "fast attention": Plan(attention="fast"), "expedited": plan}
-    if not plan.fast or plan.reducer is None:
-        del plans["fast attention"]
-    if args.control:
-        plans["control"] = plan.control()
-    if args.only:
-        plans = {args.only: plans[args.only]}
-    records = open_test(cfg, model, cfg.evaluation.max_images)
-    subjects = {}
-    for name, its_plan in plans.items():
-        view = hourglass.expedite(model, its_plan)
-        subjects[name] = Subject(view, find_encoder(view)[1], build_evaluator(cfg, name))
-    journal = open_journal(cfg, subjects, plans, records, args.resume) if args.eval_only else None
-    remaining = records if journal is None else [each for each in records if each["image_id"] not in journal.done]
-    comparison = compare(
-        subjects,
-        load_test(cfg, model, remaining),
-        device=cfg.train.device,
-        dtype=getattr(torch, cfg.evaluation.dtype),
-        warmup=cfg.evaluation.warmup,
-        journal=journal,
-    )
-    if comparison is None:
-        return {}
-    document = to_json(
-        comparison,
-        dataset=str(cfg.dataloader.test.dataset.names),
-        device=cfg.train.device,
-        dtype=cfg.evaluation.dtype,
-        plan=plan.describe(),
-    )
-    print(f"\n{to_text(document, by_class=args.by_class)}\n")
-    for line in document["warnings"]:
-        print(f"warning: {line}", file=sys.stderr)
-    write_report(document, cfg.train.output_dir, args.by_class)
-    print(f"written to {os.path.join(cfg.train.output_dir, 'comparison.json')}, .csv and .md", flush=True)
-    if journal is not None:
-        journal.remove()
-    return document
 
 
 def main(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.overrides)
-    if not args.eval_only:
+    if args.calibrate:
+        cfg.plan.calibration = None  # it is made anew
+    elif not args.eval_only:
         check_training(cfg)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         init_process_group(cfg.train.device)
     seed_all_rng(cfg.train.seed)
     plan = build(cfg, "plan")
     model = build(cfg, "model").to(cfg.train.device)
-    expedited = hourglass.expedite(model, plan)  # refuses a plan that does not fit before anything is read
+    # Refuses a plan that does not fit before anything is read.
+    expedited = hourglass.expedite(model, plan.to_be_calibrated() if args.calibrate else plan)
     if cfg.train.init_checkpoint:
         load_checkpoint(model, cfg.train.init_checkpoint, cfg.train.allow_partial_checkpoint)
-    if args.eval_only:
+    options = Options(args.control, args.only, args.by_class, args.resume, journal=args.eval_only)
+    if args.eval_only or args.calibrate:
         if not cfg.train.init_checkpoint:
-            print("warning: train.init_checkpoint is empty, the weights are random", file=sys.stderr)
+            warn("train.init_checkpoint is empty, the weights are random")
         if getattr(plan.reducer, "selectors", None) == RANDOM:
-            print(f'warning: plan.reducer.selectors is "{RANDOM}", what they select is random', file=sys.stderr)
-        run_comparison(cfg, model.eval(), plan, args)
+            warn(f'plan.reducer.selectors is "{RANDOM}", what they select is random')
+        if args.calibrate:
+            run_calibration(cfg, model.eval(), plan)
+        else:
+            run_comparison(cfg, model.eval(), plan, options)
         return
 
     # What the first evaluation would refuse is refused before training.
@@ -130,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
     seed_all_rng(cfg.train.seed + comm.get_rank())
 
     def evaluate() -> dict:
-        models = run_comparison(cfg, model, plan, args).get("models", {})
+        models = run_comparison(cfg, model, plan, options).get("models", {})
         return {
             f"{name}/{task}/{metric}": float("nan") if value is None else value
             for name, figures in models.items()

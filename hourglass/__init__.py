@@ -7,10 +7,12 @@ from hourglass import (
 from hourglass.config import add_hourglass_config
 from hourglass.encoders import HourglassSwin, HourglassViT, Plan, expedite, verify
 from hourglass.errors import InputError
+from hourglass.fitting import calibrate
 from hourglass.reduction import (
     AveragePooling,
     BipartiteMatching,
     DensityPeaks,
+    LinearBlocks,
     Reducer,
     Reduction,
     SkipBlocks,
@@ -26,6 +28,7 @@ __all__ = [
     "HourglassSwin",
     "HourglassViT",
     "InputError",
+    "LinearBlocks",
     "Plan",
     "Reducer",
     "Reduction",
@@ -34,6 +37,7 @@ __all__ = [
     "TokenSelection",
     "__version__",
     "add_hourglass_config",
+    "calibrate",
     "config",
     "expedite",
     "verify",

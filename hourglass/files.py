@@ -16,11 +16,11 @@ def check_folder(name: str, folder: str | os.PathLike) -> None:
         raise InputError(f"{name} takes a folder that can be written to, got {str(folder)!r}")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """Write the file whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         whole = Path(folder) / path.name
-        whole.write_text(text)
+        whole.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(whole, path)
 
 

@@ -41,15 +41,15 @@ def load_config(path: str, overrides: list[str]) -> DictConfig:
         if not isinstance(cfg.get(key), DictConfig):
             raise InputError(f"config file {path} has no {key!r}: configs/demo/vitdet.py is an example")
     common = LazyConfig.load(str(CONFIGS / "common" / "train.py"))
-    for key in ("train", "evaluation"):
+    for key in ("train", "evaluation", "search"):
         cfg[key] = OmegaConf.merge(common[key], cfg.get(key, {}))
     cfg.dataloader.setdefault("image_scaling", "full")
     apply_overrides(cfg, overrides)
-    check_options(cfg.train, cfg.evaluation)
+    check_options(cfg.train, cfg.evaluation, cfg.search)
     return cfg
 
 
-def check_options(train: DictConfig, evaluation: DictConfig) -> None:
+def check_options(train: DictConfig, evaluation: DictConfig, search: DictConfig) -> None:
     """Raise InputError for an option of a wrong type or out of range; put the device in the place of "auto"."""
     if train.device == "auto":
         train.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,6 +66,9 @@ def check_options(train: DictConfig, evaluation: DictConfig) -> None:
     check_count("evaluation.warmup", evaluation.warmup, 0)
     if evaluation.max_images is not None:
         check_count("evaluation.max_images", evaluation.max_images, 1)
+    check_count("search.images", search.images, 2)
+    if search.dataset is not None:
+        check_text("search.dataset", search.dataset)
     for key, smallest in TRAINING_COUNTS.items():
         check_count(f"train.{key}", OmegaConf.select(train, key), smallest)
     for key in ("allow_partial_checkpoint", "expedite", "amp.enabled"):

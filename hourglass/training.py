@@ -83,6 +83,10 @@ def check_training(cfg: DictConfig) -> None:
     if "lr" in cfg.optimizer:
         check_number("optimizer.lr", cfg.optimizer.lr, 0)
     check_choice("train.trainable", cfg.train.trainable, TRAINABLE)
+    if cfg.train.expedite and cfg.get("plan", {}).get("calibration") is not None:
+        raise InputError(
+            "plan.calibration is for weights that stay as they are: train with plan.calibration=null, and calibrate anew"
+        )
 
 
 def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resume: bool = False) -> None:

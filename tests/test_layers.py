@@ -20,7 +20,8 @@ ALLOWED = {
     "attention": set(),
     "weights": set(),
     "reduction": {"weights"},
-    "encoders": {"attention", "reduction"},
+    "encoders": {"attention", "reduction", "weights"},
+    "fitting": {"encoders", "reduction"},
     "config": {"encoders", "reduction"},
     "solver": {"encoders"},
     "data": {"weights"},
@@ -28,6 +29,7 @@ ALLOWED = {
     "evaluation": {"data", "reduction"},
     "overrides": {"reduction"},
     "training": {"data", "reduction"},
+    "commands": {"data", "encoders", "evaluation", "fitting", "launch"},
     "launch": {"data", "overrides", "evaluation", "encoders", "config", "reduction"},
 }
 

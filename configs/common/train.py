@@ -21,6 +21,14 @@ train = dict(
     device="auto",
 )
 
+# Images without labels that a plan is calibrated on, and the affine map of --control.
+search = dict(
+    # null: the data set that the model is trained on.
+    dataset=None,
+    # So many, spread evenly over it.
+    images=16,
+)
+
 evaluation = dict(
     # Only the first so many images of the data set; null: all.
     max_images=None,

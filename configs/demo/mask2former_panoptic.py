@@ -16,7 +16,7 @@ from projects.mask2former import Mask2Former, optimizer_params
 
 from ..common.coco import dataloader
 from ..common.optimizer import AdamW as optimizer
-from ..common.train import evaluation, train
+from ..common.train import evaluation, search, train
 
 register_demo()
 
@@ -94,6 +94,8 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_length=100 / train.max_iter,
     warmup_factor=0.01,
 )
+
+search.dataset = "hourglass_demo_coloured_search"
 
 # Chosen on training images, see the README.
 plan = L(Plan)(reducer=L(TokenClustering)(grid=[5, 5]), start=2, stop=11, scope="window")

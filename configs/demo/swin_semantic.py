@@ -6,7 +6,7 @@ from detectron2.modeling.meta_arch.semantic_seg import SemanticSegmentor, SemSeg
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
-from .mask2former_panoptic import dataloader, evaluation, optimizer, plan, train
+from .mask2former_panoptic import dataloader, evaluation, optimizer, plan, search, train
 from .mask2former_panoptic import model as mask2former
 
 model = L(SemanticSegmentor)(

@@ -13,7 +13,7 @@ from projects.demo import register_demo
 from ..common.coco import dataloader
 from ..common.mask_rcnn_vitdet import model
 from ..common.optimizer import AdamW as optimizer
-from ..common.train import evaluation, train
+from ..common.train import evaluation, search, train
 
 register_demo()
 
@@ -78,4 +78,6 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 
 # Chosen on training images, see the README.
+search.dataset = "hourglass_demo_search"
+
 plan = L(Plan)(reducer=L(TokenClustering)(grid=[12, 12]), start=3, stop=5, scope="window")

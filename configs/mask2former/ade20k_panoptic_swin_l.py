@@ -7,7 +7,7 @@ from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from hourglass.data.panoptic import register_ade20k_panoptic
 from hourglass.evaluation import PanopticEvaluator, SemanticEvaluator
 
-from .coco_panoptic_swin_l import dataloader, evaluation, model, optimizer, plan, train
+from .coco_panoptic_swin_l import dataloader, evaluation, model, optimizer, plan, search, train
 
 register_ade20k_panoptic()
 

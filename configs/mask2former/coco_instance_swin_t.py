@@ -1,7 +1,7 @@
 """Mask2Former with Swin-T on COCO instances."""
 
 from ..common.coco import dataloader
-from .coco_panoptic_swin_t import evaluation, lr_multiplier, model, optimizer, plan, train
+from .coco_panoptic_swin_t import evaluation, lr_multiplier, model, optimizer, plan, search, train
 
 model.update(num_classes=80, things=None, panoptic_on=False)
 

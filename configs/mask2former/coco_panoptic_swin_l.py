@@ -1,7 +1,7 @@
 """Mask2Former with Swin-L (ImageNet-21k, 384) on COCO panoptic."""
 
 from ..common.mask2former import swin_l
-from .coco_panoptic_swin_t import dataloader, evaluation, lr_multiplier, model, optimizer, plan, train
+from .coco_panoptic_swin_t import dataloader, evaluation, lr_multiplier, model, optimizer, plan, search, train
 
 model.backbone.update(swin_l)
 model.num_queries = 200

@@ -1,7 +1,7 @@
 """Mask2Former with Swin-S on COCO panoptic."""
 
 from ..common.mask2former import swin_s
-from .coco_panoptic_swin_t import dataloader, evaluation, lr_multiplier, model, optimizer, plan, train
+from .coco_panoptic_swin_t import dataloader, evaluation, lr_multiplier, model, optimizer, plan, search, train
 
 model.backbone.update(swin_s)
 

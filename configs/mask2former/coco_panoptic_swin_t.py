@@ -11,7 +11,7 @@ from projects.mask2former import optimizer_params
 from ..common.coco import dataloader
 from ..common.mask2former import model
 from ..common.optimizer import AdamW as optimizer
-from ..common.train import evaluation, train
+from ..common.train import evaluation, search, train
 
 # The third stage is blocks 4 to 9; it begins on the full map.
 plan = L(Plan)(reducer=L(TokenClustering)(grid=[5, 5]), start=6, stop=10, scope="window")

@@ -18,7 +18,7 @@ from projects.nuclei import register_nuclei
 from ..common.coco import dataloader
 from ..common.mask_rcnn_vitdet import model
 from ..common.optimizer import AdamW as optimizer
-from ..common.train import evaluation, train
+from ..common.train import evaluation, search, train
 
 register_nuclei()
 

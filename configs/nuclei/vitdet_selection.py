@@ -6,7 +6,7 @@ from detectron2.config import LazyCall as L
 
 from hourglass import Plan, TokenSelection
 
-from .vitdet import dataloader, evaluation, lr_multiplier, model, optimizer, train
+from .vitdet import dataloader, evaluation, lr_multiplier, model, optimizer, search, train
 
 optimizer.lr = 5e-3
 optimizer.weight_decay = 0.0

@@ -1,7 +1,7 @@
 """Cascade Mask R-CNN with ViTDet-B on COCO."""
 
 from ..common.cascade import roi_heads as _roi_heads
-from .mask_rcnn_b import dataloader, evaluation, lr_multiplier, model, optimizer, plan, train
+from .mask_rcnn_b import dataloader, evaluation, lr_multiplier, model, optimizer, plan, search, train
 
 model.roi_heads = _roi_heads
 

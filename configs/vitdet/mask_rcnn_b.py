@@ -10,7 +10,7 @@ from hourglass.solver import layer_decay_params
 from ..common.coco import dataloader
 from ..common.mask_rcnn_vitdet import model
 from ..common.optimizer import AdamW as optimizer
-from ..common.train import evaluation, train
+from ..common.train import evaluation, search, train
 
 # Images are padded to squares of 64 x 64 tokens.
 plan = L(Plan)(reducer=L(TokenClustering)(grid=[46, 46]), start=3, stop=12)

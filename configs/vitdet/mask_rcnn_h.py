@@ -1,6 +1,6 @@
 """Mask R-CNN with ViTDet-H on COCO."""
 
-from .mask_rcnn_b import dataloader, evaluation, lr_multiplier, model, optimizer, plan, train
+from .mask_rcnn_b import dataloader, evaluation, lr_multiplier, model, optimizer, plan, search, train
 
 model.backbone.net.update(
     embed_dim=1280,

@@ -93,7 +93,9 @@ def build_loader(node: DictConfig, max_images: int | None = None) -> tuple[Any, 
     return load_images(node, records), records
 
 
-def load_records(node: DictConfig, max_images: int | None = None, square: int = 0) -> list[dict[str, Any]]:
+def load_records(
+    node: DictConfig, max_images: int | None = None, square: int = 0, spread: bool = False
+) -> list[dict[str, Any]]:
     """
     The records of the data set that ``node``, as in :func:`build_loader`, reads, checked: annotations whole, and of the
     images the headers.
@@ -101,6 +103,7 @@ def load_records(node: DictConfig, max_images: int | None = None, square: int = 
     Args:
         node, max_images: as there.
         square: side of the square in pixels that the model pads images to; 0: any size.
+        spread: ``max_images`` that are spread evenly over the data set, in place of the first ones.
 
     Raises:
         InputError: for a data set that is not registered or not there, is without an image, or has annotations or
@@ -113,7 +116,7 @@ def load_records(node: DictConfig, max_images: int | None = None, square: int = 
     for each in names:
         check_instances(each)
     try:
-        records = instantiate(node.dataset)[:max_images]
+        records = instantiate(node.dataset)
     except InputError:
         raise
     except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:  # what Detectron2 raises for bad data
@@ -121,6 +124,9 @@ def load_records(node: DictConfig, max_images: int | None = None, square: int = 
         raise InputError(f"data set {name!r} cannot be loaded ({type(error).__name__}: {reason})") from error
     if not records:
         raise InputError(f"data set {name!r} has no image to run on")
+    if max_images is not None:
+        count = min(max_images, len(records))
+        records = [records[i * len(records) // count] for i in range(count)] if spread else records[:count]
     for key, kind in FILES.items():
         paths = [record[key] for record in records if key in record]
         missing = [path for path in paths if not _is_there(path)]

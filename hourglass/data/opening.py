@@ -1,5 +1,6 @@
 """Opening a data set for a model: what evaluation or training would stumble over is refused before the first image."""
 
+import copy
 import json
 import os
 import tempfile
@@ -70,6 +71,33 @@ def open_test(cfg: DictConfig, model: nn.Module, max_images: int | None = None) 
 def load_test(cfg: DictConfig, model: nn.Module, records: list[dict[str, Any]]) -> Any:
     """The loader of the images of these records, all or some of those that :func:`open_test` gave."""
     return load_images(cfg.dataloader.test, records, _scaling(cfg), square_side(model))
+
+
+def open_search(cfg: DictConfig, model: nn.Module) -> Any:
+    """
+    Open images that a plan is fitted to or chosen on, without their labels: ``search.images`` of ``search.dataset``, or
+    of the data set that the model is trained on, read as for evaluation.
+
+    Returns:
+        their loader.
+
+    Raises:
+        InputError: see :func:`~hourglass.data.loading.load_records`.
+    """
+    node = copy.deepcopy(cfg.dataloader.test)
+    _check_batches(node)
+    if cfg.search.dataset is None:
+        node.dataset = copy.deepcopy(cfg.dataloader.train.dataset)
+    else:
+        node.dataset.names = cfg.search.dataset
+    square = square_side(model)
+    return load_images(node, load_records(node, cfg.search.images, square, spread=True), _scaling(cfg), square)
+
+
+def search_dataset(cfg: DictConfig) -> str:
+    """The name of the data set that :func:`open_search` opens."""
+    names = cfg.search.dataset or cfg.dataloader.train.dataset.get("names", "the training images")
+    return names if isinstance(names, str) else ", ".join(names)
 
 
 def open_train(cfg: DictConfig, model: nn.Module) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hourglass import reduction
+from hourglass.encoders.calibration import TOLERANCE, Calibration
 from hourglass.encoders.contract import Family, as_map, is_recomputed_by_fairscale, unwrapped
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.proof import is_on_meta, prove
@@ -13,6 +14,7 @@ from hourglass.encoders.registry import family_of
 from hourglass.encoders.sharing import base_class, down_to, hide, new_view, replaced, unmodified, with_children
 from hourglass.errors import InputError
 from hourglass.reduction import Reducer
+from hourglass.reduction.calibrated import Calibrated, check_restoring
 from hourglass.reduction.scope import in_scope, probe
 
 
@@ -41,6 +43,7 @@ class Hourglass(nn.Module):
     _body: nn.Module
     _same: list[tuple[nn.Module, nn.Module]]
     _waiting: bool
+    _unchecked: bool
 
     def __new__(cls, encoder: nn.Module, plan: Plan):
         return new_view(cls, base_class(unmodified(encoder)))
@@ -52,7 +55,7 @@ class Hourglass(nn.Module):
         blocks = [block for stage in stages for block in stage]
         planned = plan.blocks(len(blocks))
         reducer: Reducer | None = None
-        waiting = False
+        waiting = unchecked = False
         if planned or plan.fast:
             inner = [unwrapped(block) for block in blocks]
             for module in down_to(encoder, {*inner, *(block.attn for block in inner)}):
@@ -62,6 +65,11 @@ class Hourglass(nn.Module):
                 prove(encoder, family, planned)
         if plan.reducer is not None and planned:
             reducer = _bound(plan, plan.reducer, family, [blocks[i] for i in planned])
+            if plan.calibration is not None:
+                plan.calibration.check_encoder(encoder)
+                reducer = _calibrated(reducer, plan.calibration, inner[planned.start].norm1.weight)
+                # Weights may be loaded later.
+                unchecked = is_on_meta(encoder) or plan.calibration.deviation(encoder)[0] > TOLERANCE
 
         views = {
             block: family.placed(block, plan.fast, plan.published and i in planned)
@@ -85,7 +93,8 @@ class Hourglass(nn.Module):
             for name, inner in body.named_modules()
             if name and (module := self.get_submodule(name)) is not inner and not isinstance(inner, Middle | Through)
         ]
-        hide(self, plan=plan, _planned=planned, _unmodified=encoder, _body=body, _same=same, _waiting=waiting)
+        hide(self, plan=plan, _planned=planned, _unmodified=encoder, _body=body, _same=same)
+        hide(self, _waiting=waiting, _unchecked=unchecked)
 
     def train(self, mode: bool = True) -> "Hourglass":
         super().train(mode)  # which in Mask2Former's Swin returns nothing
@@ -96,6 +105,10 @@ class Hourglass(nn.Module):
         if self._waiting and not is_on_meta(self):
             prove(self._unmodified, family_of(self._unmodified), self._planned)
             hide(self, _waiting=False)
+        if self._unchecked and not is_on_meta(self):
+            assert self.plan.calibration is not None
+            self.plan.calibration.check_weights(self._unmodified)
+            hide(self, _unchecked=False)
         for module, inner in self._same:
             if inner.training != module.training:
                 hide(inner, training=module.training)
@@ -155,6 +168,8 @@ def _bound(plan: Plan, reducer: Reducer, family: Family, blocks: list[nn.Module]
     inner = [unwrapped(block) for block in blocks]
     windows = {family.window_size(block) for block in inner} - {0}
     kind = type(reducer).__name__
+    if reducer.needs_calibration and plan.calibration is None:
+        raise InputError(f"{kind} takes a plan with a calibration: train_net.py --calibrate makes one")
     if reducer.takes_lists and not family.block.takes_lists:
         raise InputError(
             f"{kind} takes an encoder whose windows stay where they are, got a {family.name}, whose windows shift: "
@@ -181,6 +196,12 @@ def _bound(plan: Plan, reducer: Reducer, family: Family, blocks: list[nn.Module]
     reducer.to(like.device)
     window = windows.pop() if plan.scope == "window" else None
     return in_scope(reducer, window, family.pads_published and plan.published, like)
+
+
+def _calibrated(reducer: Reducer, calibration: Calibration, like: Tensor) -> Reducer:
+    """A bound reducer with calibrated restoring, for tokens of the type and on the device of ``like`` (C,)."""
+    check_restoring(reducer, (64, 64), like)
+    return Calibrated(reducer, calibration.corrections).to(like)
 
 
 def _is_ours(reducer: Reducer) -> bool:

@@ -1,9 +1,12 @@
+import copy
+import os
 from numbers import Integral
 from typing import Any
 
 from hourglass.checks import check_choice, check_count
+from hourglass.encoders.calibration import Calibration
 from hourglass.errors import InputError
-from hourglass.reduction import Reducer, SkipBlocks
+from hourglass.reduction import LinearBlocks, Reducer, SkipBlocks
 
 SCOPES = ("map", "window")
 ATTENTION = ("plain", "fast")
@@ -26,6 +29,7 @@ class Plan:
         attention: of every block, "fast" or by the "plain" formula, which materialises all scores as the published
             encoders do; the result is the same to float32's rounding (:mod:`hourglass.attention`). None: "fast" under a
             reducer that is not run as published, else "plain".
+        calibration: of the plan's restoring, from :func:`hourglass.calibrate`, or the file of one; None: none.
 
     Raises:
         InputError: for an argument out of range.
@@ -40,6 +44,7 @@ class Plan:
         proportional: bool = True,
         published: bool = False,
         attention: str | None = None,
+        calibration: Calibration | str | os.PathLike | None = None,
     ):
         if reducer is not None and not isinstance(reducer, Reducer):
             raise InputError(f"reducer takes a hourglass.Reducer or None, got {reducer!r}")
@@ -54,6 +59,10 @@ class Plan:
             check_choice("attention", attention, ATTENTION)
         if reducer is not None and scope not in reducer.scopes:
             raise InputError(f'{type(reducer).__name__} acts on whole blocks and takes scope "map", got {scope!r}')
+        if calibration is not None and not isinstance(calibration, Calibration | str | os.PathLike):
+            raise InputError(f"calibration takes the file of one, or None, got {calibration!r}")
+        if calibration is not None and (reducer is None or published):
+            raise InputError("calibration is of a plan with a reducer that is not run as published")
         self.reducer = reducer.published_form() if published and reducer is not None else reducer
         self.start = start
         self.stop = stop
@@ -61,6 +70,10 @@ class Plan:
         self.proportional = proportional and not (published and reducer is not None)
         self.published = published
         self.attention = attention or ("fast" if reducer is not None and not published else "plain")
+        self.calibration: Calibration | None = None
+        if calibration is not None:
+            self.calibration = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
+            self.calibration.check_plan(self.uncalibrated().describe())
 
     @property
     def fast(self) -> bool:
@@ -88,10 +101,36 @@ class Plan:
         """The same plan with its blocks left out: what the model owes to its other blocks."""
         return Plan(SkipBlocks(), self.start, self.stop, attention=self.attention)
 
+    def linear_control(self) -> "Plan":
+        """The same plan with an affine map in the place of its blocks, to be calibrated."""
+        return Plan(LinearBlocks(), self.start, self.stop, attention=self.attention)
+
+    def uncalibrated(self) -> "Plan":
+        """The same plan without its calibration."""
+        plan = copy.copy(self)
+        plan.calibration = None
+        return plan
+
+    def to_be_calibrated(self) -> "Plan":
+        """The same plan as it runs before it is calibrated: an affine map's blocks are left out."""
+        return self.control() if self.reducer is not None and self.reducer.needs_calibration else self.uncalibrated()
+
+    def calibrated(self, calibration: Calibration) -> "Plan":
+        """
+        The same plan with a calibration.
+
+        Raises:
+            InputError: for one that was made for another plan.
+        """
+        calibration.check_plan(self.uncalibrated().describe())
+        plan = copy.copy(self)
+        plan.calibration = calibration
+        return plan
+
     def describe(self) -> dict[str, Any]:
         """The arguments, as plain values."""
         reducer = None if self.reducer is None else self.reducer.describe()
-        return {
+        description = {
             "reducer": reducer,
             "start": self.start,
             "stop": self.stop,
@@ -100,9 +139,11 @@ class Plan:
             "published": self.published,
             "attention": self.attention,
         }
+        return description if self.calibration is None else {**description, "calibration": self.calibration.describe()}
 
     def __repr__(self) -> str:
+        calibration = "" if self.calibration is None else f", calibration={self.calibration!r}"
         return (
             f"Plan({self.reducer!r}, {self.start}, {self.stop}, scope={self.scope!r}, "
-            f"proportional={self.proportional}, published={self.published}, attention={self.attention!r})"
+            f"proportional={self.proportional}, published={self.published}, attention={self.attention!r}{calibration})"
         )

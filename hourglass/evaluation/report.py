@@ -24,7 +24,8 @@ CSV_FIELDS = ("model", "figure", "class", "value", "low", "high")
 def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
     """
     Args:
-        comparison: its models named "unmodified", "fast attention", "expedited" and "control", or some of them.
+        comparison: its models named "unmodified", "fast attention", "expedited", "control" and "linear control", or some of
+            them.
         about: "dataset", "device", "dtype" and "plan".
 
     Returns:
@@ -52,8 +53,9 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
         document["fast_attention"] = _against_first(comparison, "fast attention")
     if "expedited" in models:
         document["efficiency"] = comparison.efficiency("expedited")
-    if "unmodified" in models and "control" in models:
-        document["control_retention"] = _retention(comparison, "control")
+    for name in ("control", "linear control"):
+        if "unmodified" in models and name in models:
+            document[f"{name.replace(' ', '_')}_retention"] = _retention(comparison, name)
     document["difference_by_class"] = {
         name: {
             key: {each: difference._asdict() for each, difference in classes.items()}
@@ -261,8 +263,10 @@ def _against(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     against = {
         "fast attention": document.get("fast_attention"),
         "expedited": document if "speedup" in document else None,
-        "control": {"retention": document["control_retention"]} if "control_retention" in document else None,
     }
+    for name in ("control", "linear control"):
+        if (key := f"{name.replace(' ', '_')}_retention") in document:
+            against[name] = {"retention": document[key]}
     return {name: ratios for name, ratios in against.items() if ratios is not None}
 
 
@@ -285,6 +289,9 @@ def describe(document: dict[str, Any]) -> str:
             f"{'the end' if plan['stop'] is None else 'block ' + str(plan['stop'])}, scope {plan['scope']}"
             f"{', proportional attention' if plan['proportional'] else ''}, {plan['attention']} attention"
         )
+        if "calibration" in plan:
+            seen = plan["calibration"]
+            planned += f", calibrated on {seen['images']} images of {seen['about']}"
     device = f"{environment['device']} ({environment['threads']} threads)"
     return f"{document['dataset']}, {document['images']} images, {device}, {document['dtype']}; plan: {planned}"
 

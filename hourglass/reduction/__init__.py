@@ -4,13 +4,14 @@ from hourglass.reduction.matching import BipartiteMatching
 from hourglass.reduction.pooling import AveragePooling
 from hourglass.reduction.reducer import GridReducer, MergingReducer, Reducer, Reduction, SelectingReducer
 from hourglass.reduction.selection import TokenSelection, collect_losses
-from hourglass.reduction.skip import SkipBlocks
+from hourglass.reduction.skip import LinearBlocks, SkipBlocks
 
 __all__ = [
     "AveragePooling",
     "BipartiteMatching",
     "DensityPeaks",
     "GridReducer",
+    "LinearBlocks",
     "MergingReducer",
     "Reducer",
     "Reduction",

@@ -84,6 +84,8 @@ class Reducer(nn.Module):
     takes_lists = False
     #: What it may be applied to.
     scopes: tuple[str, ...] = ("map", "window")
+    #: Whether it is nothing without a calibration.
+    needs_calibration = False
 
     def forward(self, tokens: Tensor) -> Reduction:
         raise NotImplementedError
@@ -102,15 +104,7 @@ class Reducer(nn.Module):
             (B, H, W, C)
         """
         reduction = self(tokens)
-        refined = reduction.tokens
-        if refined.numel() > 0:
-            sizes, positions = reduction.sizes if proportional else None, reduction.positions
-            if positions is not None and not positions.is_floating_point():
-                positions = positions.float()
-            place = Place(map_size(tokens), sizes, positions, reduction.window)
-            for block in blocks:
-                refined = block(refined, place)
-        return reduction.restore(refined)
+        return reduction.restore(refine(reduction, map_size(tokens), blocks, proportional))
 
     def fit(self, channels: Sequence[int]) -> None:
         """
@@ -147,6 +141,26 @@ class Reducer(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.describe().items() if name != "name")
+
+
+def refine(
+    reduction: Reduction, full: tuple[int, int], blocks: Sequence[nn.Module], proportional: bool = True
+) -> Tensor:
+    """
+    Run blocks on a smaller map of one of ``full`` (H, W) tokens; the others as for :meth:`Reducer.run`.
+
+    Returns:
+        (B, h, w, C)
+    """
+    refined, sizes, positions, window = reduction.tokens, reduction.sizes, reduction.positions, reduction.window
+    if refined.numel() == 0:
+        return refined
+    if positions is not None and not positions.is_floating_point():
+        positions = positions.float()
+    place = Place(full, sizes if proportional else None, positions, window)
+    for block in blocks:
+        refined = block(refined, place)
+    return refined
 
 
 class MergingReducer(Reducer):

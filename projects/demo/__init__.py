@@ -12,15 +12,15 @@ from projects.demo.writing import CATEGORIES, write_demo
 
 __all__ = ["DEMO_IMAGES", "STUFF", "THINGS", "Scene", "draw_scene", "register_demo", "write_demo"]
 
-DEMO_IMAGES = {"train": 8000, "val": 100}
+DEMO_IMAGES = {"train": 8000, "val": 100, "search": 200}
 
 
 def register_demo(root: str | os.PathLike | None = None) -> None:
     """
-    Register the data sets ``hourglass_demo_train`` and ``hourglass_demo_val`` with Detectron2, the same images with
-    instances and panoptic segments as ``hourglass_demo_panoptic_train`` and ``hourglass_demo_panoptic_val``, and such
-    sets of scenes in which each kind of object has hues of its own as ``hourglass_demo_coloured_train`` and
-    ``hourglass_demo_coloured_val``.
+    Register the data sets ``hourglass_demo_train``, ``hourglass_demo_val`` and ``hourglass_demo_search``, which plans
+    are chosen on, with Detectron2; the same images with instances and panoptic segments as
+    ``hourglass_demo_panoptic_train`` and so on; and such sets of scenes in which each kind of object has hues of its
+    own as ``hourglass_demo_coloured_train`` and so on.
 
     Nothing is drawn before a data set is loaded or its metadata's ``json_file`` or ``panoptic_json`` is read, as
     evaluators do. The masks are RLE: a `DatasetMapper` takes them with ``instance_mask_format="bitmask"``.

@@ -1,0 +1,170 @@
+"""What a calibration of a plan's restoring holds, its file, and what it was made for."""
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hourglass.encoders.sharing import base_class
+from hourglass.errors import InputError, reason
+from hourglass.files import write_whole
+from hourglass.weights import read_weights
+
+FORMAT = "hourglass calibration 1"
+# Of each parameter, evenly spaced: enough to tell weights from others.
+SAMPLES = 16
+# Rounding to bfloat16 moves weights by 0.2 % in the mean square.
+TOLERANCE = 0.005
+# What a plan may have otherwise: attention is the same to rounding.
+_FREE = ("attention",)
+
+
+class Calibration:
+    """
+    Fitted maps that a plan's restoring is corrected with (:mod:`hourglass.reduction.calibrated`), from
+    :func:`hourglass.calibrate`. It is for one plan, one encoder and its weights.
+
+    Args:
+        corrections: number of a stage's first block among those of the plan -> tensors by name.
+        plan: what :meth:`hourglass.Plan.describe` said.
+        encoder: what :func:`describe_encoder` said.
+        weights: what :func:`sample_weights` said.
+        seen: how it was fitted, for people: the number of images, their data set, the error left, and so on.
+    """
+
+    def __init__(
+        self,
+        corrections: Mapping[int, Mapping[str, Tensor]],
+        plan: dict[str, Any],
+        encoder: dict[str, Any],
+        weights: Mapping[str, Tensor],
+        seen: dict[str, Any],
+    ):
+        self.corrections = {int(first): dict(each) for first, each in corrections.items()}
+        self.plan = plan
+        self.encoder = encoder
+        self.weights = dict(weights)
+        self.seen = seen
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it to a file, whole or not at all."""
+        file = io.BytesIO()
+        torch.save({"format": FORMAT, **vars(self)}, file)
+        write_whole(Path(path), file.getvalue())
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Calibration":
+        """
+        Raises:
+            InputError: for a file that is missing, or no calibration.
+        """
+        try:
+            content = read_weights(os.path.expanduser(path), "calibration")
+        except InputError:
+            raise
+        except Exception as error:  # whatever a file system or an unpickler may raise
+            raise InputError(f"calibration {path} cannot be read ({reason(error)})") from error
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise InputError(f"calibration {path} is none: train_net.py --calibrate writes some")
+        try:
+            return cls(**content)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"calibration {path} is damaged: train_net.py --calibrate writes it anew") from error
+
+    def digest(self) -> str:
+        """A checksum of what it corrects with."""
+        total = hashlib.blake2b(digest_size=8)
+        for first, tensors in sorted(self.corrections.items()):
+            for name, value in sorted(tensors.items()):
+                total.update(f"{first} {name} {value.dtype} {tuple(value.shape)}".encode())
+                total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """How it was fitted, as plain values, and its checksum."""
+        return {**self.seen, "digest": self.digest()}
+
+    def check_plan(self, plan: dict[str, Any]) -> None:
+        """
+        Raises:
+            InputError: for another plan than it was made for; it says what differs.
+        """
+        made, given = (_flat(each) for each in (self.plan, plan))
+        for name in sorted(made.keys() | given.keys()):
+            if name not in _FREE and made.get(name) != given.get(name):
+                raise InputError(
+                    f"the calibration was made for another plan: {name} was {made.get(name)!r}, and is "
+                    f"{given.get(name)!r}: calibrate anew"
+                )
+
+    def check_encoder(self, encoder: nn.Module) -> None:
+        """
+        Raises:
+            InputError: for another encoder than it was made for.
+        """
+        made, given = self.encoder, describe_encoder(encoder)
+        if made != given:
+            made_of, given_of = (", ".join(f"{name} {value}" for name, value in each.items()) for each in (made, given))
+            raise InputError(f"the calibration was made for another encoder ({made_of}), not this ({given_of})")
+
+    def deviation(self, encoder: nn.Module) -> tuple[float, str]:
+        """
+        How far an encoder's weights are from those that it was made for: the root of the mean square difference of
+        their samples over that of their values, and the name of the one that is farthest.
+        """
+        now = sample_weights(encoder)
+        differences, squares = {}, 0.0
+        for name, made in self.weights.items():
+            if name in now and now[name].shape == made.shape:
+                differences[name] = float((now[name] - made).double().square().sum())
+                squares += float(made.double().square().sum())
+        if len(differences) != len(self.weights) or len(now) != len(self.weights):
+            return float("inf"), next(iter(self.weights.keys() ^ now.keys()), "")
+        farthest = max(differences, key=differences.__getitem__, default="")
+        return (sum(differences.values()) / max(squares, 1e-30)) ** 0.5, farthest
+
+    def check_weights(self, encoder: nn.Module) -> None:
+        """
+        Raises:
+            InputError: for other weights than it was made for.
+        """
+        deviation, farthest = self.deviation(encoder)
+        if not deviation <= TOLERANCE:
+            raise InputError(
+                f"the calibration was made for other weights: this encoder's differ by {deviation:.2g} of their size, "
+                f"most in {farthest}: calibrate anew"
+            )
+
+    def __repr__(self) -> str:
+        return f"Calibration({', '.join(f'{name}={value!r}' for name, value in self.describe().items())})"
+
+
+def describe_encoder(encoder: nn.Module) -> dict[str, Any]:
+    """What an encoder is, as plain values: its class and the sizes of its parameters."""
+    parameters = list(encoder.parameters())
+    return {"class": base_class(encoder).__name__, "parameters": sum(each.numel() for each in parameters)}
+
+
+def sample_weights(encoder: nn.Module) -> dict[str, Tensor]:
+    """Some entries of each parameter, by name, in float32 on the CPU."""
+    samples = {}
+    for name, value in encoder.named_parameters():
+        flat = value.detach().reshape(-1)
+        step = max(1, flat.numel() // SAMPLES)
+        samples[name] = flat[::step][:SAMPLES].float().cpu().clone()
+    return samples
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: list(value) if isinstance(value, tuple) else value}
+    return {
+        name: leaf
+        for key, item in value.items()
+        for name, leaf in _flat(item, f"{prefix}.{key}" if prefix else key).items()
+    }

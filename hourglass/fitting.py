@@ -1,0 +1,337 @@
+"""
+Calibration: the maps of :mod:`hourglass.reduction.calibrated` in closed form, from a few images without labels. No
+weight is trained.
+
+What restoring leaves, e = y - x - U (c' - c), where y is what the blocks would have made of x, is regressed on
+d = x - U c, or on d, x and the update U (c' - c), by ridge regression. Form, ridge and rank are those with the least
+squared error on images that were left out (cross-validation over images).
+
+Letters: n tokens, p features, C channels.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.utils import comm
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hourglass.contexts import evaluating
+from hourglass.encoders.calibration import Calibration, describe_encoder, sample_weights
+from hourglass.encoders.expedite import expedite
+from hourglass.encoders.hourglass import Hourglass, Middle
+from hourglass.encoders.plan import Plan
+from hourglass.encoders.registry import find_encoder
+from hourglass.encoders.sharing import hide, unmodified
+from hourglass.errors import InputError
+from hourglass.reduction.calibrated import check_restoring
+from hourglass.reduction.reducer import Place, Reducer, refine
+from hourglass.reduction.windows import map_size
+
+# Of an image, evenly spaced.
+TOKENS = 4096
+FOLDS = 4
+# Times the features' own variances.
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+# Of the channels. Two products of C / 4 columns are half of one of C.
+RANKS = (1 / 16, 1 / 8, 1 / 4)
+# What a lower rank may add to the squared error that is left.
+SLACK = 0.005
+FORMS = {"detail": ("detail",), "full": ("detail", "tokens", "update")}
+
+
+def calibrate(model: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]]], about: str = "") -> Calibration:
+    """
+    Fit what a plan's restoring leaves out. The plan takes the result, ``plan.calibrated(...)``.
+
+    Args:
+        model: as for :func:`hourglass.expedite`, its weights loaded.
+        plan: with a reducer of one smaller map that restores updates, or with
+            :class:`~hourglass.reduction.LinearBlocks`.
+        images: what the model is called with, one batch after the other; at least two. Labels are not read.
+        about: what the images are, for people, such as the name of their data set.
+
+    Raises:
+        InputError: for a plan that cannot be calibrated, and for less than two batches.
+    """
+    if plan.reducer is None or plan.published:
+        raise InputError(f"calibration takes a plan with a reducer that is not run as published, got {plan!r}")
+    plan = plan.uncalibrated()
+    view = expedite(model, plan.to_be_calibrated())
+    encoder = find_encoder(view)[1]
+    assert isinstance(encoder, Hourglass)
+    moments: dict[int, list[_Moments]] = {}
+    count = 0
+    with evaluating(view), torch.no_grad(), _recording(encoder, moments) as recorders:
+        for inputs in tqdm(
+            images, desc="calibrating", unit="image", dynamic_ncols=True, disable=not comm.is_main_process()
+        ):
+            for recorder in recorders:
+                recorder.begin()
+            try:
+                view(inputs)
+            except _Recorded:
+                count += 1
+                continue
+            raise InputError(f"{type(model).__name__} ran without the plan's blocks: nothing was calibrated")
+    if count < 2:
+        raise InputError(f"calibration takes at least 2 images, got {count}")
+    fits = {first: fit(each) for first, each in moments.items()}
+    return Calibration(
+        {first: each.tensors for first, each in fits.items()},
+        plan.describe(),
+        describe_encoder(unmodified(encoder)),
+        sample_weights(unmodified(encoder)),
+        {
+            "images": count,
+            "about": about,
+            "stages": [
+                {
+                    "form": each.form,
+                    "ridge": each.ridge,
+                    "rank": each.rank,
+                    "left": each.left,
+                    "left without": each.before,
+                }
+                for each in fits.values()
+            ],
+        },
+    )
+
+
+class _Recorded(Exception):
+    """The encoder's blocks of the plan have run; what follows is not needed."""
+
+
+@contextmanager
+def _recording(encoder: Hourglass, moments: dict[int, list["_Moments"]]) -> Iterator[list["_Recorder"]]:
+    """Where the plan's blocks are run, run them in full beside."""
+    middles = [module for module in encoder._body.modules() if isinstance(module, Middle)]
+    reducers = [middle.reducer for middle in middles]
+    recorders = []
+    for middle, reducer in zip(middles, reducers):
+        recorders.append(_Recorder(reducer, moments, middle is middles[-1]))
+        hide(middle, reducer=recorders[-1])
+    try:
+        yield recorders
+    finally:
+        for middle, reducer in zip(middles, reducers):
+            hide(middle, reducer=reducer)
+
+
+class _Recorder(Reducer):
+    """
+    Runs blocks in full, and keeps what a reducer makes of them.
+
+    Args:
+        reducer: bound to the encoder.
+        moments: number of the stage's first block -> those of each fold, to be added to.
+        last: whether no other stage follows.
+    """
+
+    def __init__(self, reducer: Reducer, moments: dict[int, list["_Moments"]], last: bool):
+        super().__init__()
+        self.reducer = reducer
+        self.moments = moments
+        self.last = last
+        self.images = 0
+        self.checked = False
+
+    def begin(self) -> None:
+        self.images += 1
+
+    def run(self, tokens: Tensor, blocks: Sequence[nn.Module], proportional: bool, first: int = 0) -> Tensor:
+        if not self.checked:
+            check_restoring(self.reducer, map_size(tokens), tokens.new_zeros(tokens.shape[-1]))
+            self.checked = True
+        whole = tokens
+        for block in blocks:
+            whole = block(whole, Place(map_size(tokens)))
+        reduction = self.reducer(tokens)
+        refined = refine(reduction, map_size(tokens), blocks, proportional)
+        restored = reduction.restore(refined)
+        if refined.numel() > 0:
+            detail = reduction.restore(torch.zeros_like(refined))
+            features = [detail, tokens, restored - tokens]
+        else:
+            features = [tokens]
+        folds = self.moments.setdefault(first, [_Moments() for _ in range(FOLDS)])
+        folds[self.images % FOLDS].add(features, whole - restored, whole)
+        if self.last:
+            raise _Recorded
+        return whole
+
+
+class _Moments:
+    """
+    Sums over tokens, in float64.
+
+    Attributes:
+        gram: (p + 1, p + 1) products of features, of which the last is 1.
+        cross: (p + 1, C) products of features and targets.
+        square: of targets, over all channels.
+        variance: of the blocks' output, the same.
+    """
+
+    def __init__(self) -> None:
+        self.gram: Tensor | float = 0.0
+        self.cross: Tensor | float = 0.0
+        self.square = 0.0
+        self.total: Tensor | float = 0.0
+        self.whole = 0.0
+        self.count = 0
+
+    def add(self, features: list[Tensor], target: Tensor, whole: Tensor) -> None:
+        """Features and target (B, H, W, C), and the blocks' output, of which the target is a part."""
+        step = max(1, target[..., 0].numel() // TOKENS)
+        rows = [each.flatten(0, 2)[::step].float() for each in (*features, target, whole)]
+        ones = torch.ones_like(rows[0][:, :1])
+        stacked, target, whole = torch.cat([*rows[:-2], ones], dim=1), rows[-2], rows[-1]
+        self.gram = self.gram + (stacked.T @ stacked).double().cpu()
+        self.cross = self.cross + (stacked.T @ target).double().cpu()
+        self.square += float(target.double().square().sum())
+        self.total = self.total + whole.double().sum(0).cpu()
+        self.whole += float(whole.double().square().sum())
+        self.count += len(target)
+
+    def __add__(self, other: "_Moments") -> "_Moments":
+        total = _Moments()
+        for name, value in vars(self).items():
+            setattr(total, name, value + getattr(other, name))
+        return total
+
+    @property
+    def variance(self) -> float:
+        """Of the blocks' output, times the number of tokens."""
+        assert isinstance(self.total, Tensor)
+        return self.whole - float(self.total.square().sum()) / self.count
+
+    def of(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Gram matrix and cross products of some of the features."""
+        assert isinstance(self.gram, Tensor) and isinstance(self.cross, Tensor)
+        return self.gram[columns][:, columns], self.cross[columns]
+
+
+class Fit(NamedTuple):
+    """
+    Attributes:
+        tensors: see :class:`~hourglass.reduction.calibrated.Correction`.
+        form, ridge, rank: with the least error.
+        before, left: squared error of what is restored, as a share of the variance of the blocks' output: without and
+            with the correction, on images that it was not fitted to.
+    """
+
+    tensors: dict[str, Tensor]
+    form: str
+    ridge: float
+    rank: int
+    before: float
+    left: float
+
+
+def fit(folds: list[_Moments]) -> Fit:
+    """The correction with the least error in cross-validation."""
+    folds = [fold for fold in folds if fold.count]
+    total = folds[0]
+    for fold in folds[1:]:
+        total = total + fold
+    assert isinstance(total.cross, Tensor)
+    channels = total.cross.shape[1]
+    linear = len(total.cross) == channels + 1
+    forms = ("linear",) if linear else tuple(FORMS)
+    ranks = [max(1, round(share * channels)) for share in RANKS] + [channels]
+    errors = {key: 0.0 for key in product(forms, RIDGES, ranks)}
+    for i, held_out in enumerate(folds):
+        rest = [fold for j, fold in enumerate(folds) if j != i]
+        seen = rest[0]
+        for fold in rest[1:]:
+            seen = seen + fold
+        for form, ridge in product(forms, RIDGES):
+            columns = _columns(form, channels)
+            solution = _solve(seen, columns, ridge)
+            gram, cross = held_out.of(columns)
+            for rank in ranks:
+                of_rank = solution.with_constant(rank)
+                errors[form, ridge, rank] += held_out.square + float(
+                    (of_rank * (gram @ of_rank)).sum() - 2 * (of_rank * cross).sum()
+                )
+    full = {key: error for key, error in errors.items() if key[2] == channels}
+    form, ridge, _ = min(full, key=full.__getitem__)
+    most = full[form, ridge, channels] * (1 + SLACK) + 1e-7 * total.square  # of an exact fit rounding is left
+    rank = next(rank for rank in ranks if errors[form, ridge, rank] <= most)
+    tensors = _tensors(form, _solve(total, _columns(form, channels), ridge), rank)
+    variance = max(total.variance, 1e-30)
+    return Fit(tensors, form, ridge, rank, total.square / variance, max(0.0, errors[form, ridge, rank]) / variance)
+
+
+def _columns(form: str, channels: int) -> Tensor:
+    """Of the features detail, tokens and update, and of the constant, those of a form."""
+    if form == "linear":
+        return torch.arange(channels + 1)
+    number = len(FORMS[form]) * channels
+    return torch.cat([torch.arange(number), torch.tensor([3 * channels])])
+
+
+class _Solution(NamedTuple):
+    """
+    Attributes:
+        weights: (p, C).
+        basis: (C, C), the principal directions of what they predict, the first one first: weights that are projected
+            on some are reduced-rank regression.
+        means: (p,) and (C,), of features and targets.
+    """
+
+    weights: Tensor
+    basis: Tensor
+    means: tuple[Tensor, Tensor]
+
+    def of_rank(self, rank: int) -> Tensor:
+        basis = self.basis[:, :rank]
+        return self.weights if rank == len(self.basis) else self.weights @ basis @ basis.T
+
+    def with_constant(self, rank: int) -> Tensor:
+        """(p + 1, C)"""
+        weights = self.of_rank(rank)
+        return torch.cat([weights, (self.means[1] - self.means[0] @ weights)[None]])
+
+
+def _solve(moments: _Moments, columns: Tensor, ridge: float) -> _Solution:
+    """Ridge regression with a free constant."""
+    gram, cross = moments.of(columns)
+    mean = gram[-1] / moments.count  # of the features; that of the constant is 1
+    centred = gram - moments.count * torch.outer(mean, mean)
+    variances = centred.diagonal().clamp(min=0)
+    # A feature without variance has nothing to say: it gets no weight.
+    damping = ridge * variances + 1e-9 * variances.mean() + 1e-30
+    of_cross = cross - torch.outer(mean, cross[-1])
+    factor = torch.linalg.cholesky(centred[:-1, :-1] + torch.diag(damping[:-1]))
+    weights = torch.cholesky_solve(of_cross[:-1], factor)
+    predicted = weights.T @ centred[:-1, :-1] @ weights
+    basis = torch.linalg.eigh(predicted).eigenvectors.flip(1)
+    return _Solution(weights, basis, (mean[:-1], cross[-1] / moments.count))
+
+
+def _tensors(form: str, solution: _Solution, rank: int) -> dict[str, Tensor]:
+    """
+    Weights of a form's features as the maps of tokens, of reduced and of refined ones: with d = x - U c, the update
+    U (c' - c), and U mixing tokens,
+
+        d D + x T + U (c' - c) R = x (D + T) - U c (D + R) + U c' R.
+    """
+    constant = solution.with_constant(rank)[-1]
+    parts = dict(zip(FORMS.get(form, ("tokens",)), solution.weights.split(len(constant))))
+    zero = torch.zeros_like(solution.basis)
+    of_detail, of_tokens, of_update = (parts.get(name, zero) for name in FORMS["full"])
+    found = {"tokens": of_detail + of_tokens}
+    if form != "linear":
+        found["reduced"] = -(of_detail + of_update)
+    if form == "full":
+        found["refined"] = of_update
+    if rank < len(constant):
+        basis = solution.basis[:, :rank]
+        found = {name: value @ basis for name, value in found.items()}
+        found["last"] = basis.T
+    return {name: value.float().contiguous() for name, value in {**found, "constant": constant}.items()}
