@@ -85,7 +85,7 @@ def check_training(cfg: DictConfig) -> None:
     check_choice("train.trainable", cfg.train.trainable, TRAINABLE)
     if cfg.train.expedite and cfg.get("plan", {}).get("calibration") is not None:
         raise InputError(
-            "plan.calibration is for weights that stay as they are: train with plan.calibration=null, and calibrate anew"
+            "plan.calibration is for weights that stay as they are: train with plan.calibration=null, then calibrate"
         )
 
 

@@ -53,6 +53,7 @@ def datasets(tmp_path_factory):
         patch.setenv("DETECTRON2_DATASETS", str(root))
         patch.setitem(projects.demo.DEMO_IMAGES, "train", 6)
         patch.setitem(projects.demo.DEMO_IMAGES, "val", 5)
+        patch.setitem(projects.demo.DEMO_IMAGES, "search", 4)
         yield root
 
 
@@ -90,7 +91,7 @@ def test_the_demo(tmp_path, capsys):
     run("--eval-only", "--control", f"train.output_dir={tmp_path}", "evaluation.max_images=4", "evaluation.warmup=0")
     content = read(tmp_path)
     assert content["schema"] == 3 and content["dataset"] == "hourglass_demo_val" and content["images"] == 4
-    assert list(content["models"]) == ["unmodified", "fast attention", "expedited", "control"]
+    assert list(content["models"]) == ["unmodified", "fast attention", "expedited", "control", "linear control"]
     fast = content["models"]["fast attention"]
     unmodified, expedited, control = (content["models"][name] for name in ("unmodified", "expedited", "control"))
     for task in ("bbox", "segm"):
@@ -98,19 +99,67 @@ def test_the_demo(tmp_path, capsys):
         assert unmodified["accuracy"][task]["AP"] > 20
         assert control["accuracy"][task]["AP"] < unmodified["accuracy"][task]["AP"]
     assert expedited["tokens"]["middle"] < expedited["tokens"]["full"] == unmodified["tokens"]["middle"]
+    linear = content["models"]["linear control"]
+    assert control["accuracy"]["segm"]["AP"] < linear["accuracy"]["segm"]["AP"]
     assert 0 < control["encoder_gflops"] < expedited["encoder_gflops"] < unmodified["encoder_gflops"]
+    assert linear["tokens"] == control["tokens"]
     # The same model: at most a box changes its rank by a rounding.
     assert fast["accuracy"]["segm"]["AP"] == pytest.approx(unmodified["accuracy"]["segm"]["AP"], abs=0.2)
     assert content["fast_attention"]["retention"]["bbox.AP"]["ratio"] == pytest.approx(1, abs=0.005)
     assert fast["tokens"] == unmodified["tokens"]
     assert 0 < content["efficiency"] <= 1
-    assert set(content["retention"]) == set(content["control_retention"]) == {"bbox.AP", "segm.AP"}
+    for key in ("retention", "control_retention", "linear_control_retention"):
+        assert set(content[key]) == {"bbox.AP", "segm.AP"}
     for part in ("encoder", "total"):
         speedup = content["speedup"][part]
         assert 0 < speedup["low"] <= speedup["ratio"] <= speedup["high"]
     printed = capsys.readouterr().out
     assert "mask AP75" in printed and "expedited / unmodified" in printed
     assert "box AP" in (tmp_path / "comparison.md").read_text()
+
+
+def test_a_calibrated_plan(tmp_path, capsys):
+    """Written, taken by its name, and refused where it does not belong."""
+    plan = ["plan.reducer.grid=[6,6]", "plan.start=2", "plan.stop=6"]
+    run("--calibrate", *plan, f"train.output_dir={tmp_path}", "search.images=3", "dataloader.test.num_workers=0")
+    printed = capsys.readouterr().out
+    path = tmp_path / "calibration.pth"
+    assert "3 images of hourglass_demo_search" in printed and f"plan.calibration={path} takes it" in printed
+    few = ["--eval-only", "evaluation.max_images=2", "evaluation.warmup=0", f"train.output_dir={tmp_path}"]
+    run(*few, "--only", "expedited", *plan, f"plan.calibration={path}")
+    assert "calibrated on 3 images of hourglass_demo_search" in capsys.readouterr().out
+    content = read(tmp_path)["plan"]["calibration"]
+    (stage,) = content["stages"]
+    assert content["images"] == 3 and 0 < stage["left"] < stage["left without"]
+    assert "start was 2, and is 3" in refusal(capsys, *few, *plan[::2], "plan.start=3", f"plan.calibration={path}")
+    untrained = refusal(capsys, *few, *plan, f"plan.calibration={path}", "train.init_checkpoint=")
+    assert "made for other weights" in untrained
+    missing = refusal(capsys, *few, *plan, f"plan.calibration={tmp_path / 'none.pth'}")
+    assert "none.pth cannot be read (FileNotFoundError" in missing
+    assert "then calibrate" in refusal(capsys, *plan, f"plan.calibration={path}", "train.expedite=true")
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["plan.reducer=null"], "calibration takes a plan with a reducer"),
+        (["plan.reducer._target_=hourglass.BipartiteMatching", "plan.reducer.r=8"], "which reduces anew in each block"),
+        (["plan.reducer.restore=features"], 'with restore="update" where it takes that'),
+        (["search.images=1"], "search.images takes a whole number of at least 2, got 1"),
+        (["search.dataset=unknown"], "'unknown'"),
+        (["search.datasets=unknown"], "search.datasets"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_in_a_line(overrides, message, tmp_path, capsys):
+    line = refusal(capsys, "--calibrate", f"train.output_dir={tmp_path}", "search.images=2", *overrides)
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_images_to_fit_it_to_there_is_no_linear_control(tmp_path, capsys):
+    run("--eval-only", "--control", *UNTRAINED, f"train.output_dir={tmp_path}", "search.dataset=unknown")
+    assert "linear control" not in read(tmp_path)["models"]
+    assert "warning: no linear control" in capsys.readouterr().err
 
 
 def test_a_list_of_evaluators(tmp_path):
@@ -151,7 +200,7 @@ PANOPTIC_UNTRAINED = [*PANOPTIC, "train.init_checkpoint="]
 def test_instances_and_panoptic_quality_in_one_run(tmp_path, capsys):
     run("--eval-only", "--control", *PANOPTIC_UNTRAINED, f"train.output_dir={tmp_path}")
     content = read(tmp_path)
-    assert list(content["models"]) == ["unmodified", "fast attention", "expedited", "control"]
+    assert list(content["models"]) == ["unmodified", "fast attention", "expedited", "control", "linear control"]
     for model in content["models"].values():
         assert set(model["accuracy"]) == {"panoptic_seg", "segm"}
         assert set(model["accuracy"]["panoptic_seg"]) == {
@@ -161,7 +210,8 @@ def test_instances_and_panoptic_quality_in_one_run(tmp_path, capsys):
     # Of the stage that the plan is in: 64 windows of 8 x 8 tokens.
     tokens = {name: tuple(model["tokens"].values()) for name, model in content["models"].items()}
     assert tokens.pop("fast attention") == (4096, 4096)
-    assert tokens == {"unmodified": (4096, 4096), "expedited": (4096, 1600), "control": (4096, 0)}
+    controls = {"control": (4096, 0), "linear control": (4096, 0)}
+    assert tokens == {"unmodified": (4096, 4096), "expedited": (4096, 1600), **controls}
     printed = capsys.readouterr().out
     assert "PQ things" in printed and "mask AP75" in printed
 

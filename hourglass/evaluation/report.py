@@ -24,8 +24,7 @@ CSV_FIELDS = ("model", "figure", "class", "value", "low", "high")
 def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
     """
     Args:
-        comparison: its models named "unmodified", "fast attention", "expedited", "control" and "linear control", or some of
-            them.
+        comparison: its models named "unmodified", "fast attention", "expedited", "control", "linear control", or some.
         about: "dataset", "device", "dtype" and "plan".
 
     Returns:
