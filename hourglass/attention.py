@@ -87,6 +87,21 @@ def read_table(table: Tensor, extent: int, length: int, step: float) -> Tensor:
     return torch.lerp(table[below], table[above], fraction)
 
 
+def read_table_in_cells(table: Tensor, length: int, cell: int) -> Tensor:
+    """
+    A table of relative positions for ``length`` tokens as queries, and as keys cells of ``cell`` tokens, the last one
+    of what is left.
+
+    Args:
+        table: as for :func:`read_table`.
+
+    Returns:
+        (length, cells, C): the mean over the cell's tokens, which is the embedding's part in their mean score.
+    """
+    embeddings = read_table(table, length, length, 1)
+    return torch.stack([keys.mean(dim=1) for keys in embeddings.split(cell, dim=1)], dim=1)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -100,28 +115,32 @@ def attend(
     Softmax attention. The relative positions see the query as it is, the content its ``C ** -0.5``.
 
     Args:
-        q, k: (B, N, h, w, C).
-        v: (B, N, h, w, D).
-        rel_h: (h, h, C) embeddings along the rows, from :func:`read_table`.
-        rel_w: (w, w, C) embeddings along the columns.
-        log_sizes: (B, h, w), added to the score of each key: proportional attention (ToMe, arXiv 2210.09461).
+        q: (B, N, h, w, C).
+        k: (B, N, h', w', C), h' x w' being h x w or the cells of a coarser grid.
+        v: (B, N, h', w', D).
+        rel_h: (h, h', C) embeddings along the rows, from :func:`read_table` or :func:`read_table_in_cells`.
+        rel_w: (w, w', C) embeddings along the columns.
+        log_sizes: (B, h', w'), added to the score of each key: proportional attention (ToMe, arXiv 2210.09461).
         fast: the fast way in place of the plain formula.
 
     Returns:
         (B, N, h, w, D)
     """
     batch, heads, h, w, channels = q.shape
+    rows_of_keys, columns_of_keys = k.shape[2:4]
+    number = rows_of_keys * columns_of_keys
     if not fast:
         scores = (q.flatten(2, 3) * channels**-0.5) @ k.flatten(2, 3).transpose(-2, -1)
         if rel_h is not None and rel_w is not None:
             rows, columns = _relative_scores(q, rel_h, rel_w)
-            scores = scores.view(batch, heads, h, w, h, w) + rows[..., :, None] + columns[..., None, :]
-        scores = scores.view(batch, heads, h * w, h * w)
+            scores = scores.view(batch, heads, h, w, rows_of_keys, columns_of_keys)
+            scores = scores + rows[..., :, None] + columns[..., None, :]
+        scores = scores.view(batch, heads, h * w, number)
         if log_sizes is not None:
-            scores = scores + log_sizes.reshape(batch, 1, 1, h * w).to(scores.dtype)
+            scores = scores + log_sizes.reshape(batch, 1, 1, number).to(scores.dtype)
         return (scores.softmax(dim=-1) @ v.flatten(2, 3)).unflatten(2, (h, w))
     if rel_h is None or rel_w is None:
-        bias = None if log_sizes is None else log_sizes.reshape(batch, 1, 1, h * w).to(q.dtype)
+        bias = None if log_sizes is None else log_sizes.reshape(batch, 1, 1, number).to(q.dtype)
         mixed = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), bias)
         return mixed.unflatten(2, (h, w))
     way = _attend_chunked if _in_chunks(q, k, v, rel_h, rel_w) else _attend_folded
@@ -255,7 +274,7 @@ def _in_chunks(*tensors: Tensor) -> bool:
 
 
 def _relative_scores(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N, h, w, C) -> the scores of each query with all rows (B, N, h, w, h) and all columns (B, N, h, w, w)."""
+    """(B, N, h, w, C) -> the scores of each query with all rows (B, N, h, w, h') and all columns (B, N, h, w, w')."""
     rows = torch.einsum("bnhwc,hkc->bnhwk", q, rel_h.to(q.dtype))
     columns = torch.einsum("bnhwc,wkc->bnhwk", q, rel_w.to(q.dtype))
     return rows, columns
@@ -266,24 +285,25 @@ def _attend_in_chunks(
 ) -> Tensor:
     """
     Args:
-        q, k: (B, N, L, C), the scores are their dot products.
-        v: (B, N, L, D).
-        start: what scores are added to, a tensor of its own for some of the batch, heads and queries: (b, n, l, L).
+        q, k: (B, N, L, C) and (B, N, L', C), the scores are their dot products.
+        v: (B, N, L', D).
+        start: what scores are added to, a tensor of its own for some of the batch, heads and queries: (b, n, l, L').
             None: 0.
 
     Returns:
         (B, N, L, D), laid out as (B, L, N, D).
     """
-    batch, heads, length, channels = v.shape
+    batch, heads, number, channels = v.shape
+    length = q.shape[2]
     chunk = CHUNK * 64 if torch.jit.is_tracing() else CHUNK  # a trace of fewer steps
     out = q.new_empty(batch, length, heads, channels)
-    queries = max(1, min(length, chunk // length))
-    heads_at_once = max(1, min(heads, chunk // (queries * length)))
-    images_at_once = max(1, min(batch, chunk // (heads_at_once * queries * length))) if heads_at_once == heads else 1
+    queries = max(1, min(length, chunk // number))
+    heads_at_once = max(1, min(heads, chunk // (queries * number)))
+    images_at_once = max(1, min(batch, chunk // (heads_at_once * queries * number))) if heads_at_once == heads else 1
     for b in _slices(batch, images_at_once):
         for n in _slices(heads, heads_at_once):
-            keys = k[b, n].reshape(-1, length, k.shape[3]).transpose(1, 2)
-            values = v[b, n].reshape(-1, length, channels)
+            keys = k[b, n].reshape(-1, number, k.shape[3]).transpose(1, 2)
+            values = v[b, n].reshape(-1, number, channels)
             for i in _slices(length, queries):
                 part = q[b, n, i]
                 shape = part.shape[:3]
@@ -291,7 +311,7 @@ def _attend_in_chunks(
                 if start is None:
                     scores = torch.bmm(part, keys)
                 else:
-                    scores = start(b, n, i).view(*part.shape[:2], length).baddbmm_(part, keys)
+                    scores = start(b, n, i).view(*part.shape[:2], number).baddbmm_(part, keys)
                 mixed = torch.bmm(torch.softmax(scores, -1), values)
                 out[b, i, n] = mixed.view(*shape, channels).transpose(1, 2)
     return out.transpose(1, 2)
@@ -320,9 +340,10 @@ def _attend_chunked(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tenso
 def _attend_folded(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, log_sizes: Tensor | None) -> Tensor:
     """:func:`attend` by torch's fused attention."""
     batch, heads, h, w, channels = q.shape
-    row, column = (torch.eye(side, dtype=q.dtype, device=q.device) for side in (h, w))
+    h_keys, w_keys = k.shape[2:4]
+    row, column = (torch.eye(side, dtype=q.dtype, device=q.device) for side in (h_keys, w_keys))
     queries = [q * channels**-0.5, *_relative_scores(q, rel_h, rel_w)]
-    keys = [k, row[:, None].expand(*k.shape[:4], h), column.expand(*k.shape[:4], w)]
+    keys = [k, row[:, None].expand(*k.shape[:4], h_keys), column.expand(*k.shape[:4], w_keys)]
     if log_sizes is not None:
         queries.append(torch.ones_like(q[..., :1]))
         keys.append(log_sizes[:, None, ..., None].to(k.dtype).expand(*k.shape[:4], 1))

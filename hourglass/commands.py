@@ -41,7 +41,7 @@ class Options(NamedTuple):
 def run_comparison(cfg: DictConfig, model: nn.Module, plan: Plan, options: Options) -> dict[str, Any]:
     """Compare and report; returns the content of ``comparison.json``, empty in all but the main process."""
     plans = {"unmodified": Plan(), "fast attention": Plan(attention="fast"), "expedited": plan}
-    if not plan.fast or plan.reducer is None:
+    if not plan.fast or plan.reducer is None and plan.keys == 1:
         del plans["fast attention"]
     records = open_test(cfg, model, cfg.evaluation.max_images)
     if options.control:

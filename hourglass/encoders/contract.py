@@ -12,7 +12,7 @@ goes before its own class. Submodules are called and never reached into, so that
 and wrappers work as in the block's own forward pass.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,14 @@ class How(NamedTuple):
         shifted: whether the windows are shifted by half of them.
         fast: as :mod:`hourglass.attention` does fast, in place of the plain formula.
         published: reduced maps as the papers' own code has them.
+        keys: rows and columns of tokens that are pooled to one key and one value; 1: none are.
     """
 
     window_size: int
     shifted: bool
     fast: bool
     published: bool
+    keys: int = 1
 
 
 class PlacedAttention(nn.Module):
@@ -144,6 +146,7 @@ class Family:
         class_names: names of classes of encoders, wherever they are defined, that are taken for encoders of the family
             in a LazyConfig, before they are built.
         parts, attention_parts: attributes that a block of the family has, and its ``attn``.
+        pools_keys: whether blocks with global attention can pool keys and values.
         pads_published: whether published plans reduce what fills cut windows along.
         block: what goes before the class of a block.
         hourglass: what goes before the class of an encoder.
@@ -154,6 +157,7 @@ class Family:
     class_names: tuple[str, ...] = ()
     parts: tuple[str, ...] = ("norm1", "attn", "norm2", "mlp")
     attention_parts: tuple[str, ...] = ("qkv", "proj", "num_heads")
+    pools_keys: bool = False
     pads_published: bool = False
     block: type[PlacedBlock]
     hourglass: type
@@ -198,16 +202,16 @@ class Family:
             InputError: for a published plan that these blocks cannot follow.
         """
 
-    def placed(self, block: Any, fast: bool = False, published: bool = False) -> nn.Module:
+    def placed(self, block: Any, fast: bool = False, published: bool = False, keys: int = 1) -> nn.Module:
         """
-        A view of a block that can be run on placed tokens, wrapped as the block is.
+        A view of a block that can be run on placed tokens, wrapped as the block is; the others as for :class:`How`.
 
         Raises:
             InputError: for hooks that would not be called.
         """
         if unwrapped(block) is not block:
             (name,) = block._modules
-            return with_children(block, {name: self.placed(block._modules[name], fast, published)})
+            return with_children(block, {name: self.placed(block._modules[name], fast, published, keys)})
         for name in self.block.attention.uncalled:
             child = getattr(block.attn, name, None)
             if isinstance(child, nn.Module) and (child._forward_hooks or child._forward_pre_hooks):
@@ -215,7 +219,7 @@ class Family:
                     f"a hook on attn.{name} of {type(block).__name__} would not be called: remove it first"
                 )
         attention = view_as(block.attn, self.block.attention)
-        hide(attention, how=How(self.window_size(block), self.shifted(block), fast, published))
+        hide(attention, how=How(self.window_size(block), self.shifted(block), fast, published, keys))
         view = view_as(with_children(block, {**block._modules, "attn": attention}), self.block)
         recompute = is_recomputed_by_fairscale(block)
         hide(view, windowed=self.window_size(block) > 0, recompute=recompute)
@@ -254,13 +258,19 @@ def project(linear: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (B, h, w, D) and (D,).
     """
-    if type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks:
+    if is_plain(linear):
         projected = linear(tokens)
         bias = linear.bias
         return projected, projected.new_zeros(projected.shape[-1]) if bias is None else bias.to(projected.dtype)
     rows = torch.cat([tokens.flatten(0, 2), tokens.new_zeros(1, tokens.shape[-1])])
     projected = linear(rows)
     return projected[:-1].unflatten(0, tokens.shape[:3]), projected[-1]
+
+
+def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling a module is the product with its weight, and nothing else."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and "forward" not in linear.__dict__ and not hooks
 
 
 def key_mean(qkv: Tensor, heads: int) -> Tensor:

@@ -56,7 +56,8 @@ class Hourglass(nn.Module):
         planned = plan.blocks(len(blocks))
         reducer: Reducer | None = None
         waiting = unchecked = False
-        if planned or plan.fast:
+        pooled = _pooled(plan, family, blocks, planned) if plan.keys > 1 else set()
+        if planned or plan.fast or pooled:
             inner = [unwrapped(block) for block in blocks]
             for module in down_to(encoder, {*inner, *(block.attn for block in inner)}):
                 if module not in inner or not is_recomputed_by_fairscale(module):
@@ -72,9 +73,11 @@ class Hourglass(nn.Module):
                 unchecked = is_on_meta(encoder) or plan.calibration.deviation(encoder)[0] > TOLERANCE
 
         views = {
-            block: family.placed(block, plan.fast, plan.published and i in planned)
+            block: family.placed(
+                block, plan.fast, plan.published and i in planned, keys=plan.keys if block in pooled else 1
+            )
             for i, block in enumerate(blocks)
-            if plan.fast or i in planned
+            if plan.fast or i in planned or block in pooled
         }
         self.__dict__.update(with_children(encoder, dict(replaced(encoder, views)._modules)).__dict__)
         runs: dict[nn.Module, nn.Module] = {}
@@ -196,6 +199,17 @@ def _bound(plan: Plan, reducer: Reducer, family: Family, blocks: list[nn.Module]
     reducer.to(like.device)
     window = windows.pop() if plan.scope == "window" else None
     return in_scope(reducer, window, family.pads_published and plan.published, like)
+
+
+def _pooled(plan: Plan, family: Family, blocks: list[nn.Module], planned: range) -> set[nn.Module]:
+    """The blocks that attend to pooled keys."""
+    if not family.pools_keys:
+        raise InputError(f"keys takes an encoder with global attention, got keys={plan.keys} and a {family.name}")
+    pooled = {block for i, block in enumerate(blocks) if i not in planned and family.window_size(block) == 0}
+    if not pooled:
+        where = f" outside blocks {planned.start} to {planned.stop - 1}" if planned else ""
+        raise InputError(f"keys={plan.keys} takes an encoder with a block of global attention{where}, got none")
+    return pooled
 
 
 def _calibrated(reducer: Reducer, calibration: Calibration, like: Tensor) -> Reducer:

@@ -28,8 +28,11 @@ class Plan:
             the authors' code has it too, see :class:`~hourglass.HourglassSwin`; in a ViT the reducer alone.
         attention: of every block, "fast" or by the "plain" formula, which materialises all scores as the published
             encoders do; the result is the same to float32's rounding (:mod:`hourglass.attention`). None: "fast" under a
-            reducer that is not run as published, else "plain".
+            reducer that is not run as published or with pooled keys, else "plain".
         calibration: of the plan's restoring, from :func:`hourglass.calibrate`, or the file of one; None: none.
+        keys: blocks with global attention outside the planned ones attend to the means of cells of ``keys`` x ``keys``
+            tokens: each key and value is the projection of a cell's mean, with its mean relative position, or its
+            centre's rotary one. Not lossless. 1: to all tokens.
 
     Raises:
         InputError: for an argument out of range.
@@ -45,10 +48,12 @@ class Plan:
         published: bool = False,
         attention: str | None = None,
         calibration: Calibration | str | os.PathLike | None = None,
+        keys: int = 1,
     ):
         if reducer is not None and not isinstance(reducer, Reducer):
             raise InputError(f"reducer takes a hourglass.Reducer or None, got {reducer!r}")
         check_count("start", start, 0)
+        check_count("keys", keys, 1)
         if stop is not None and (isinstance(stop, bool) or not isinstance(stop, Integral) or stop <= start):
             raise InputError(f"stop takes a whole number over start ({start}) or None, got {stop!r}")
         check_choice("scope", scope, SCOPES)
@@ -69,7 +74,8 @@ class Plan:
         self.scope = scope
         self.proportional = proportional and not (published and reducer is not None)
         self.published = published
-        self.attention = attention or ("fast" if reducer is not None and not published else "plain")
+        self.attention = attention or ("fast" if (reducer is not None and not published) or keys > 1 else "plain")
+        self.keys = keys
         self.calibration: Calibration | None = None
         if calibration is not None:
             self.calibration = calibration if isinstance(calibration, Calibration) else Calibration.read(calibration)
@@ -99,11 +105,11 @@ class Plan:
 
     def control(self) -> "Plan":
         """The same plan with its blocks left out: what the model owes to its other blocks."""
-        return Plan(SkipBlocks(), self.start, self.stop, attention=self.attention)
+        return Plan(SkipBlocks(), self.start, self.stop, attention=self.attention, keys=self.keys)
 
     def linear_control(self) -> "Plan":
         """The same plan with an affine map in the place of its blocks, to be calibrated."""
-        return Plan(LinearBlocks(), self.start, self.stop, attention=self.attention)
+        return Plan(LinearBlocks(), self.start, self.stop, attention=self.attention, keys=self.keys)
 
     def uncalibrated(self) -> "Plan":
         """The same plan without its calibration."""
@@ -139,11 +145,16 @@ class Plan:
             "published": self.published,
             "attention": self.attention,
         }
-        return description if self.calibration is None else {**description, "calibration": self.calibration.describe()}
+        if self.keys > 1:
+            description["keys"] = self.keys
+        if self.calibration is not None:
+            description["calibration"] = self.calibration.describe()
+        return description
 
     def __repr__(self) -> str:
-        calibration = "" if self.calibration is None else f", calibration={self.calibration!r}"
+        more = f", keys={self.keys}" if self.keys > 1 else ""
+        more += "" if self.calibration is None else f", calibration={self.calibration!r}"
         return (
             f"Plan({self.reducer!r}, {self.start}, {self.stop}, scope={self.scope!r}, "
-            f"proportional={self.proportional}, published={self.published}, attention={self.attention!r}{calibration})"
+            f"proportional={self.proportional}, published={self.published}, attention={self.attention!r}{more})"
         )

@@ -280,7 +280,7 @@ def describe(document: dict[str, Any]) -> str:
     plan, environment = document["plan"], document["environment"]
     reducer = plan["reducer"]
     if reducer is None:
-        planned = "no plan"
+        planned = "no reducer"
     else:
         arguments = ", ".join(f"{name}={value}" for name, value in reducer.items() if name != "name")
         planned = (
@@ -288,9 +288,11 @@ def describe(document: dict[str, Any]) -> str:
             f"{'the end' if plan['stop'] is None else 'block ' + str(plan['stop'])}, scope {plan['scope']}"
             f"{', proportional attention' if plan['proportional'] else ''}, {plan['attention']} attention"
         )
-        if "calibration" in plan:
-            seen = plan["calibration"]
-            planned += f", calibrated on {seen['images']} images of {seen['about']}"
+    if "keys" in plan:
+        planned += f", keys pooled {plan['keys']} x {plan['keys']}"
+    if "calibration" in plan:
+        seen = plan["calibration"]
+        planned += f", calibrated on {seen['images']} images of {seen['about']}"
     device = f"{environment['device']} ({environment['threads']} threads)"
     return f"{document['dataset']}, {document['images']} images, {device}, {document['dtype']}; plan: {planned}"
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hourglass.attention import RelativeTables, attend, attend_at, read_table, rotate
-from hourglass.encoders.contract import Family, PlacedAttention, PlacedBlock, key_mean, project, unwrapped
+from hourglass.attention import RelativeTables, attend, attend_at, read_table, read_table_in_cells, rotate
+from hourglass.encoders.contract import Family, PlacedAttention, PlacedBlock, is_plain, key_mean, project, unwrapped
 from hourglass.encoders.hourglass import Hourglass
 from hourglass.encoders.registry import register
 from hourglass.encoders.vit.model import Attention, Block, ViT
@@ -37,6 +37,8 @@ class ViTAttention(PlacedAttention):
             return self._in_list(tokens, place)
         if place.mask is not None:
             return self._to_selected(tokens, place)
+        if self.how.keys > 1:
+            return self._to_cells(tokens)
         if self.how.fast:
             qkv, zero = self.project(tokens)
             wh, ww = place.window or (0, 0)
@@ -67,6 +69,28 @@ class ViTAttention(PlacedAttention):
     def frequencies(self) -> Tensor | None:
         """Those of rotary positions (:func:`hourglass.attention.rotate`), if any."""
         return None
+
+    def project_to_cells(self, tokens: Tensor, cell: int) -> tuple[Tensor, Tensor]:
+        """
+        Queries (B, h, w, C) of tokens (B, h, w, C), and keys and values (B, h', w', 2 C) of the means of their cells:
+        the projection is linear, and is made of the means where it is no more than that.
+        """
+        if type(self).project_plain is ViTAttention.project_plain and is_plain(self.qkv):
+            weight, bias = self.qkv.weight, self.qkv.bias
+            channels = len(weight) // 3
+            of_queries, of_keys = (None, None) if bias is None else (bias[:channels], bias[channels:])
+            q = F.linear(tokens, weight[:channels], of_queries)
+            return q, F.linear(pool_cells(tokens, cell), weight[channels:], of_keys)
+        projected = self.project_plain(tokens)
+        channels = projected.shape[-1] // 3
+        return projected[..., :channels], pool_cells(projected[..., channels:], cell)
+
+    def _to_cells(self, tokens: Tensor) -> Tensor:
+        """Global attention of all tokens of the full map to the means of its cells."""
+        q, kv = self.project_to_cells(tokens, self.how.keys)
+        tables = [*(self.tables() or (None, None)), self.frequencies()]
+        numbers = [self.num_heads, self.how.keys, int(self.how.fast)]
+        return self.proj(_cell_attention(q, kv, tables, numbers))
 
     def _in_list(self, tokens: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         """On a list of tokens that lie anywhere."""
@@ -133,6 +157,14 @@ class ViTAttention(PlacedAttention):
         return self.proj(mixed.permute(0, 2, 3, 1, 4).flatten(3))
 
 
+def pool_cells(tokens: Tensor, cell: int) -> Tensor:
+    """
+    The means of cells of ``cell`` x ``cell`` tokens, at the edge of what is left: (B, h, w, C) -> (B, h', w', C).
+    """
+    pooled = F.avg_pool2d(tokens.permute(0, 3, 1, 2), cell, ceil_mode=True, count_include_pad=False)
+    return pooled.permute(0, 2, 3, 1)
+
+
 def _cells_beyond(shape: tuple[int, int], side: int, like: Tensor) -> Tensor:
     """(m, 2) the cells of a window that are not among its first ``shape`` rows and columns."""
     (height, width), cells = shape, torch.arange(side, device=like.device, dtype=like.dtype)
@@ -151,6 +183,7 @@ class ViTFamily(Family):
     known: tuple[type, ...] = (ViT, Block, Attention)
     class_names: tuple[str, ...] = ("ViT", "ImageEncoderViT")
     parts = (*Family.parts, "window_size")
+    pools_keys = True
     block = ViTBlock
     hourglass = HourglassViT
 
@@ -162,6 +195,40 @@ class ViTFamily(Family):
 
     def window_size(self, block: Any) -> int:
         return unwrapped(block).window_size
+
+
+@operator("Tensor q, Tensor kv, Tensor?[] tables, SymInt[] numbers", lambda q, *_: list(q.shape))
+def _cell_attention(q: Tensor, kv: Tensor, tables: list[Tensor | None], numbers: list[int]) -> Tensor:
+    """
+    Attention to the cells of the full map.
+
+    Args:
+        q: (B, H, W, C).
+        kv: (B, h, w, 2 C), keys and values of the cells.
+        tables: of rows and of columns, and frequencies, see :class:`ViTAttention`.
+        numbers: heads, rows and columns of a cell, and whether fast.
+
+    Returns:
+        (B, H, W, C)
+    """
+    heads, cell, fast = numbers
+    size, cells = map_size(q), map_size(kv)
+    counts = [torch.full((n,), float(cell), device=q.device) for n in cells]
+    for count, length in zip(counts, size):
+        count[-1] = length - cell * (len(count) - 1)
+    log_sizes = rel_h = rel_w = None
+    if any(length % cell for length in size):  # else all cells are of one size, which the softmax takes no notice of
+        log_sizes = (counts[0][:, None] * counts[1]).log().expand(len(q), -1, -1)
+    rows, columns, frequencies = tables
+    if rows is not None and columns is not None:
+        rel_h, rel_w = (read_table_in_cells(*axis, cell) for axis in zip((rows, columns), size))
+    query = q.unflatten(3, (heads, -1)).permute(0, 3, 1, 2, 4)
+    key, value = kv.unflatten(3, (2, heads, -1)).permute(3, 0, 4, 1, 2, 5)
+    if frequencies is not None:
+        centres = [torch.arange(len(n), device=q.device) * cell + (n - 1) / 2 for n in counts]
+        query = rotate(query, grid_positions(size, q.device), frequencies)
+        key = rotate(key, torch.stack(torch.meshgrid(*centres, indexing="ij"), dim=-1), frequencies)
+    return attend(query, key, value, rel_h, rel_w, log_sizes, bool(fast)).permute(0, 2, 3, 1, 4).flatten(3)
 
 
 class _Reach(NamedTuple):
