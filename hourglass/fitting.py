@@ -9,8 +9,7 @@ squared error on images that were left out (cross-validation over images).
 Letters: n tokens, p features, C channels.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -19,16 +18,15 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hourglass.contexts import evaluating
 from hourglass.encoders.calibration import Calibration, describe_encoder, sample_weights
 from hourglass.encoders.expedite import expedite
-from hourglass.encoders.hourglass import Hourglass, Middle
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.registry import find_encoder
-from hourglass.encoders.sharing import hide, unmodified
+from hourglass.encoders.sharing import unmodified
+from hourglass.encoders.visiting import visiting
 from hourglass.errors import InputError
 from hourglass.reduction.calibrated import check_restoring
-from hourglass.reduction.reducer import Place, Reducer, refine
+from hourglass.reduction.reducer import Place, Reducer, Reduction, refine
 from hourglass.reduction.windows import map_size
 
 # Of an image, evenly spaced.
@@ -61,30 +59,23 @@ def calibrate(model: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]
         raise InputError(f"calibration takes a plan with a reducer that is not run as published, got {plan!r}")
     plan = plan.uncalibrated()
     view = expedite(model, plan.to_be_calibrated())
-    encoder = find_encoder(view)[1]
-    assert isinstance(encoder, Hourglass)
-    moments: dict[int, list[_Moments]] = {}
+    recorder = Recorder(plan.proportional)
     count = 0
-    with evaluating(view), torch.no_grad(), _recording(encoder, moments) as recorders:
-        for inputs in tqdm(
-            images, desc="calibrating", unit="image", dynamic_ncols=True, disable=not comm.is_main_process()
-        ):
-            for recorder in recorders:
-                recorder.begin()
-            try:
-                view(inputs)
-            except _Recorded:
-                count += 1
-                continue
-            raise InputError(f"{type(model).__name__} ran without the plan's blocks: nothing was calibrated")
+    with visiting(view, recorder) as run:
+        quiet = not comm.is_main_process()
+        for inputs in tqdm(images, desc="calibrating", unit="image", dynamic_ncols=True, disable=quiet):
+            recorder.fold = count % FOLDS
+            run(inputs)
+            count += 1
+    encoder = unmodified(find_encoder(view)[1])
     if count < 2:
         raise InputError(f"calibration takes at least 2 images, got {count}")
-    fits = {first: fit(each) for first, each in moments.items()}
+    fits = {first: fit(each) for first, each in recorder.moments.items()}
     return Calibration(
         {first: each.tensors for first, each in fits.items()},
         plan.describe(),
-        describe_encoder(unmodified(encoder)),
-        sample_weights(unmodified(encoder)),
+        describe_encoder(encoder),
+        sample_weights(encoder),
         {
             "images": count,
             "about": about,
@@ -102,70 +93,37 @@ def calibrate(model: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]
     )
 
 
-class _Recorded(Exception):
-    """The encoder's blocks of the plan have run; what follows is not needed."""
-
-
-@contextmanager
-def _recording(encoder: Hourglass, moments: dict[int, list["_Moments"]]) -> Iterator[list["_Recorder"]]:
-    """Where the plan's blocks are run, run them in full beside."""
-    middles = [module for module in encoder._body.modules() if isinstance(module, Middle)]
-    reducers = [middle.reducer for middle in middles]
-    recorders = []
-    for middle, reducer in zip(middles, reducers):
-        recorders.append(_Recorder(reducer, moments, middle is middles[-1]))
-        hide(middle, reducer=recorders[-1])
-    try:
-        yield recorders
-    finally:
-        for middle, reducer in zip(middles, reducers):
-            hide(middle, reducer=reducer)
-
-
-class _Recorder(Reducer):
+class Recorder:
     """
-    Runs blocks in full, and keeps what a reducer makes of them.
+    Runs a stage's planned blocks in full, and on fewer tokens beside, and keeps what restoring leaves out.
 
     Args:
-        reducer: bound to the encoder.
-        moments: number of the stage's first block -> those of each fold, to be added to.
-        last: whether no other stage follows.
+        proportional: see :class:`~hourglass.Plan`.
+
+    Attributes:
+        moments: number of the stage's first block -> those of each fold.
+        fold: that the next image belongs to.
     """
 
-    def __init__(self, reducer: Reducer, moments: dict[int, list["_Moments"]], last: bool):
-        super().__init__()
-        self.reducer = reducer
-        self.moments = moments
-        self.last = last
-        self.images = 0
-        self.checked = False
+    def __init__(self, proportional: bool = True):
+        self.proportional = proportional
+        self.moments: dict[int, list[Moments]] = {}
+        self.fold = 0
 
-    def begin(self) -> None:
-        self.images += 1
-
-    def run(self, tokens: Tensor, blocks: Sequence[nn.Module], proportional: bool, first: int = 0) -> Tensor:
-        if not self.checked:
-            check_restoring(self.reducer, map_size(tokens), tokens.new_zeros(tokens.shape[-1]))
-            self.checked = True
+    def __call__(self, first: int, tokens: Tensor, blocks: Sequence[nn.Module], reducer: Reducer) -> Tensor:
+        if first not in self.moments:
+            check_restoring(reducer, map_size(tokens), tokens.new_zeros(tokens.shape[-1]))
+            self.moments[first] = [Moments() for _ in range(FOLDS)]
         whole = tokens
         for block in blocks:
             whole = block(whole, Place(map_size(tokens)))
-        reduction = self.reducer(tokens)
-        refined = refine(reduction, map_size(tokens), blocks, proportional)
-        restored = reduction.restore(refined)
-        if refined.numel() > 0:
-            detail = reduction.restore(torch.zeros_like(refined))
-            features = [detail, tokens, restored - tokens]
-        else:
-            features = [tokens]
-        folds = self.moments.setdefault(first, [_Moments() for _ in range(FOLDS)])
-        folds[self.images % FOLDS].add(features, whole - restored, whole)
-        if self.last:
-            raise _Recorded
+        reduction = reducer(tokens)
+        refined = refine(reduction, map_size(tokens), blocks, self.proportional)
+        self.moments[first][self.fold].see(tokens, reduction, refined, whole)
         return whole
 
 
-class _Moments:
+class Moments:
     """
     Sums over tokens, in float64.
 
@@ -184,6 +142,14 @@ class _Moments:
         self.whole = 0.0
         self.count = 0
 
+    def see(self, tokens: Tensor, reduction: Reduction, refined: Tensor, whole: Tensor) -> None:
+        """What restoring leaves of a map (B, H, W, C), of its reduction refined, and of what the blocks made of it."""
+        restored = reduction.restore(refined)
+        features = [tokens]
+        if refined.numel() > 0:
+            features = [reduction.restore(torch.zeros_like(refined)), tokens, restored - tokens]
+        self.add(features, whole - restored, whole)
+
     def add(self, features: list[Tensor], target: Tensor, whole: Tensor) -> None:
         """Features and target (B, H, W, C), and the blocks' output, of which the target is a part."""
         step = max(1, target[..., 0].numel() // TOKENS)
@@ -197,8 +163,8 @@ class _Moments:
         self.whole += float(whole.double().square().sum())
         self.count += len(target)
 
-    def __add__(self, other: "_Moments") -> "_Moments":
-        total = _Moments()
+    def __add__(self, other: "Moments") -> "Moments":
+        total = Moments()
         for name, value in vars(self).items():
             setattr(total, name, value + getattr(other, name))
         return total
@@ -232,7 +198,7 @@ class Fit(NamedTuple):
     left: float
 
 
-def fit(folds: list[_Moments]) -> Fit:
+def fit(folds: list[Moments]) -> Fit:
     """The correction with the least error in cross-validation."""
     folds = [fold for fold in folds if fold.count]
     total = folds[0]
@@ -298,7 +264,7 @@ class _Solution(NamedTuple):
         return torch.cat([weights, (self.means[1] - self.means[0] @ weights)[None]])
 
 
-def _solve(moments: _Moments, columns: Tensor, ridge: float) -> _Solution:
+def _solve(moments: Moments, columns: Tensor, ridge: float) -> _Solution:
     """Ridge regression with a free constant."""
     gram, cross = moments.of(columns)
     mean = gram[-1] / moments.count  # of the features; that of the constant is 1

@@ -9,7 +9,7 @@ from torch import nn
 import hourglass
 from hourglass import AveragePooling, BipartiteMatching, InputError, LinearBlocks, Plan, TokenClustering, calibrate
 from hourglass.encoders.calibration import Calibration
-from hourglass.fitting import RIDGES, _Moments, _Recorded, _Recorder, fit
+from hourglass.fitting import FOLDS, RIDGES, Recorder, fit
 from tests.encoders import test_hourglass_swin as of_swin
 from tests.encoders import test_hourglass_vit as of_vit
 
@@ -46,13 +46,11 @@ def error(encoder, plan: Plan, held_out: list[torch.Tensor]) -> float:
 
 def record(block, reducer, tokens: list[torch.Tensor]):
     """The fit of what a reducer makes of a block, and the moments that it saw."""
-    moments: dict[int, list[_Moments]] = {}
-    recorder = _Recorder(reducer, moments, last=True)
-    for each in tokens:
-        recorder.begin()
-        with pytest.raises(_Recorded):
-            recorder.run(each, [block], proportional=True)
-    return fit(moments[0])
+    recorder = Recorder()
+    for i, each in enumerate(tokens):
+        recorder.fold = i % FOLDS
+        recorder(0, each, [block], reducer)
+    return fit(recorder.moments[0])
 
 
 @pytest.mark.parametrize("reducer", [TokenClustering((4, 4)), AveragePooling((4, 4))], ids=["clustering", "pooling"])

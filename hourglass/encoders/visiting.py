@@ -1,0 +1,72 @@
+"""Looking at the maps that an encoder's blocks get, stage after stage, and going no further."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hourglass.contexts import evaluating
+from hourglass.encoders.hourglass import Hourglass, Middle
+from hourglass.encoders.registry import find_encoder
+from hourglass.encoders.sharing import hide
+from hourglass.errors import InputError
+from hourglass.reduction.reducer import Reducer
+
+#: The number of a stage's first block among those of the plan, its map (B, H, W, C), its planned blocks and their
+#: reducer -> the map (B, H, W, C) that the encoder goes on with.
+Visit = Callable[[int, Tensor, Sequence[nn.Module], Reducer], Tensor]
+
+
+class _Visited(Exception):
+    """The last of the plan's blocks has run; what follows is not needed."""
+
+
+class _Visitor(Reducer):
+    def __init__(self, reducer: Reducer, visit: Visit, last: bool):
+        super().__init__()
+        self.reducer = reducer
+        self.visit = visit
+        self.last = last
+
+    def run(self, tokens: Tensor, blocks: Sequence[nn.Module], proportional: bool, first: int = 0) -> Tensor:
+        whole = self.visit(first, tokens, blocks, self.reducer)
+        if self.last:
+            raise _Visited
+        return whole
+
+
+@contextmanager
+def visiting(view: nn.Module, visit: Visit) -> Iterator[Callable[[Any], None]]:
+    """
+    Call ``visit`` in the place of a plan's blocks, in evaluation mode and without gradients.
+
+    Args:
+        view: an expedited model.
+        visit: see :data:`Visit`.
+
+    Returns:
+        a function of the model's inputs, which runs the model up to the last of the plan's blocks. It raises InputError
+        where the model did not come to them.
+    """
+    encoder = find_encoder(view)[1]
+    assert isinstance(encoder, Hourglass)
+    middles = [module for module in encoder._body.modules() if isinstance(module, Middle)]
+    reducers = [middle.reducer for middle in middles]
+
+    def run(inputs: Any) -> None:
+        try:
+            view(inputs)
+        except _Visited:
+            return
+        raise InputError(f"{type(view).__name__} ran without the plan's blocks")
+
+    try:
+        for middle, reducer in zip(middles, reducers):
+            hide(middle, reducer=_Visitor(reducer, visit, middle is middles[-1]))
+        with evaluating(view), torch.no_grad():
+            yield run
+    finally:
+        for middle, reducer in zip(middles, reducers):
+            hide(middle, reducer=reducer)

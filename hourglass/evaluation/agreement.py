@@ -1,0 +1,200 @@
+"""
+Agreement: how much of what a model finds another finds too. The first model's output is taken as if it were the truth,
+so that no labels are needed.
+
+It ranks models that are near each other better than labels of as many images do: every changed mask counts, where
+a difference of AP by one per cent is lost in noise. It is no share of accuracy that is kept: what a model changes was
+not all right before, so that it is lower.
+"""
+
+import contextlib
+import io
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from hourglass.errors import InputError
+from hourglass.evaluation.instances import Matches, average_precision, read_matches
+from hourglass.evaluation.panoptic import count_segments, quality_of_categories
+from hourglass.evaluation.resampling import mean_of_classes
+from hourglass.evaluation.semantic import class_figures, count_pixels
+
+#: Detections of the first model over this score are its truth.
+SCORE = 0.7
+
+
+class _Map(NamedTuple):
+    """Integers (H, W), compressed."""
+
+    size: tuple[int, int]
+    content: bytes
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> "_Map":
+        array = np.ascontiguousarray(values.detach().cpu().numpy().astype(np.int32))
+        return cls(array.shape, zlib.compress(array.data, 1))
+
+    def read(self) -> np.ndarray:
+        return np.frombuffer(zlib.decompress(self.content), np.int32).reshape(self.size)
+
+
+class OutputRecorder(DatasetEvaluator):
+    """
+    Keeps a model's outputs, to be compared with another's: boxes, masks, panoptic segments and classes of pixels. It
+    has no figures of its own.
+
+    Args:
+        max_detections: of an image, those with the highest scores.
+    """
+
+    def __init__(self, max_detections: int = 100):
+        self.max_detections = max_detections
+        self.reset()
+
+    def reset(self) -> None:
+        #: Image id -> kind of output -> what was kept.
+        self.outputs: dict[Any, dict[str, Any]] = {}
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        for input, output in zip(inputs, outputs):
+            self.outputs[input["image_id"]] = _kept(output)
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        return {}
+
+
+def _kept(output: dict[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    if "instances" in output:
+        found = output["instances"].to("cpu")
+        kept["size"] = tuple(found.image_size)
+        kept["scores"], kept["classes"] = found.scores.numpy().astype(float), found.pred_classes.numpy().astype(int)
+        if found.has("pred_boxes"):
+            boxes = found.pred_boxes.tensor.numpy().astype(float)
+            kept["bbox"] = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+        if found.has("pred_masks"):
+            masks = found.pred_masks.numpy().astype(np.uint8)
+            kept["segm"] = [rle.encode(np.asfortranarray(mask)) for mask in masks]
+    if output.get("panoptic_seg") is not None:
+        segments, info = output["panoptic_seg"]
+        if info is not None:
+            kept["panoptic_seg"] = _Map.of(segments), [_segment(each) for each in info]
+    if "sem_seg" in output:
+        scores = output["sem_seg"]
+        kept["sem_seg"] = _Map.of(scores.argmax(dim=0)), len(scores)
+    return kept
+
+
+def _segment(info: dict[str, Any]) -> dict[str, int]:
+    # Things and stuff may count their categories each from 0.
+    return {"id": info["id"], "category_id": 2 * info["category_id"] + int(bool(info.get("isthing", True)))}
+
+
+def agreement(
+    first: OutputRecorder,
+    other: OutputRecorder,
+    image_ids: Sequence[Any],
+    weights: np.ndarray,
+    score: float = SCORE,
+) -> dict[str, np.ndarray]:
+    """
+    Agreement of a model with the first one.
+
+    Args:
+        first, other: what they found.
+        image_ids: the images, which both ran on.
+        weights: (samples, images), how often each image is in a sample
+            (:func:`~hourglass.evaluation.resampling.draw_samples`).
+        score: detections of the first model over it are to be found.
+
+    Returns:
+        "segm.AP", "bbox.AP", "panoptic_seg.PQ" and "sem_seg.mIoU", those that both have -> (samples,) in percent; nan
+        where the first model found nothing.
+
+    Raises:
+        InputError: for a score that is no number from 0 to 1, and images that not both ran on.
+    """
+    if not 0 <= score < 1:
+        raise InputError(f"score takes a number from 0 to 1, got {score!r}")
+    for name, recorder in (("first", first), ("other", other)):
+        missing = [each for each in image_ids if each not in recorder.outputs]
+        if missing:
+            raise InputError(f"the {name} model did not run on {len(missing)} images, such as {missing[0]!r}")
+    pairs = [(first.outputs[each], other.outputs[each]) for each in image_ids]
+    figures = {}
+    for task in ("bbox", "segm"):
+        if pairs and all(task in one and task in two for one, two in pairs):
+            limit = max(first.max_detections, other.max_detections)
+            figures[f"{task}.AP"] = average_precision(_matches(pairs, task, score, limit), weights)
+    if pairs and all("panoptic_seg" in one and "panoptic_seg" in two for one, two in pairs):
+        figures["panoptic_seg.PQ"] = _panoptic(pairs, weights)
+    if pairs and all("sem_seg" in one and "sem_seg" in two for one, two in pairs):
+        counts = np.stack([_pixels(one["sem_seg"], two["sem_seg"]) for one, two in pairs])
+        iou, _ = class_figures(np.tensordot(weights, counts, axes=1))
+        figures["sem_seg.mIoU"] = mean_of_classes(iou.T, len(weights))
+    return figures
+
+
+def _pixels(first: tuple[_Map, int], other: tuple[_Map, int]) -> np.ndarray:
+    return count_pixels(first[0].read(), other[0].read(), first[1])
+
+
+def _panoptic(pairs: list[tuple[dict, dict]], weights: np.ndarray) -> np.ndarray:
+    categories = sorted({each["category_id"] for pair in pairs for kept in pair for each in kept["panoptic_seg"][1]})
+    counts = np.stack(
+        [
+            count_segments(
+                one["panoptic_seg"][0].read(),
+                one["panoptic_seg"][1],
+                two["panoptic_seg"][0].read(),
+                two["panoptic_seg"][1],
+                categories,
+            )
+            for one, two in pairs
+        ]
+    )
+    quality = quality_of_categories(np.tensordot(weights, counts, axes=1))["PQ"]
+    return mean_of_classes(quality.T, len(weights))
+
+
+def _matches(pairs: list[tuple[dict, dict]], task: str, score: float, limit: int) -> list[Matches]:
+    """COCO's matches of the other model's detections with the first one's over the score."""
+    truth: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    classes = set()
+    for i, (one, two) in enumerate(pairs):
+        for kept, into in ((one, truth), (two, found)):
+            for j in range(len(kept["scores"])):
+                classes.add(int(kept["classes"][j]))
+                if into is truth and not kept["scores"][j] > score:
+                    continue
+                shape = {"bbox": kept["bbox"][j].tolist()} if task == "bbox" else {"segmentation": kept["segm"][j]}
+                area = float(np.prod(kept["bbox"][j][2:])) if task == "bbox" else float(rle.area(kept["segm"][j]))
+                entry = {**shape, "image_id": i, "category_id": int(kept["classes"][j]), "area": area, "iscrowd": 0}
+                into.append({**entry, "id": len(into) + 1, "score": float(kept["scores"][j])})
+    with contextlib.redirect_stdout(io.StringIO()):
+        sizes = [one["size"] for one, _ in pairs]
+        sets = [_coco(annotations, sizes, classes) for annotations in (truth, found)]
+        evaluation = (COCOeval if limit == 100 else COCOevalMaxDets)(*sets, task)
+        evaluation.params.maxDets = [1, 10, limit]
+        evaluation.evaluate()
+    return read_matches(evaluation)
+
+
+def _coco(annotations: list[dict[str, Any]], sizes: Sequence[tuple[int, int]], classes: set[int]) -> COCO:
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": i, "height": height, "width": width} for i, (height, width) in enumerate(sizes)],
+        "annotations": annotations,
+        "categories": [{"id": each} for each in sorted(classes)],
+    }
+    coco.createIndex()
+    return coco

@@ -1,0 +1,111 @@
+"""Agreement of a model's outputs with another's, on outputs that are drawn."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+
+from hourglass import InputError
+from hourglass.evaluation.agreement import OutputRecorder, agreement
+from hourglass.evaluation.resampling import draw_samples
+
+SIZE = (60, 80)
+
+
+def instances(boxes, scores, classes, masks: bool = True) -> dict:
+    found = Instances(SIZE)
+    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    found.scores = torch.tensor(scores, dtype=torch.float32)
+    found.pred_classes = torch.tensor(classes, dtype=torch.int64)
+    if masks:
+        found.pred_masks = torch.zeros(len(scores), *SIZE, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(found.pred_masks, boxes):
+            mask[int(top) : int(bottom), int(left) : int(right)] = True
+    return {"instances": found}
+
+
+def recorder(*outputs: dict) -> OutputRecorder:
+    recorder = OutputRecorder()
+    for i, output in enumerate(outputs):
+        recorder.process([{"image_id": i}], [output])
+    return recorder
+
+
+def compared(first: list[dict], other: list[dict], **options) -> dict[str, np.ndarray]:
+    ids = range(len(first))
+    return agreement(recorder(*first), recorder(*other), ids, draw_samples(len(first), 20), **options)
+
+
+BOXES = [[2, 2, 20, 20], [30, 10, 60, 40], [5, 30, 25, 55]]
+FIRST = instances(BOXES, [0.9, 0.8, 0.3], [0, 1, 0])
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_what_agrees_is_found_again(masks):
+    first = instances(BOXES, [0.9, 0.8, 0.3], [0, 1, 0], masks)
+    found = compared([first, first], [first, first])
+    assert set(found) == ({"bbox.AP", "segm.AP"} if masks else {"bbox.AP"})
+    for samples in found.values():
+        np.testing.assert_allclose(samples, 100)
+
+
+def test_only_what_the_first_model_is_sure_of_counts():
+    """The one at 0.3 is not missed, and finding it costs nothing where it is found last."""
+    for other in (instances(BOXES[:2], [0.5, 0.4], [0, 1]), instances(BOXES, [0.9, 0.8, 0.3], [0, 1, 0])):
+        assert compared([FIRST], [other])["segm.AP"][0] == pytest.approx(100)
+    missed = instances(BOXES[:1], [0.9], [0])
+    assert compared([FIRST], [missed])["segm.AP"][0] == pytest.approx(50)  # one of two classes
+    assert compared([FIRST], [missed], score=0.85)["segm.AP"][0] == pytest.approx(100)
+
+
+def test_a_moved_box_a_wrong_class_and_nothing_at_all_agree_less():
+    moved = instances([[3, 2, 21, 20], *BOXES[1:]], [0.9, 0.8, 0.3], [0, 1, 0])
+    wrong = instances(BOXES, [0.9, 0.8, 0.3], [1, 1, 0])
+    nothing = instances([], [], [])
+    nothing["instances"].pred_masks = torch.zeros(0, *SIZE, dtype=torch.bool)
+    figures = [float(compared([FIRST], [other])["segm.AP"][0]) for other in (FIRST, moved, wrong, nothing)]
+    assert 100 == pytest.approx(figures[0]) and figures == sorted(figures, reverse=True)
+    assert figures[1] > 80 and figures[3] == 0
+    assert np.isnan(compared([nothing], [FIRST])["segm.AP"][0])
+
+
+def test_panoptic_segments_agree_as_panoptic_quality_says():
+    segments = torch.zeros(SIZE, dtype=torch.int32)
+    segments[:, :40], segments[:, 40:] = 1, 2
+    info = [{"id": 1, "category_id": 0, "isthing": True}, {"id": 2, "category_id": 0, "isthing": False}]
+    first = {"panoptic_seg": (segments, info)}
+    np.testing.assert_allclose(compared([first], [first])["panoptic_seg.PQ"], 100)
+    smaller = segments.clone()
+    smaller[:, 36:40] = 2
+    other = compared([first], [{"panoptic_seg": (smaller, info)}])["panoptic_seg.PQ"][0]
+    assert other == pytest.approx(100 * (36 / 40 + 40 / 44) / 2)
+    swapped = [{**each, "isthing": not each["isthing"]} for each in info]
+    assert compared([first], [{"panoptic_seg": (segments, swapped)}])["panoptic_seg.PQ"][0] == 0
+
+
+def test_classes_of_pixels_agree_as_iou_says():
+    scores = torch.zeros(3, *SIZE)
+    scores[0, :, :40], scores[2, :, 40:] = 1, 1
+    other = scores.clone()
+    other[1, :, 60:] = 2
+    assert compared([{"sem_seg": scores}], [{"sem_seg": scores}])["sem_seg.mIoU"][0] == pytest.approx(100)
+    assert compared([{"sem_seg": scores}], [{"sem_seg": other}])["sem_seg.mIoU"][0] == pytest.approx(75)
+
+
+def test_samples_are_those_of_the_images():
+    bad = instances(BOXES[:1], [0.9], [0])
+    first, other = recorder(FIRST, FIRST, FIRST), recorder(FIRST, bad, FIRST)
+    weights = draw_samples(3, 50)
+    samples = agreement(first, other, range(3), weights)["bbox.AP"]
+    for weight, sample in zip(weights, samples):
+        drawn = [i for i in range(3) for _ in range(weight[i])]
+        again = recorder(*([FIRST] * 3)), recorder(*[(FIRST, bad, FIRST)[i] for i in drawn])
+        assert sample == pytest.approx(agreement(*again, range(3), np.ones((1, 3), int))["bbox.AP"][0])
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(InputError, match="other model did not run on 1 images, such as 1"):
+        agreement(recorder(FIRST, FIRST), recorder(FIRST), [0, 1], draw_samples(2))
+    with pytest.raises(InputError, match="score takes a number from 0 to 1, got 1.5"):
+        compared([FIRST], [FIRST], score=1.5)
+    assert compared([FIRST], [{"sem_seg": torch.zeros(2, *SIZE)}]) == {}
