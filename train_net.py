@@ -23,11 +23,12 @@ from detectron2.utils.env import seed_all_rng
 from torch.multiprocessing import ProcessExitedException
 
 from hourglass.checkpoint import load_checkpoint
-from hourglass.commands import Options, run_calibration, run_comparison, warn
+from hourglass.commands import Options, run_calibration, run_comparison, run_search, warn
 from hourglass.compat import init_process_group
 from hourglass.data.opening import load_test, open_test
 from hourglass.launch import DEMO, build, load_config, one_line, refuse
 from hourglass.reduction.selection import RANDOM
+from hourglass.search.goal import Goal
 from hourglass.training import check_training, train
 
 
@@ -36,6 +37,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config-file", default=str(DEMO), help="a LazyConfig; without one, the demo's")
     parser.add_argument("--eval-only", action="store_true", help="compare the models, do not train")
     parser.add_argument("--calibrate", action="store_true", help="fit what the plan's restoring leaves out")
+    parser.add_argument(
+        "--search",
+        nargs="+",
+        metavar="GOAL",
+        help="find the fastest plan that keeps a share of AP, PQ or mIoU (keep=0.99), or the one that keeps most at a "
+        "speed (speed=2, over fast attention); labels=none does not look at labels",
+    )
     parser.add_argument(
         "--control",
         action="store_true",
@@ -58,16 +66,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(arguments)
     if args.only and args.control:
         parser.error("--only runs one of the models, without --control")
-    if args.calibrate and args.eval_only:
-        parser.error("--calibrate writes a calibration, which --eval-only then takes as plan.calibration")
+    if args.calibrate + args.eval_only + (args.search is not None) > 1:
+        parser.error("one of --eval-only, --calibrate and --search at a time: the first takes what the others write")
+    if args.search is not None:
+        # What has a dot in its name is an override of the config that came after the goal.
+        args.overrides += [word for word in args.search if "." in word.partition("=")[0]]
+        args.search = [word for word in args.search if "." not in word.partition("=")[0]]
     return args
 
 
 def main(args: argparse.Namespace) -> None:
+    goal = None if args.search is None else Goal.parse(args.search)
     cfg = load_config(args.config_file, args.overrides)
     if args.calibrate:
         cfg.plan.calibration = None  # it is made anew
-    elif not args.eval_only:
+    elif not args.eval_only and goal is None:
         check_training(cfg)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         init_process_group(cfg.train.device)
@@ -79,12 +92,14 @@ def main(args: argparse.Namespace) -> None:
     if cfg.train.init_checkpoint:
         load_checkpoint(model, cfg.train.init_checkpoint, cfg.train.allow_partial_checkpoint)
     options = Options(args.control, args.only, args.by_class, args.resume, journal=args.eval_only)
-    if args.eval_only or args.calibrate:
+    if args.eval_only or args.calibrate or goal is not None:
         if not cfg.train.init_checkpoint:
             warn("train.init_checkpoint is empty, the weights are random")
         if getattr(plan.reducer, "selectors", None) == RANDOM:
             warn(f'plan.reducer.selectors is "{RANDOM}", what they select is random')
-        if args.calibrate:
+        if goal is not None:
+            run_search(cfg, model.eval(), goal, args.config_file, args.overrides)
+        elif args.calibrate:
             run_calibration(cfg, model.eval(), plan)
         else:
             run_comparison(cfg, model.eval(), plan, options)

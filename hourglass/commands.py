@@ -1,22 +1,39 @@
 """What ``train_net.py`` does beside training: comparing a model with itself on fewer tokens, and calibrating a plan."""
 
+import copy
 import os
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from hourglass.data.opening import load_test, open_search, open_test, search_dataset
+from hourglass.data.opening import load_test, open_search, open_search_records, open_test, search_dataset
 from hourglass.encoders import Plan, expedite, find_encoder
 from hourglass.encoders.calibration import Calibration
 from hourglass.errors import InputError
 from hourglass.evaluation import Subject, compare, to_json, to_text, write_report
-from hourglass.evaluation.journal import open_journal
+from hourglass.evaluation.environment import describe_environment
+from hourglass.evaluation.journal import digest, digest_code, digest_data, digest_weights, open_journal, to_plain
+from hourglass.files import write_whole
 from hourglass.fitting import calibrate
 from hourglass.launch import build_evaluator
+from hourglass.search.goal import Goal
+from hourglass.search.measured import Measured
+from hourglass.search.report import describe as describe_search
+from hourglass.search.report import draw, to_table, write_plan
+from hourglass.search.run import Found, Images, Search
+
+# Of the images of a search, at most so many are fitted to.
+FIT_IMAGES = 16
+# Where search.images says nothing.
+SEARCH_IMAGES = 128
 
 
 class Options(NamedTuple):
@@ -119,6 +136,81 @@ def describe_fit(calibration: Calibration) -> str:
         how = f"form {stage['form']}, ridge {stage['ridge']:g}, rank {stage['rank']}"
         lines.append(f"  {which}{before} without, {left} with it, on images that were left out ({how})")
     return "\n".join(lines)
+
+
+def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, overrides: list[str]) -> Found:
+    """
+    Search for a plan on images of ``cfg.search``, print and write what is found, and the plan as a config.
+
+    Raises:
+        InputError: for a model that cannot be searched, and images that cannot be read.
+    """
+    if comm.get_world_size() > 1:
+        raise InputError("a search is of one process: it times blocks in turn")
+    folder, about = Path(cfg.train.output_dir), search_dataset(cfg)
+    records, load = open_search_records(cfg, model, cfg.search.images or SEARCH_IMAGES, goal.seed)
+    labels = _labels(cfg, model) if goal.labels == "auto" else None
+    few = min(FIT_IMAGES, len(records) // 4)
+    middle = few + 2 * (len(records) - few) // 3
+    fit, rank, check = (Inputs(part, load) for part in (records[:few], records[few:middle], records[middle:]))
+    settings = {
+        "weights": digest_weights([model]),
+        "model": digest(to_plain(cfg.model)),
+        "data": digest_data(records),
+        "dtype": cfg.evaluation.dtype,
+        "environment": digest(describe_environment(cfg.train.device)),
+        "code": digest_code([model]),
+    }
+    measured = Measured(folder / "search.json", settings)
+    if measured.resumed:
+        _say(f"going on from what {measured.path} has")
+    dtype = getattr(torch, cfg.evaluation.dtype)
+    images = Images(fit, rank, check, about)
+    found = Search(model, images, goal, measured, labels, cfg.train.device, dtype, _say).run()
+    table, text = to_table(found), describe_search(found, goal, about)
+    _say(f"\n{table}\n\n{text}")
+    measured.conclude(goal=str(goal), plan=found.plan.describe(), reached=found.reached, why=found.why)
+    write_whole(folder / "search.md", f"{to_table(found, 'github')}\n\n{text}\n")
+    if found.rows:
+        draw(found, goal, folder / "search.png")
+    kept = [each for each in overrides if not each.startswith(("plan.", "plan=", "search.", "train.output_dir"))]
+    name = f"The plan of --search {goal} for {os.path.basename(config_file)}."
+    write_plan(folder / "plan.py", found.plan, config_file, kept, [str(each) for each in cfg], name)
+    _say(f"written to {measured.path}, .md and .png; the plan is {folder / 'plan.py'}, for --config-file")
+    return found
+
+
+def _labels(cfg: DictConfig, model: nn.Module) -> Callable[[str], DatasetEvaluator] | None:
+    """What builds evaluators of the search's labels, if it has some; with a warning where it has none."""
+    names = cfg.search.dataset or cfg.dataloader.train.dataset.get("names")
+    problem = "the config has no evaluator of them"
+    if cfg.dataloader.get("evaluator") and isinstance(names, str):
+        of_search = copy.deepcopy(cfg)
+        of_search.dataloader.test.dataset.names = names
+        try:
+            open_test(of_search, model, 1)
+            return partial(build_evaluator, of_search)
+        except InputError as error:
+            problem = str(error)
+    warn(f"no labels, agreement alone ranks plans: {problem}")
+    return None
+
+
+class Inputs:
+    """What a model is called with, of some records, read anew each time."""
+
+    def __init__(self, records: list[dict[str, Any]], load: Callable[[list[dict[str, Any]]], Any]):
+        self.records, self.load = records, load
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        return iter(self.load(self.records))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def warn(line: str) -> None:

@@ -127,6 +127,9 @@ class Moments:
     """
     Sums over tokens, in float64.
 
+    Args:
+        tokens: of an image, at most so many are seen.
+
     Attributes:
         gram: (p + 1, p + 1) products of features, of which the last is 1.
         cross: (p + 1, C) products of features and targets.
@@ -134,7 +137,8 @@ class Moments:
         variance: of the blocks' output, the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int = TOKENS) -> None:
+        self.tokens = tokens
         self.gram: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
         self.square = 0.0
@@ -152,7 +156,7 @@ class Moments:
 
     def add(self, features: list[Tensor], target: Tensor, whole: Tensor) -> None:
         """Features and target (B, H, W, C), and the blocks' output, of which the target is a part."""
-        step = max(1, target[..., 0].numel() // TOKENS)
+        step = max(1, target[..., 0].numel() // self.tokens)
         rows = [each.flatten(0, 2)[::step].float() for each in (*features, target, whole)]
         ones = torch.ones_like(rows[0][:, :1])
         stacked, target, whole = torch.cat([*rows[:-2], ones], dim=1), rows[-2], rows[-1]
@@ -164,9 +168,9 @@ class Moments:
         self.count += len(target)
 
     def __add__(self, other: "Moments") -> "Moments":
-        total = Moments()
-        for name, value in vars(self).items():
-            setattr(total, name, value + getattr(other, name))
+        total = Moments(self.tokens)
+        for name in vars(self).keys() - {"tokens"}:
+            setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
     @property
@@ -198,8 +202,8 @@ class Fit(NamedTuple):
     left: float
 
 
-def fit(folds: list[Moments]) -> Fit:
-    """The correction with the least error in cross-validation."""
+def fit(folds: list[Moments], forms: Sequence[str] = tuple(FORMS), ridges: Sequence[float] = RIDGES) -> Fit:
+    """The correction with the least error in cross-validation, of some forms and ridges."""
     folds = [fold for fold in folds if fold.count]
     total = folds[0]
     for fold in folds[1:]:
@@ -207,15 +211,15 @@ def fit(folds: list[Moments]) -> Fit:
     assert isinstance(total.cross, Tensor)
     channels = total.cross.shape[1]
     linear = len(total.cross) == channels + 1
-    forms = ("linear",) if linear else tuple(FORMS)
+    forms = ("linear",) if linear else forms
     ranks = [max(1, round(share * channels)) for share in RANKS] + [channels]
-    errors = {key: 0.0 for key in product(forms, RIDGES, ranks)}
+    errors = {key: 0.0 for key in product(forms, ridges, ranks)}
     for i, held_out in enumerate(folds):
         rest = [fold for j, fold in enumerate(folds) if j != i]
         seen = rest[0]
         for fold in rest[1:]:
             seen = seen + fold
-        for form, ridge in product(forms, RIDGES):
+        for form, ridge in product(forms, ridges):
             columns = _columns(form, channels)
             solution = _solve(seen, columns, ridge)
             gram, cross = held_out.of(columns)

@@ -66,7 +66,8 @@ def check_options(train: DictConfig, evaluation: DictConfig, search: DictConfig)
     check_count("evaluation.warmup", evaluation.warmup, 0)
     if evaluation.max_images is not None:
         check_count("evaluation.max_images", evaluation.max_images, 1)
-    check_count("search.images", search.images, 2)
+    if search.images is not None:
+        check_count("search.images", search.images, 2)
     if search.dataset is not None:
         check_text("search.dataset", search.dataset)
     for key, smallest in TRAINING_COUNTS.items():

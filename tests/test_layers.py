@@ -29,7 +29,8 @@ ALLOWED = {
     "evaluation": {"data", "reduction"},
     "overrides": {"reduction"},
     "training": {"data", "reduction"},
-    "commands": {"data", "encoders", "evaluation", "fitting", "launch"},
+    "search": {"encoders", "evaluation", "fitting", "reduction"},
+    "commands": {"data", "encoders", "evaluation", "fitting", "launch", "search"},
     "launch": {"data", "overrides", "evaluation", "encoders", "config", "reduction"},
 }
 

@@ -22,8 +22,9 @@ from PIL import Image
 import hourglass.data.panoptic
 import projects.demo
 import train_net
-from hourglass import InputError, launch
+from hourglass import InputError, TokenClustering, launch
 from hourglass.evaluation.journal import read_records
+from hourglass.search.options import Option
 from hourglass.training import check_training
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ def datasets(tmp_path_factory):
         patch.setenv("DETECTRON2_DATASETS", str(root))
         patch.setitem(projects.demo.DEMO_IMAGES, "train", 6)
         patch.setitem(projects.demo.DEMO_IMAGES, "val", 5)
-        patch.setitem(projects.demo.DEMO_IMAGES, "search", 4)
+        patch.setitem(projects.demo.DEMO_IMAGES, "search", 8)
         yield root
 
 
@@ -137,6 +138,59 @@ def test_a_calibrated_plan(tmp_path, capsys):
     missing = refusal(capsys, *few, *plan, f"plan.calibration={tmp_path / 'none.pth'}")
     assert "none.pth cannot be read (FileNotFoundError" in missing
     assert "then calibrate" in refusal(capsys, *plan, f"plan.calibration={path}", "train.expedite=true")
+
+
+def test_a_search(tmp_path, monkeypatch, capsys):
+    """From the shipped weights to a config that the comparison takes; another goal goes on from what was measured."""
+    options = [Option(TokenClustering((side, side)), "window", (side / 16) ** 2) for side in (8, 12)]
+    monkeypatch.setattr("hourglass.search.trace.make_options", lambda windows: options)
+    monkeypatch.setattr("hourglass.search.run.FIRST", 2)
+    monkeypatch.setattr("hourglass.search.run.SECOND", 2)
+    monkeypatch.setattr("hourglass.search.latency.ROUNDS", 1)
+    found_in = ["search.images=8", "dataloader.test.num_workers=0", f"train.output_dir={tmp_path}"]
+    run("--search", "keep=0.9", *found_in)
+    printed = capsys.readouterr().out
+    assert "first round" in printed and "Asked for keep=0.9, on images of hourglass_demo_search:" in printed
+    content = json.loads((tmp_path / "search.json").read_text())
+    assert content["found"]["goal"] == "keep=0.9" and "rank 4, with labels" in content["results"]
+    assert (tmp_path / "search.png").stat().st_size > 5000 and "| plan" in (tmp_path / "search.md").read_text()
+    arguments = ["--eval-only", "--config-file", str(tmp_path / "plan.py"), "--only", "expedited"]
+    run(*arguments, "evaluation.max_images=1", "evaluation.warmup=0", f"train.output_dir={tmp_path}")
+    assert read(tmp_path)["plan"] == content["found"]["plan"]
+    capsys.readouterr()
+
+    monkeypatch.setattr("hourglass.search.run.measure_errors", None)  # it is known
+    run("--search", "speed=1.2", "labels=none", *found_in)
+    printed = capsys.readouterr().out
+    assert "going on from" in printed and "agreement alone" in printed and "mask AP kept" not in printed
+    run("--search", "speed=1000", *found_in)
+    printed = capsys.readouterr().out
+    assert "going on from" in printed and "fast attention alone, which changes nothing" in printed
+    assert "attention='fast'" in (tmp_path / "plan.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["keep=2"], "a keep over 0 and under 1"),
+        (["keep=0.9", "speed=2"], "either keep=0.99, say, or speed=2"),
+        (["keep=0.9", "search.images=1"], "search.images takes a whole number of at least 2, got 1"),
+        (["keep=0.9", "search.images=4"], "a search takes at least 2 images to fit, got 1"),
+        (["keep=0.9", "search.dataset=unknown"], "'unknown'"),
+        (["keep=0.9", "search.image=4"], "search.image"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_in_a_line(arguments, message, tmp_path, capsys):
+    line = refusal(capsys, "--search", *arguments, f"train.output_dir={tmp_path}")
+    assert message in line
+
+
+def test_one_task_at_a_time(capsys):
+    for arguments in (["--search", "keep=0.9", "--eval-only"], ["--calibrate", "--eval-only"]):
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments)
+        assert stopped.value.code == 2
+        assert "one of --eval-only, --calibrate and --search at a time" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -502,7 +556,7 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{tmp_path}/o")
 
-    monkeypatch.setattr(train_net, "write_report", full)
+    monkeypatch.setattr("hourglass.commands.write_report", full)
     line = refusal(capsys, "--eval-only", f"train.output_dir={tmp_path}/o", "evaluation.max_images=1", *UNTRAINED)
     assert line == f"error: {tmp_path}/o: No space left on device"
     # What was measured is there, for --resume.

@@ -21,12 +21,12 @@ train = dict(
     device="auto",
 )
 
-# Images without labels that a plan is calibrated on, and the affine map of --control.
+# Images that a plan is calibrated on, and the affine map of --control, without labels; and those of a search.
 search = dict(
     # null: the data set that the model is trained on.
     dataset=None,
-    # So many, spread evenly over it.
-    images=16,
+    # So many, spread evenly over it; null: 16, and 128 for --search, which ranks plans on most of them.
+    images=None,
 )
 
 evaluation = dict(

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ from hourglass.data.mapper import PanopticMapper
 from hourglass.data.mending import folder
 from hourglass.errors import InputError
 
+# Where search.images says nothing.
+SEARCH_IMAGES = 16
 # Known by name: evaluation stands above this module.
 PANOPTIC = ("PanopticEvaluator", "COCOPanopticEvaluator")
 SEMANTIC = ("SemanticEvaluator", "SemSegEvaluator")
@@ -84,14 +86,36 @@ def open_search(cfg: DictConfig, model: nn.Module) -> Any:
     Raises:
         InputError: see :func:`~hourglass.data.loading.load_records`.
     """
+    node, square = _search_node(cfg), square_side(model)
+    records = load_records(node, cfg.search.images or SEARCH_IMAGES, square, spread=True)
+    return load_images(node, records, _scaling(cfg), square)
+
+
+def open_search_records(
+    cfg: DictConfig, model: nn.Module, count: int, seed: int
+) -> tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]]], Any]]:
+    """
+    As :func:`open_search`, for so many images in an order of the seed.
+
+    Returns:
+        their records, and what loads some of them.
+    """
+    node, square = _search_node(cfg), square_side(model)
+    records = _with_plain_ids(load_records(node, count, square, spread=True), search_dataset(cfg))
+    order = np.random.default_rng(seed).permutation(len(records))
+    return [records[i] for i in order], lambda some: load_images(node, some, _scaling(cfg), square)
+
+
+def _search_node(cfg: DictConfig) -> DictConfig:
     node = copy.deepcopy(cfg.dataloader.test)
     _check_batches(node)
-    if cfg.search.dataset is None:
+    if cfg.search.dataset is not None:
+        node.dataset.names = cfg.search.dataset
+    elif "train" in cfg.dataloader:
         node.dataset = copy.deepcopy(cfg.dataloader.train.dataset)
     else:
-        node.dataset.names = cfg.search.dataset
-    square = square_side(model)
-    return load_images(node, load_records(node, cfg.search.images, square, spread=True), _scaling(cfg), square)
+        raise InputError("search.dataset takes the name of a data set where dataloader.train has none, got null")
+    return node
 
 
 def search_dataset(cfg: DictConfig) -> str:

@@ -1,0 +1,64 @@
+"""What a search is asked for."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hourglass.errors import InputError
+
+LABELS = ("auto", "none")
+
+
+class Goal(NamedTuple):
+    """
+    Attributes:
+        keep: share of each AP, PQ or mIoU that is kept, over 0 and under 1: the fastest plan that keeps it; None: see
+            `speed`.
+        speed: how many times as fast as fast attention alone the encoder is to be, over 1: the plan that keeps most.
+        labels: "auto": labels guard, where the data have some; "none": they are not looked at.
+        seed: of the samples that intervals are drawn from, and of the choice of images.
+    """
+
+    keep: float | None = None
+    speed: float | None = None
+    labels: str = "auto"
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> "Goal":
+        """
+        Args:
+            words: such as "keep=0.99" and "labels=none".
+
+        Raises:
+            InputError: for words that are no goal, or make none.
+        """
+        values: dict = {}
+        for word in words:
+            key, equals, value = word.partition("=")
+            if key not in cls._fields or not equals:
+                raise InputError(f"--search takes {', '.join(f'{name}=...' for name in cls._fields)}, got {word!r}")
+            if key in values:
+                raise InputError(f"--search takes {key} once, got it again as {word!r}")
+            try:
+                values[key] = value if key == "labels" else int(value) if key == "seed" else float(value)
+            except ValueError:
+                kind = "a whole number" if key == "seed" else "a number"
+                raise InputError(f"--search takes {key}={kind}, got {word!r}") from None
+        goal = cls(**values)
+        if (goal.keep is None) == (goal.speed is None):
+            raise InputError(f"--search takes either keep=0.99, say, or speed=2, got {' '.join(words) or 'neither'}")
+        if goal.keep is not None and not 0 < goal.keep < 1:
+            raise InputError(
+                f"--search takes a keep over 0 and under 1, a share of what the model finds, got {goal.keep:g}"
+            )
+        if goal.speed is not None and not 1 < goal.speed < float("inf"):
+            raise InputError(f"--search takes a speed over 1, that of fast attention alone, got {goal.speed:g}")
+        if goal.labels not in LABELS:
+            raise InputError(f"--search takes labels=auto or labels=none, got labels={goal.labels}")
+        if goal.seed < 0:
+            raise InputError(f"--search takes a seed of at least 0, got {goal.seed}")
+        return goal
+
+    def __str__(self) -> str:
+        target = f"keep={self.keep:g}" if self.keep is not None else f"speed={self.speed:g}"
+        return target + (" labels=none" if self.labels == "none" else "")

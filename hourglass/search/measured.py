@@ -1,0 +1,105 @@
+"""What a search has measured, in a file that another search goes on from."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hourglass.files import write_whole
+from hourglass.search.latency import Latency
+from hourglass.search.trace import Errors
+
+SCHEMA = 1
+
+
+class Result(NamedTuple):
+    """
+    A plan on some images, against fast attention alone on the same.
+
+    Attributes:
+        time: of the encoder in ms, the median.
+        speed: how many times as fast as with fast attention alone.
+        agreement: "segm.AP" and so on -> (samples,) in percent, see :mod:`hourglass.evaluation.agreement`.
+        labelled: the same -> (samples,) share of the figure that is kept; empty without labels.
+    """
+
+    time: float
+    speed: float
+    agreement: dict[str, np.ndarray]
+    labelled: dict[str, np.ndarray]
+
+
+class Measured:
+    """
+    Args:
+        path: of ``search.json``. What it has is taken where it was measured with the same settings.
+        settings: what figures depend on, as plain values.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self._content: dict[str, Any] = {"schema": SCHEMA, "settings": settings, "results": {}}
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError):
+            found = None
+        #: Whether the file had something to go on from.
+        self.resumed = isinstance(found, dict) and found.get("schema") == SCHEMA and found.get("settings") == settings
+        if self.resumed:
+            self._content = found
+
+    def errors(self, measure: Callable[[], Errors]) -> Errors:
+        return Errors(*self._tables("errors", measure))
+
+    def latency(self, measure: Callable[[], Latency]) -> Latency:
+        return Latency(*self._tables("latency", measure))
+
+    def result(self, images: str, plan: str) -> Result | None:
+        """Of a plan on some images, by their names."""
+        found = self._content["results"].get(images, {}).get(plan)
+        if found is None:
+            return None
+        figures = [{key: np.array(values) for key, values in found[name].items()} for name in ("agreement", "labelled")]
+        return Result(found["time"], found["speed"], *figures)
+
+    def add(self, images: str, results: dict[str, Result]) -> None:
+        of_images = self._content["results"].setdefault(images, {})
+        for plan, result in results.items():
+            plain = result._asdict()
+            for name in ("agreement", "labelled"):
+                plain[name] = {key: [round(float(each), 6) for each in values] for key, values in plain[name].items()}
+            of_images[plan] = plain
+        self._write()
+
+    def conclude(self, **conclusion: Any) -> None:
+        """What the search that was run last found."""
+        self._content["found"] = conclusion
+        self._write()
+
+    def _tables(self, name: str, measure: Callable[[], Any]) -> list[Any]:
+        if name not in self._content:
+            tables = [
+                [[list(_listed(key)), value] for key, value in each.items()] if isinstance(each, dict) else each
+                for each in measure()
+            ]
+            self._content[name] = json.loads(json.dumps(tables))
+            self._write()
+        return [
+            {_key(key): value for key, value in each} if isinstance(each, list) else each
+            for each in self._content[name]
+        ]
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, json.dumps(self._content, allow_nan=True))
+
+
+def _listed(key: Any) -> tuple:
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _key(key: list[Any]) -> Any:
+    parts = tuple(tuple(part) if isinstance(part, list) else part for part in key)
+    return parts if len(parts) > 1 else parts[0]

@@ -1,0 +1,387 @@
+"""
+A search, phase after phase: errors and times of blocks, from which every plan is predicted; the best of each kind on a
+few images; those about the target on more; a guard; and images that nothing was chosen on.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from statistics import NormalDist
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from torch import nn
+
+from hourglass.encoders import Plan, expedite, find_encoder
+from hourglass.encoders.calibration import Calibration
+from hourglass.errors import InputError
+from hourglass.evaluation.agreement import SCORE, OutputRecorder, agreement
+from hourglass.evaluation.compare import Comparison, Subject, compare
+from hourglass.evaluation.journal import members
+from hourglass.evaluation.resampling import draw_samples
+from hourglass.fitting import calibrate
+from hourglass.search.front import Candidate, enumerate_plans, make_pool, spread
+from hourglass.search.goal import Goal
+from hourglass.search.latency import measure_latency
+from hourglass.search.measured import Measured, Result
+from hourglass.search.trace import Traced, measure_errors, trace
+
+# Plans that run in the first round, and in the second.
+FIRST, SECOND = 12, 8
+# Images of the first round, at most.
+FEW = 32
+# Of a loss of agreement, what is lost against labels, and how sure that is: a fifth was seen on one model, a third on
+# another.
+SLOPE, SLOPE_DEVIATION = 0.25, 0.15
+# One-sided.
+CONFIDENCE = 0.95
+BASE = "fast attention"
+
+
+class Inputs(Protocol):
+    """What a model is called with, one image after the other; can be gone through again."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]: ...
+
+
+class Images(NamedTuple):
+    """
+    What the model is called with, in three sets that share no image.
+
+    Attributes:
+        fit: plans are calibrated to, and errors and times of blocks are of.
+        rank: plans are ranked on.
+        check: nothing is chosen on.
+        about: what they are, for people.
+    """
+
+    fit: Inputs
+    rank: Inputs
+    check: Inputs
+    about: str
+
+
+class Row(NamedTuple):
+    """
+    A plan that ran.
+
+    Attributes:
+        name: for people.
+        plan: calibrated.
+        predicted: how many times as fast as fast attention alone, from the times of blocks.
+        result: on the images of the last round that it was in.
+        images: how many these are.
+        kept, lower: what it keeps, see :func:`estimate`.
+        verdict: why it is not the answer, where a better one is known.
+    """
+
+    name: str
+    plan: Plan
+    predicted: float
+    result: Result
+    images: int
+    kept: float
+    lower: float
+    verdict: str = ""
+
+
+class Found(NamedTuple):
+    """
+    What a search found.
+
+    Attributes:
+        plan: the answer, calibrated.
+        reached: whether it reaches the goal.
+        why: in words.
+        rows: the plans of the last round, the slowest first.
+        checked: name -> a row on the images of the check: of the answer, and of its controls.
+    """
+
+    plan: Plan
+    reached: bool
+    why: str
+    rows: list[Row]
+    checked: dict[str, Row]
+
+
+class Search:
+    """
+    Args:
+        model: its weights loaded, in evaluation mode.
+        images: see :class:`Images`.
+        goal: what is asked for.
+        measured: what is known, and where to write what is measured.
+        build_evaluator: name of a model -> what evaluates it on the labels of the images; None: there are none.
+        device: "cpu" or "cuda".
+        dtype: of the forward passes, by autocast.
+        say: takes a line for the user.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Images,
+        goal: Goal,
+        measured: Measured,
+        build_evaluator: Callable[[str], DatasetEvaluator] | None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        say: Callable[[str], None] = print,
+    ):
+        self.model, self.images, self.goal, self.measured = model, images, goal, measured
+        self.build_evaluator = build_evaluator if goal.labels == "auto" else None
+        self.device, self.dtype, self.say = device, dtype, say
+        self._calibrations: dict[str, Calibration] = {}
+
+    def run(self) -> Found:
+        """
+        Raises:
+            InputError: for a model that cannot be searched, and for too few images.
+        """
+        for name in ("fit", "rank", "check"):
+            if len(getattr(self.images, name)) < 2:
+                raise InputError(f"a search takes at least 2 images to {name}, got {len(getattr(self.images, name))}")
+        with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            traced = trace(self.model, self.images.fit)
+            errors = self.measured.errors(lambda: measure_errors(traced))
+            last = next(inputs for i, inputs in enumerate(self.images.fit, start=1) if i == len(traced.maps[0]))
+            latency = self.measured.latency(lambda: measure_latency(traced, self.model, last, self.device))
+        plans = enumerate_plans(traced, errors, latency)
+        pool = make_pool(traced, plans, latency.encoder / (self.goal.speed or 1.0))
+        kinds = ", ".join(f"{len(front)} {kind}" for kind, front in pool.items()) or "none"
+        self.say(f"{len(plans)} plans are predicted; the best of their kind at their time: {kinds}")
+        if not pool:
+            fastest = latency.encoder / min(each.time for each in plans)
+            return self._nothing(f"the fastest plan is predicted to be at {fastest:.2f}x of fast attention alone")
+        each_kind = max(2, FIRST // len(pool))
+        first = [each for front in pool.values() for each in spread(front, each_kind)]
+        rows = self._round(traced, latency.encoder, first, "first")
+        second = self._promising(traced, pool, rows)
+        if second:
+            rows = self._round(traced, latency.encoder, second, "second")
+        return self._choose([row for _, row in rows])
+
+    # --- running plans --------------------------------------------------------------------------------------------
+
+    def _round(
+        self, traced: Traced, encoder: float, candidates: list[Candidate], which: str
+    ) -> list[tuple[Candidate, Row]]:
+        """Run plans on the first few images of the ranking, or on all; the slowest plan first."""
+        number = min(FEW, len(self.images.rank)) if which == "first" else len(self.images.rank)
+        images = [inputs for i, inputs in enumerate(self.images.rank) if i < number]
+        plans = {key(each.plan(traced)): each for each in candidates}
+        views = {name: self._calibrated(each.plan(traced)) for name, each in plans.items()}
+        results = self._measure(views, images, f"rank {number}")
+        rows = [(each, _row(views[name], encoder / each.time, results[name], number)) for name, each in plans.items()]
+        rows.sort(key=lambda pair: pair[1].result.speed)
+        best, marked = -math.inf, []
+        for each, row in reversed(rows):
+            marked.append((each, row._replace(verdict="" if row.kept > best else "a faster one keeps more")))
+            best = max(best, row.kept)
+        marked.reverse()
+        self.say(f"{which} round, {len(rows)} plans on {number} images:")
+        for _, row in marked:
+            verdict = f"  ({row.verdict})" if row.verdict else ""
+            self.say(f"  {row.result.speed:.2f}x, keeps about {100 * row.kept:.1f} %  {row.name}{verdict}")
+        return marked
+
+    def _calibrated(self, plan: Plan) -> Plan:
+        if plan.reducer is None:
+            return plan
+        name = key(plan)
+        if name not in self._calibrations:
+            self._calibrations[name] = calibrate(self.model, plan, self.images.fit, self.images.about)
+        return plan.calibrated(self._calibrations[name])
+
+    def _measure(self, plans: dict[str, Plan], images: list[list[dict[str, Any]]], which: str) -> dict[str, Result]:
+        """The results of plans on some images, those that are not known yet measured."""
+        which += "" if self.build_evaluator is None else ", with labels"
+        known = {name: self.measured.result(which, name) for name in plans}
+        missing = {name: plan for name, plan in plans.items() if known[name] is None}
+        if missing:
+            found = self._compare(missing, images, which)
+            self.measured.add(which, found)
+            known |= found
+        return {name: result for name, result in known.items() if result is not None}
+
+    def _compare(self, plans: dict[str, Plan], images: list[list[dict[str, Any]]], which: str) -> dict[str, Result]:
+        subjects, recorders = {}, {}
+        for name, plan in {BASE: Plan(attention="fast"), **plans}.items():
+            labels = members(self.build_evaluator(name)) if self.build_evaluator is not None else []
+            limits = [each.max_detections for each in labels if hasattr(each, "max_detections")]
+            recorders[name] = OutputRecorder(*limits[:1])
+            view = expedite(self.model, plan)
+            subjects[name] = Subject(view, find_encoder(view)[1], DatasetEvaluators([*labels, recorders[name]]))
+        what = f"{which.split()[0]}ing {len(plans)} plans"
+        comparison = compare(subjects, images, self.device, self.dtype, warmup=1, what=what)
+        assert comparison is not None, "a search is of one process"
+        # In the order of the evaluators, so that samples of labels and of agreement are of the same images.
+        orders = [
+            list(each.image_ids) for each in members(subjects[BASE].evaluator) if getattr(each, "image_ids", None)
+        ]
+        ids = orders[0] if orders else [inputs[0]["image_id"] for inputs in images]
+        weights = draw_samples(len(ids))
+        return {
+            name: Result(
+                float(np.median(comparison.models[name].runs["encoder"])),
+                comparison.speedup(name, "encoder").ratio,
+                agreement(recorders[BASE], recorders[name], ids, weights),
+                _labelled(comparison, name),
+            )
+            for name in plans
+        }
+
+    # --- choosing -------------------------------------------------------------------------------------------------
+
+    def _promising(
+        self, traced: Traced, pool: dict[str, list[Candidate]], rows: list[tuple[Candidate, Row]]
+    ) -> list[Candidate]:
+        """
+        The plans that may be the answer, the slowest first. The loss of a plan is taken to be a power of its error, the
+        same one for all kinds, times a factor of its kind.
+        """
+        kinds = list(pool)
+        system, target = [[1.0] + [0.0] * len(kinds)], [0.5]  # a weak prior: the square root
+        for each, row in rows:
+            system.append([math.log(each.error)] + [float(each.kind(traced) == kind) for kind in kinds])
+            target.append(math.log(max(1 - row.kept, 2e-4)))
+        power, *factors = np.linalg.lstsq(np.array(system), np.array(target), rcond=None)[0]
+        predicted = {
+            each: math.exp(max(power, 0.1) * math.log(each.error) + factor)
+            for factor, front in zip(factors, pool.values())
+            for each in front
+        }
+        if self.goal.keep is None:
+            chosen = sorted(predicted, key=lambda each: predicted[each])[:SECOND]
+        else:
+            chosen = []
+            for level in (1 - self.goal.keep) * np.geomspace(0.25, 1.5, SECOND):
+                # Of those that are predicted to lose no more, the fastest.
+                enough = [each for each, loss in predicted.items() if loss <= level and each not in chosen]
+                chosen += sorted(enough, key=lambda each: each.time)[:1]
+        return sorted(chosen, key=lambda each: -each.time)
+
+    def _choose(self, rows: list[Row]) -> Found:
+        if self.goal.keep is None:
+            assert self.goal.speed is not None
+            enough = [row for row in rows if row.result.speed >= self.goal.speed] or rows[-1:]
+            accepted = [max(enough, key=lambda row: row.kept)]
+            reached = accepted[0].result.speed >= self.goal.speed
+        else:
+            accepted, reached = [], True
+            for row in rows:  # a fixed sequence, from slow to fast, needs no correction for its many tests
+                if row.verdict:
+                    continue
+                if row.lower < self.goal.keep:
+                    break
+                accepted.append(row)
+        checked: dict[str, Row] = {}
+        while accepted:
+            row = accepted.pop()
+            checked = self._check(row)
+            answer = checked[row.name]
+            if self.goal.keep is None or answer.kept >= self.goal.keep:
+                return Found(row.plan, reached, self._explain(checked, reached), rows, checked)
+            self.say(f"on images that nothing was chosen on it keeps about {100 * answer.kept:.1f} %: a step back")
+        return self._nothing(f"no plan is sure to keep {self.goal.keep:g}", rows, checked)
+
+    def _check(self, row: Row) -> dict[str, Row]:
+        """The plan and its controls on images that nothing was chosen on."""
+        plans = {row.name: row.plan}
+        if row.plan.reducer is not None:
+            plans["its blocks left out"] = row.plan.control()
+            plans["an affine map in their place"] = self._calibrated(row.plan.linear_control())
+        found = self._measure({key(plan): plan for plan in plans.values()}, list(self.images.check), "check")
+        number = len(self.images.check)
+        return {
+            name: _row(plan, row.predicted, found[key(plan)], number)._replace(name=name)
+            for name, plan in plans.items()
+        }
+
+    def _explain(self, checked: dict[str, Row], reached: bool) -> str:
+        answer, *controls = checked.values()
+        text = f"{answer.name} keeps about {100 * answer.kept:.1f} % at {answer.result.speed:.2f}x"
+        if not reached:
+            text += f"; nothing is {self.goal.speed:g}x as fast"
+        enough = answer.kept if self.goal.keep is None else self.goal.keep
+        for row in controls:
+            if row.kept >= enough:
+                text += f"; with {row.name} the model keeps {100 * row.kept:.1f} %: it does not need these blocks"
+        return text
+
+    def _nothing(self, why: str, rows: list[Row] | None = None, checked: dict[str, Row] | None = None) -> Found:
+        text = f"{why}: fast attention alone, which changes nothing"
+        return Found(Plan(attention="fast"), False, text, rows or [], checked or {})
+
+
+def search(*arguments: Any, **options: Any) -> Found:
+    """As :class:`Search`, and run."""
+    return Search(*arguments, **options).run()
+
+
+def estimate(result: Result) -> tuple[float, float]:
+    """
+    What a plan keeps of the figure that it keeps least of, and the one-sided bound of that. Of each figure there are
+    two estimates, each as sure as it is: the share that is kept against labels, with the deviation of its samples; and
+    what agreement says, 1 - slope (1 - agreement), with the slope's deviation and that of its samples. Labels tell
+    whether much is lost, agreement one plan from the next.
+
+    Raises:
+        InputError: for a model that gave nothing to compare, or found nothing.
+    """
+    if not result.agreement:
+        raise InputError("the model gives no boxes, masks, panoptic segments or classes of pixels to rank plans by")
+    estimates = []
+    for figure, samples in result.agreement.items():
+        if np.isnan(samples[0]):
+            continue
+        lost = 1 - samples / 100
+        values = [1 - SLOPE * float(lost[0])]
+        drawn = float(np.nanvar(lost[1:])) if len(lost) > 2 else 0.0
+        variances = [(SLOPE_DEVIATION * float(lost[0])) ** 2 + SLOPE**2 * drawn]
+        labelled = result.labelled.get(figure)
+        if labelled is not None and len(labelled) > 2 and np.isfinite(labelled[0]):
+            values.append(float(labelled[0]))
+            variances.append(float(np.nanvar(labelled[1:])))
+        weights = 1 / np.maximum(variances, 1e-8)
+        mean, deviation = float(np.average(values, weights=weights)), float(weights.sum() ** -0.5)
+        estimates.append((mean, mean - NormalDist().inv_cdf(CONFIDENCE) * deviation))
+    if not estimates:
+        raise InputError(f"the model finds nothing with a score over {SCORE} in these images that a plan could lose")
+    return min(mean for mean, _ in estimates), min(lower for _, lower in estimates)
+
+
+def _row(plan: Plan, predicted: float, result: Result, images: int) -> Row:
+    kept, lower = estimate(result)
+    return Row(describe(plan), plan, predicted, result, images, kept, lower)
+
+
+def key(plan: Plan) -> str:
+    """The plan without its calibration, as text."""
+    return json.dumps(plan.uncalibrated().describe(), sort_keys=True)
+
+
+def describe(plan: Plan) -> str:
+    """A plan in a few words."""
+    if plan.reducer is None:
+        return f"keys of {plan.keys} x {plan.keys} tokens" if plan.keys > 1 else "fast attention"
+    about = plan.reducer.describe()
+    grid = " x ".join(f"{side:g}" for side in about.get("grid", ()))
+    stop = "the last" if plan.stop is None else str(plan.stop - 1)
+    keys = f", keys of {plan.keys} x {plan.keys}" if plan.keys > 1 else ""
+    return f"{about['name']} {grid} a {plan.scope}, blocks {plan.start} to {stop}{keys}"
+
+
+def _labelled(comparison: Comparison, name: str) -> dict[str, np.ndarray]:
+    first, other = comparison.models[BASE], comparison.models[name]
+    shares = {}
+    for figure in comparison.retention(name):
+        if figure in first.samples and figure in other.samples:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                whole, part = first.samples[figure], other.samples[figure]
+                shares[figure] = np.where(whole > 0, part / whole, np.nan)
+    return shares

@@ -1,0 +1,269 @@
+"""Searching for a plan: what is predicted, what is chosen, and what is refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import hourglass
+from hourglass import AveragePooling, InputError, Plan, TokenClustering
+from hourglass.fitting import Recorder, fit
+from hourglass.search import Goal
+from hourglass.search.front import Candidate, enumerate_plans, make_pool, pareto_front, spread
+from hourglass.search.latency import Latency, measure_latency
+from hourglass.search.measured import Measured, Result
+from hourglass.search.options import KEYS, make_options
+from hourglass.search.run import SLOPE, describe, estimate, key
+from hourglass.search.trace import Errors, measure_errors, relative, trace
+from tests.encoders import test_hourglass_swin as of_swin
+from tests.encoders import test_hourglass_vit as of_vit
+from tests.test_fitting import images
+
+
+class TestGoal:
+    def test_it_is_read(self):
+        assert Goal.parse(["keep=0.99"]) == Goal(keep=0.99)
+        assert Goal.parse(["speed=2", "labels=none", "seed=3"]) == Goal(speed=2.0, labels="none", seed=3)
+        assert str(Goal(keep=0.99, labels="none")) == "keep=0.99 labels=none"
+
+    @pytest.mark.parametrize(
+        "words, message",
+        [
+            (["keep=1.2"], "a keep over 0 and under 1, .* got 1.2"),
+            (["keep=nan"], "a keep over 0 and under 1"),
+            (["speed=0.5"], "a speed over 1, .* got 0.5"),
+            (["keep=0.9", "speed=2"], "either keep=0.99, say, or speed=2, got keep=0.9 speed=2"),
+            (["labels=none"], "either keep=0.99, say, or speed=2, got labels=none"),
+            (["keep=much"], "takes keep=a number, got 'keep=much'"),
+            (["kept=0.9"], "takes keep=..., speed=..., labels=..., seed=..., got 'kept=0.9'"),
+            (["keep"], "got 'keep'"),
+            (["keep=0.9", "keep=0.8"], "takes keep once"),
+            (["keep=0.9", "labels=some"], "labels=auto or labels=none, got labels=some"),
+            (["keep=0.9", "seed=-1"], "a seed of at least 0"),
+        ],
+    )
+    def test_what_is_none_is_refused_in_a_line(self, words, message):
+        with pytest.raises(InputError, match=message):
+            Goal.parse(words)
+
+
+class TestOptions:
+    def test_budgets_suit_the_windows(self):
+        grids = {option.reducer.grid for option in make_options({14}) if option.scope == "window"}
+        assert grids == {(10, 10), (9, 9), (7, 7), (5, 5)}
+        assert all(0 < option.share < 1 for option in make_options({7}))
+        assert {option.scope for option in make_options({})} == {"map"}
+        assert len({option.name for option in make_options({16})}) == len(make_options({16}))
+
+
+@pytest.fixture(scope="module")
+def traced():
+    """A tiny ViT, its maps of four images, and options of two budgets."""
+    vit = of_vit.tiny_vit()
+    return trace(vit, images(4, (64, 96)))
+
+
+@pytest.fixture(scope="module")
+def errors(traced):
+    return measure_errors(traced)
+
+
+class TestErrors:
+    def test_the_maps_are_the_encoders(self, traced):
+        (stage,), ((kept, *_),) = traced.stages, traced.maps
+        assert len(kept) == len(stage.blocks) + 1 == traced.depth + 1
+        vit = traced.view
+        with torch.no_grad():
+            tokens = kept[0]
+            for block, after in zip(traced.own, kept[1:]):
+                tokens = block(tokens)
+                torch.testing.assert_close(tokens, after, atol=1e-4, rtol=1e-4)
+        assert isinstance(vit, torch.nn.Module)
+
+    def test_an_error_is_that_of_its_plan(self, traced, errors):
+        """As calibrating the plan itself finds it, from the same tokens and folds."""
+        for option, start, stop in ((0, 1, 3), (3, 2, 4), (5, 0, 2)):
+            chosen = traced.options[option]
+            if (start, stop, option) not in errors.left:
+                continue
+            view = hourglass.expedite(traced.view, Plan(chosen.reducer, start, stop, chosen.scope))
+            recorder = Recorder()
+            for image, kept in enumerate(traced.maps[0]):
+                recorder.fold = image % 2
+                with torch.no_grad():
+                    recorder(0, kept[start], traced.stages[0].blocks[start:stop], _bound(view))
+            expected = fit(recorder.moments[0], ("full",), (1e-2,)).left
+            assert errors.left[start, stop, option] == pytest.approx(expected, rel=1e-3)
+
+    def test_pooled_keys_have_the_error_of_their_block(self, traced, errors):
+        for (block, keys), error in errors.pooled.items():
+            assert traced.own[block].window_size == 0
+            view = traced.family.placed(traced.own[block], True, keys=keys)
+            with torch.no_grad():
+                found = [relative(view(kept[block]), kept[block + 1]) for kept in traced.maps[0]]
+            assert error == pytest.approx(np.mean(found), rel=1e-3)
+        assert errors.pooled
+
+    def test_fewer_tokens_err_more_in_the_mean(self, traced, errors):
+        def mean(share):
+            chosen = [i for i, option in enumerate(traced.options) if option.share == share]
+            return np.mean([error for (_, _, option), error in errors.left.items() if option in chosen])
+
+        shares = sorted({option.share for option in traced.options if option.scope == "window"})
+        assert mean(shares[0]) > mean(shares[-1])
+
+    def test_the_errors_of_stages_add_up(self):
+        swin = trace(of_swin.tiny_swin(), images(2, (128, 192)))
+        assert len(swin.stages) > 1 and swin.stages[1].first == len(swin.stages[0].blocks)
+        left = {(0, 1, 0): 0.1, (1, 2, 0): 0.2, (0, 2, 0): 0.4, (2, 3, 0): 0.8}
+        found = Errors(left, {1: 3.0}, {})
+        first = swin.stages[0].stop
+        assert found.of(swin, 0, 1, 0, 1) == pytest.approx(0.1 * (3.0 if first > 1 else 1.0))
+        if first == 2:
+            assert found.of(swin, 0, 3, 0, 1) == pytest.approx(0.4 + 0.8)
+
+    def test_what_a_plan_may_not_run_is_not_measured(self, traced, errors):
+        windows = traced.stages[0].windows
+        for start, stop, option in errors.left:
+            scope = traced.options[option].scope
+            assert scope == "map" or any(windows[start:stop])
+        for each in enumerate_plans(traced, errors, _even(traced)):
+            if each.start < 2 and each.stop < 4:
+                hourglass.expedite(traced.view, each.plan(traced))
+
+
+def _bound(view):
+    from hourglass.encoders import find_encoder
+
+    return find_encoder(view)[1].reducer
+
+
+def _even(traced) -> Latency:
+    """Every block takes 10 ms in full, 4 on fewer tokens and 7 with pooled keys; reducing takes 2."""
+    full, reduced, reducing, pooled = {}, {}, {}, {}
+    for number, stage in enumerate(traced.stages):
+        for kind in stage.kinds:
+            full[number, kind] = 10.0
+            for option in range(len(traced.options)):
+                reduced[number, kind, option], reducing[number, option] = 4.0, 2.0
+            for keys in KEYS[1:]:
+                if kind[0] == 0:
+                    pooled[number, kind, keys] = 7.0
+    return Latency(100.0, full, reduced, reducing, pooled)
+
+
+class TestLatency:
+    def test_a_plans_time_is_the_sum_of_its_parts(self, traced):
+        latency = _even(traced)
+        windows = traced.stages[0].windows
+        assert latency.of(traced, 0, 0, None, 1) == 100
+        assert latency.of(traced, 1, 3, 0, 1) == 100 - 2 * 6 + 2
+        outside = sum(window == 0 for i, window in enumerate(windows) if not 1 <= i < 3)
+        assert latency.of(traced, 1, 3, 0, 2) == 100 - 2 * 6 + 2 - 3 * outside
+
+    def test_it_is_measured_for_all_that_plans_are_made_of(self, traced, errors, monkeypatch):
+        monkeypatch.setattr("hourglass.search.latency.ROUNDS", 1)
+        latency = measure_latency(traced, of_vit.tiny_vit(), images(1, (64, 96))[0], "cpu")
+        assert latency.encoder > 0
+        for plan in enumerate_plans(traced, errors, latency):
+            assert math.isfinite(plan.time) and plan.error >= 0
+
+
+def candidate(time: float, error: float, option: int | None = 0) -> Candidate:
+    return Candidate(1, 2, option, 1, time, error)
+
+
+class TestFront:
+    def test_none_of_it_is_beaten(self):
+        times = [(10, 0.5), (9, 0.2), (8, 0.2), (7, 0.4), (12, 0.1), (6, 0.6)]
+        front = pareto_front([candidate(*each) for each in times])
+        assert [(each.time, each.error) for each in front] == [(12, 0.1), (8, 0.2), (7, 0.4), (6, 0.6)]
+
+    def test_each_kind_has_one_of_its_own(self, traced):
+        kinds = {candidate(1, 1, i).kind(traced): i for i in range(len(traced.options))}
+        assert len(kinds) == 3
+        first, second, third = kinds.values()
+        plans = [
+            candidate(8, 0.010, first),
+            candidate(7, 0.015, second),
+            candidate(8, 0.050, third),  # five times the error of another at the same time
+            candidate(6, 0.500, first),  # a model finds nothing then
+            candidate(20, 0.001, first),  # slower than what changes nothing
+        ]
+        pool = make_pool(traced, plans, slowest=10)
+        assert [each.time for front in pool.values() for each in front] == [8, 7]
+
+    def test_a_few_stand_for_all_errors(self):
+        front = [candidate(20 - i, 10.0 ** (i - 8)) for i in range(8)]
+        assert [each.time for each in spread(front, 3)] == [20, 16, 13] or len(spread(front, 3)) == 3
+        assert spread(front, 3)[0] == front[0] and spread(front, 3)[-1] == front[-1]
+        assert spread(front, 9) == front
+
+
+def result(agreement: float, labelled: float | None = None, noise: float = 0.0, speed: float = 2.0) -> Result:
+    draw = np.random.default_rng(0).normal(size=501)
+    draw[0] = 0
+    known = {} if labelled is None else {"segm.AP": labelled + noise * draw}
+    return Result(10.0, speed, {"segm.AP": np.full(501, 100.0 * agreement)}, known)
+
+
+class TestEstimate:
+    def test_without_labels_it_is_a_share_of_what_agreement_loses(self):
+        kept, lower = estimate(result(0.96))
+        assert kept == pytest.approx(1 - SLOPE * 0.04) and 0.95 < lower < kept
+        assert estimate(result(1.0)) == pytest.approx((1.0, 1.0), abs=1e-3)
+
+    def test_labels_count_as_far_as_they_are_sure(self):
+        prior = estimate(result(0.96))[0]
+        sure, unsure = (estimate(result(0.96, 0.95, noise))[0] for noise in (0.0005, 0.1))
+        assert sure == pytest.approx(0.95, abs=0.002) and unsure == pytest.approx(prior, abs=0.002)
+        assert sure < unsure
+
+    def test_the_figure_that_loses_most_counts(self):
+        two = result(0.99)._replace(agreement={"bbox.AP": np.full(501, 90.0), "segm.AP": np.full(501, 99.0)})
+        assert estimate(two)[0] == pytest.approx(1 - SLOPE * 0.1)
+
+    def test_nothing_found_is_refused(self):
+        nothing = result(0.9)._replace(agreement={"segm.AP": np.full(501, np.nan)})
+        with pytest.raises(InputError, match="finds nothing with a score over 0.7"):
+            estimate(nothing)
+        with pytest.raises(InputError, match="gives no boxes, masks"):
+            estimate(nothing._replace(agreement={}))
+
+
+class TestMeasured:
+    def test_what_is_measured_is_measured_once(self, tmp_path, traced, errors):
+        path, settings = tmp_path / "new" / "search.json", {"weights": "a"}
+        first = Measured(path, settings)
+        assert not first.resumed
+        latency = _even(traced)
+        assert first.errors(lambda: errors) == errors and first.latency(lambda: latency) == latency
+        first.add("rank 32", {"plan": result(0.9, 0.98, 0.01)})
+
+        def never():
+            raise AssertionError("measured again")
+
+        again = Measured(path, settings)
+        assert again.resumed and again.errors(never) == errors and again.latency(never) == latency
+        found = again.result("rank 32", "plan")
+        np.testing.assert_allclose(found.labelled["segm.AP"], result(0.9, 0.98, 0.01).labelled["segm.AP"], atol=1e-6)
+        assert again.result("rank 64", "plan") is None and again.result("rank 32", "other") is None
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1, "settings": {"weights": "b"}}'])
+    def test_another_models_or_a_torn_file_is_not_gone_on_from(self, content, tmp_path):
+        path = tmp_path / "search.json"
+        path.write_text(content)
+        measured = Measured(path, {"weights": "a"})
+        assert not measured.resumed and measured.result("rank 32", "plan") is None
+        measured.conclude(goal="keep=0.9")
+        assert json.loads(path.read_text())["found"] == {"goal": "keep=0.9"}
+
+
+def test_plans_have_names():
+    plan = Plan(TokenClustering((8, 8)), 2, 6, scope="window", keys=2)
+    assert describe(plan) == "TokenClustering 8 x 8 a window, blocks 2 to 5, keys of 2 x 2"
+    assert describe(Plan(keys=4)) == "keys of 4 x 4 tokens" and describe(Plan()) == "fast attention"
+    assert describe(Plan(AveragePooling(0.5), 2)) == "AveragePooling 0.5 x 0.5 a map, blocks 2 to the last"
+    assert key(plan) == key(Plan(TokenClustering((8, 8)), 2, 6, scope="window", keys=2)) != key(Plan(keys=2))
