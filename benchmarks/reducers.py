@@ -31,14 +31,16 @@ from hourglass import (
     BipartiteMatching,
     DensityPeaks,
     InputError,
+    LinearBlocks,
     Plan,
     SkipBlocks,
     TokenClustering,
     TokenSelection,
+    calibrate,
 )
 from hourglass.checkpoint import load_checkpoint
 from hourglass.checks import check_count
-from hourglass.data.opening import load_test, open_test
+from hourglass.data.opening import load_test, open_search, open_test, search_dataset
 from hourglass.encoders import find_encoder
 from hourglass.evaluation import Comparison, InstanceEvaluator, Subject, compare
 from hourglass.evaluation.figures import label_of, limit_of, split_key
@@ -54,6 +56,9 @@ CONFIG = ROOT / "configs" / "demo" / "vitdet.py"
 # Blocks that the demo's model needs: without them it keeps half of its AP.
 BLOCKS = (2, 6)
 BUDGETS = (0.6, 0.4, 0.25)
+# Sides of cells that global blocks' keys are pooled to.
+POOLED = (2, 4)
+CALIBRATED = ", calibrated"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -96,7 +101,7 @@ def make_plans(
     budgets: list[float], window: int, start: int, stop: int, default: Plan, selectors: str = ""
 ) -> dict[str, Plan]:
     """
-    Name -> plan, the unmodified model first.
+    Name -> plan, the unmodified model first. Those to be calibrated are named so, or need it.
 
     Args:
         budgets: shares of the tokens that are left.
@@ -112,7 +117,8 @@ def make_plans(
         grid = (side, side)
         at = f"{100 * budget:.0f} %"
         for reducer in (TokenClustering(grid), AveragePooling(grid), DensityPeaks(grid)):
-            plans[f"{type(reducer).__name__}, {at}"] = Plan(reducer, start, stop, scope="window")
+            plan = Plan(reducer, start, stop, scope="window")
+            plans |= {f"{type(reducer).__name__}, {at}{suffix}": plan for suffix in ("", CALIBRATED)}
         reducer = TokenClustering.published(grid)
         plans[f"TokenClustering.published, {at}"] = Plan(reducer, start, stop, scope="window", published=True)
         reducer = BipartiteMatching(merged_a_block(budget, window**2, stop - start))
@@ -122,6 +128,9 @@ def make_plans(
             plans[f"TokenSelection, {at}"] = Plan(TokenSelection(trained, target=budget), start, stop)
         else:
             print(f"warning: TokenSelection at {at} is left out, it has no trained selectors", file=sys.stderr)
+    for keys in POOLED:
+        plans[f"global keys of {keys} x {keys} tokens"] = Plan(keys=keys)
+    plans["an affine map in their place (control)"] = Plan(LinearBlocks(), start, stop)
     plans["blocks left out (control)"] = Plan(SkipBlocks(), start, stop)
     return plans
 
@@ -172,6 +181,8 @@ def measure(args: argparse.Namespace) -> Measured:
     groups = part_images(cfg.dataloader.test.dataset.names, records, args.by) if args.by else {}
     instances, subjects = {}, {}
     for name, plan in plans.items():
+        if name.endswith(CALIBRATED) or plan.reducer is not None and plan.reducer.needs_calibration:
+            plan = plans[name] = plan.calibrated(calibrate(model, plan, open_search(cfg, model), search_dataset(cfg)))
         view = hourglass.expedite(model, plan)
         evaluator = build_evaluator(cfg, name)
         instances[name] = next(each for each in members(evaluator) if isinstance(each, InstanceEvaluator))

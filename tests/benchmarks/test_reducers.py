@@ -14,6 +14,7 @@ from hourglass import BipartiteMatching, InputError, Plan, TokenClustering
 def two_images(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
     monkeypatch.setitem(projects.demo.DEMO_IMAGES, "val", 2)
+    monkeypatch.setitem(projects.demo.DEMO_IMAGES, "search", 8)
 
 
 def test_the_budget_is_the_mean_over_blocks():
@@ -45,7 +46,9 @@ def test_every_reducer_has_a_plan_at_each_budget():
         "BipartiteMatching",
         "TokenSelection",
     }
-    assert len(plans) == 4 + 3 * len(kinds)
+    calibrated = {name.split(",")[0] for name in plans if name.endswith("calibrated")}
+    assert calibrated == {"TokenClustering", "AveragePooling", "DensityPeaks"}
+    assert len(plans) == 7 + 3 * (len(kinds) + len(calibrated))
     assert plans["TokenClustering, 25 %"].reducer.grid == (8, 8)
 
 
@@ -56,7 +59,7 @@ def test_the_table_the_plot_and_the_document(tmp_path, capsys):
     reducers.main(parse([*options, "--output", str(tmp_path)]))
     document = json.loads((tmp_path / "reducers_cpu_float32.json").read_text())
     rows = document["models"]
-    assert document["images"] == 2 and len(rows) == 10
+    assert document["images"] == 2 and len(rows) == 16
     assert rows["unmodified"]["retention"]["bbox.AP"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
     assert rows["fast attention"]["retention"]["segm.AP"]["ratio"] == pytest.approx(1.0, abs=0.01)
     for name, row in rows.items():
@@ -65,6 +68,8 @@ def test_the_table_the_plot_and_the_document(tmp_path, capsys):
             assert 0 < row["tokens"] < 0.5 and row["reduction_ms"] > 0 and row["encoder_gflops"] > 0
     assert rows["BipartiteMatching, 25 %"]["tokens"] == pytest.approx(0.25, abs=0.01)
     assert rows["blocks left out (control)"]["tokens"] == 0
+    assert rows["an affine map in their place (control)"]["tokens"] == 0
+    assert rows["TokenClustering, 25 %, calibrated"]["plan"]["calibration"]["images"] == 8
     parts = document["parts"]
     assert list(parts) == ["000000000001.jpg", "000000000002.jpg", "0 to 48 px", "over 48 px"]
     assert parts["000000000002.jpg"]["images"] == 1 and parts["0 to 48 px"]["objects"] > 0
