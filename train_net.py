@@ -23,7 +23,7 @@ from detectron2.utils.env import seed_all_rng
 from torch.multiprocessing import ProcessExitedException
 
 from hourglass.checkpoint import load_checkpoint
-from hourglass.commands import Options, run_calibration, run_comparison, run_search, warn
+from hourglass.commands import Options, run_calibration, run_comparison, run_search, take_folder, warn
 from hourglass.compat import init_process_group
 from hourglass.data.opening import load_test, open_test
 from hourglass.launch import DEMO, build, load_config, one_line, refuse
@@ -49,6 +49,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="also the model without the plan's blocks, and with an affine map in their place",
     )
+    parser.add_argument(
+        "--agreement", action="store_true", help="also how far models find what the unmodified one does; no labels"
+    )
+    parser.add_argument("--images", metavar="FOLDER", help="run on a folder of images without labels")
     parser.add_argument("--only", choices=("unmodified", "expedited"), help="run one of the models")
     parser.add_argument("--by-class", action="store_true", help="also tables by class, largest loss first")
     parser.add_argument(
@@ -66,6 +70,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(arguments)
     if args.only and args.control:
         parser.error("--only runs one of the models, without --control")
+    if args.only and args.agreement:
+        parser.error("--only runs one of the models: --agreement takes two")
+    if args.images and not (args.eval_only or args.calibrate or args.search):
+        parser.error("--images have no labels: they are for --eval-only, --calibrate and --search")
     if args.calibrate + args.eval_only + (args.search is not None) > 1:
         parser.error("one of --eval-only, --calibrate and --search at a time: the first takes what the others write")
     if args.search is not None:
@@ -78,6 +86,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     goal = None if args.search is None else Goal.parse(args.search)
     cfg = load_config(args.config_file, args.overrides)
+    if args.images:
+        take_folder(cfg, args.images)
     if args.calibrate:
         cfg.plan.calibration = None  # it is made anew
     elif not args.eval_only and goal is None:
@@ -91,7 +101,8 @@ def main(args: argparse.Namespace) -> None:
     expedited = hourglass.expedite(model, plan.to_be_calibrated() if args.calibrate else plan)
     if cfg.train.init_checkpoint:
         load_checkpoint(model, cfg.train.init_checkpoint, cfg.train.allow_partial_checkpoint)
-    options = Options(args.control, args.only, args.by_class, args.resume, journal=args.eval_only)
+    agreement = args.agreement or bool(args.images and not args.only)
+    options = Options(agreement, args.control, args.only, args.by_class, args.resume, journal=args.eval_only)
     if args.eval_only or args.calibrate or goal is not None:
         if not cfg.train.init_checkpoint:
             warn("train.init_checkpoint is empty, the weights are random")

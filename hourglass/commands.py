@@ -9,18 +9,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
 from hourglass.data.opening import load_test, open_search, open_search_records, open_test, search_dataset
+from hourglass.data.unlabelled import register_folder
 from hourglass.encoders import Plan, expedite, find_encoder
 from hourglass.encoders.calibration import Calibration
 from hourglass.errors import InputError
 from hourglass.evaluation import Subject, compare, to_json, to_text, write_report
+from hourglass.evaluation.agreement import OutputRecorder
 from hourglass.evaluation.environment import describe_environment
-from hourglass.evaluation.journal import digest, digest_code, digest_data, digest_weights, open_journal, to_plain
+from hourglass.evaluation.journal import (
+    digest,
+    digest_code,
+    digest_data,
+    digest_weights,
+    members,
+    open_journal,
+    to_plain,
+)
 from hourglass.files import write_whole
 from hourglass.fitting import calibrate
 from hourglass.launch import build_evaluator
@@ -41,6 +51,7 @@ class Options(NamedTuple):
     Of a comparison.
 
     Attributes:
+        agreement: also how far what each finds is what the unmodified model finds, which takes no labels.
         control: also without the plan's blocks, and with an affine map in their place.
         only: the one model to run; None: all.
         by_class: also tables by class.
@@ -48,6 +59,7 @@ class Options(NamedTuple):
         journal: whether finished images are kept there.
     """
 
+    agreement: bool = False
     control: bool = False
     only: str | None = None
     by_class: bool = False
@@ -68,7 +80,11 @@ def run_comparison(cfg: DictConfig, model: nn.Module, plan: Plan, options: Optio
     subjects = {}
     for name, its_plan in plans.items():
         view = expedite(model, its_plan)
-        subjects[name] = Subject(view, find_encoder(view)[1], build_evaluator(cfg, name))
+        evaluator = build_evaluator(cfg, name)
+        if options.agreement:
+            limits = [each.max_detections for each in members(evaluator) if hasattr(each, "max_detections")]
+            evaluator = DatasetEvaluators([*members(evaluator), OutputRecorder(*limits[:1])])
+        subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
     journal = open_journal(cfg, subjects, plans, records, options.resume) if options.journal else None
     remaining = records if journal is None else [each for each in records if each["image_id"] not in journal.done]
     comparison = compare(
@@ -96,6 +112,14 @@ def run_comparison(cfg: DictConfig, model: nn.Module, plan: Plan, options: Optio
     if journal is not None:
         journal.remove()
     return document
+
+
+def take_folder(cfg: DictConfig, folder: str) -> None:
+    """Let a config run on a folder of images without labels, in the place of its data sets."""
+    name = register_folder(folder)
+    cfg.dataloader.test.dataset.names = name
+    cfg.dataloader.evaluator = []
+    cfg.search.dataset = name
 
 
 def controls(cfg: DictConfig, model: nn.Module, plan: Plan) -> dict[str, Plan]:

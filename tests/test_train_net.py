@@ -185,12 +185,42 @@ def test_what_cannot_be_searched_is_refused_in_a_line(arguments, message, tmp_pa
     assert message in line
 
 
+def test_a_folder_of_images_without_labels(tmp_path, capsys):
+    """Times and agreement; of an interrupted run too, as what was found is kept."""
+    folder = tmp_path / "images"
+    projects.demo.write_demo(folder, {"val": 2})
+    few = ["--eval-only", "evaluation.warmup=0", f"train.output_dir={tmp_path / 'out'}"]
+    run(*few, "--images", str(folder / "val"), "plan.reducer.grid=[8,8]")
+    printed = capsys.readouterr().out
+    assert "agreement, mask AP" in printed and "mask AP50" not in printed
+    content = read(tmp_path / "out")
+    assert content["images"] == 2 and content["models"]["expedited"]["accuracy"] == {}
+    assert content["agreement"]["fast attention"]["segm.AP"]["ratio"] == pytest.approx(1, abs=1e-3)
+    assert 0 < content["agreement"]["expedited"]["segm.AP"]["ratio"] < 1
+    assert "expedited,agreement.segm.AP" in (tmp_path / "out" / "comparison.csv").read_text()
+
+    run(*few, "--agreement", "evaluation.max_images=2", "plan.reducer.grid=[8,8]")  # with labels
+    assert "agreement, mask AP" in capsys.readouterr().out
+    assert set(read(tmp_path / "out")["agreement"]) == {"fast attention", "expedited"}
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "1.jpg").write_bytes(b"no image")
+    for path, message in (("none", "which is none"), ("empty", "without one"), ("torn", "1.jpg cannot be read")):
+        assert message in refusal(capsys, *few, "--images", str(tmp_path / path))
+
+
 def test_one_task_at_a_time(capsys):
     for arguments in (["--search", "keep=0.9", "--eval-only"], ["--calibrate", "--eval-only"]):
         with pytest.raises(SystemExit) as stopped:
             run(*arguments)
         assert stopped.value.code == 2
         assert "one of --eval-only, --calibrate and --search at a time" in capsys.readouterr().err
+    for arguments in (["--eval-only", "--only", "expedited", "--agreement"], ["--images", "."]):
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments)
+        assert stopped.value.code == 2
 
 
 @pytest.mark.parametrize(

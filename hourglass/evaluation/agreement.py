@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
+from detectron2.utils import comm
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -68,7 +69,32 @@ class OutputRecorder(DatasetEvaluator):
             self.outputs[input["image_id"]] = _kept(output)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
+        """Nothing; the main process has the outputs of all afterwards."""
+        shares = comm.gather(self.outputs)
+        self.outputs = {image_id: kept for share in shares for image_id, kept in share.items()}
         return {}
+
+    def dump(self, image_id: Any) -> dict[str, Any]:
+        """What :meth:`process` kept of an image, for MessagePack. Floats come back as they are."""
+        kept = dict(self.outputs[image_id])
+        for key in ("scores", "classes", "bbox"):
+            if key in kept:
+                kept[key] = kept[key].tolist()
+        return kept
+
+    def restore(self, image_id: Any, record: dict[str, Any]) -> None:
+        """Take what :meth:`dump` gave of an image, in the place of :meth:`process`."""
+        kept = dict(record)
+        if "size" in kept:
+            kept["size"] = tuple(kept["size"])
+        for key, kind in (("scores", float), ("classes", int), ("bbox", float)):
+            if key in kept:
+                kept[key] = np.array(kept[key], kind).reshape((-1, 4) if key == "bbox" else -1)
+        for key in ("panoptic_seg", "sem_seg"):
+            if key in kept:
+                (size, content), about = kept[key]
+                kept[key] = _Map(tuple(size), content), about
+        self.outputs[image_id] = kept
 
 
 def _kept(output: dict[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from hourglass.contexts import evaluating
 from hourglass.errors import InputError
+from hourglass.evaluation.agreement import OutputRecorder, agreement
 from hourglass.evaluation.cost import PeakMemory, count_gflops
 from hourglass.evaluation.faults import describe_gaps, describe_weights, find_faults
 from hourglass.evaluation.figures import by_class, reported
@@ -90,10 +91,13 @@ class Comparison(NamedTuple):
     Attributes:
         models: name -> measurement.
         max_detections: how many of an image COCO's evaluation takes; None where there is none.
+        agreement: name -> "segm.AP" and so on -> (samples,) in percent, of what each of the others finds with what the
+            first does (:mod:`hourglass.evaluation.agreement`); of models whose outputs were kept.
     """
 
     models: dict[str, Measurement]
     max_detections: int | None = None
+    agreement: dict[str, dict[str, np.ndarray]] = {}
 
     def speedup(self, name: str, part: str) -> Interval:
         """How many times faster than the first model ``name`` runs ``part``, "encoder" or "total"."""
@@ -223,7 +227,8 @@ def compare(
             ),
         )
     limits = [getattr(member, "max_detections", None) for member in members(subjects[names[0]].evaluator)]
-    return Comparison(measurements, next((limit for limit in limits if limit is not None), None))
+    limit = next((limit for limit in limits if limit is not None), None)
+    return Comparison(measurements, limit, _agreement(subjects, image_ids))
 
 
 class _Finished(NamedTuple):
@@ -361,6 +366,23 @@ def _resample(
             if known:
                 classes[figure.key] = {name: np.array([value]) for name, value in known.items()}
     return samples, classes
+
+
+def _agreement(subjects: dict[str, Subject], image_ids: list) -> dict[str, dict[str, np.ndarray]]:
+    recorders = {
+        name: recorder
+        for name, subject in subjects.items()
+        for recorder in members(subject.evaluator)
+        if isinstance(recorder, OutputRecorder)
+    }
+    first, *others = subjects
+    if first not in recorders:
+        return {}
+    # In the order of the other evaluators, so that samples are of the same images.
+    orders = (list(getattr(each, "image_ids", ())) for each in members(subjects[first].evaluator))
+    ids = next((order for order in orders if order), image_ids)
+    weights = draw_samples(len(ids))
+    return {name: agreement(recorders[first], recorders[name], ids, weights) for name in others if name in recorders}
 
 
 def _own_images(evaluator: DatasetEvaluator) -> set[Any] | None:

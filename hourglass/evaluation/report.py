@@ -13,6 +13,7 @@ from tabulate import tabulate
 from hourglass.evaluation.compare import Comparison, Measurement
 from hourglass.evaluation.environment import describe_environment
 from hourglass.evaluation.figures import find_figure, label_of, reported, split_key
+from hourglass.evaluation.resampling import interval_of_samples
 from hourglass.files import write_together
 
 SCHEMA = 3
@@ -55,6 +56,11 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
     for name in ("control", "linear control"):
         if "unmodified" in models and name in models:
             document[f"{name.replace(' ', '_')}_retention"] = _retention(comparison, name)
+    if comparison.agreement:
+        document["agreement"] = {
+            name: {key: interval_of_samples(samples / 100)._asdict() for key, samples in figures.items()}
+            for name, figures in comparison.agreement.items()
+        }
     document["difference_by_class"] = {
         name: {
             key: {each: difference._asdict() for each, difference in classes.items()}
@@ -135,6 +141,10 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
         shares = {name: ratios["retention"] for name, ratios in against.items()}
         ratios = {name: describe_interval(share[key]) for name, share in shares.items() if key in share}
         row(label_of(key, document["max_detections"]), cells, ratios)
+    agreement = document.get("agreement", {})
+    for key in dict.fromkeys(key for figures in agreement.values() for key in figures):
+        cells = [describe_interval(agreement[name][key]) if name in agreement else "" for name in models]
+        row(f"agreement, {label_of(key)}", cells)
     speedups = {name: ratios["speedup"] for name, ratios in against.items() if "speedup" in ratios}
     for part in PARTS:
         cells = [_latency(model["latency_ms"][part]) for model in models.values()]
@@ -206,8 +216,8 @@ def to_csv(document: dict[str, Any]) -> str:
 
     Returns:
         the text of ``comparison.csv``. "figure" is where the document has it, such as "accuracy.bbox.AP",
-        "latency_ms.encoder.median", "speedup.encoder" or "retention.bbox.AP", the last two to the first model;
-        "class" is empty for figures of all classes, those of a class are "accuracy.bbox.AP" and
+        "latency_ms.encoder.median", "speedup.encoder", "retention.bbox.AP" or "agreement.bbox.AP", the last three to
+        the first model; "class" is empty for figures of all classes, those of a class are "accuracy.bbox.AP" and
         "difference.bbox.AP"; "low" and "high" are the ends of the 95 % interval. What does not exist is empty.
     """
     text = io.StringIO()
@@ -237,6 +247,8 @@ def to_csv(document: dict[str, Any]) -> str:
             add(name, f"retention.{key}", share["ratio"], share)
         for part, speedup in against.get("speedup", {}).items():
             add(name, f"speedup.{part}", speedup["ratio"], speedup)
+        for key, share in document.get("agreement", {}).get(name, {}).items():
+            add(name, f"agreement.{key}", share["ratio"], share)
         if name == "expedited" and "efficiency" in document:
             add(name, "efficiency", document["efficiency"])
         for key, classes in document["difference_by_class"].get(name, {}).items():

@@ -115,6 +115,14 @@ def ratio_of_samples(first: np.ndarray, kept: np.ndarray) -> Interval:
     return Interval(float(shares[0]), *_interval(shares[1:]))
 
 
+def interval_of_samples(samples: np.ndarray) -> Interval:
+    """
+    Args:
+        samples: (1 + samples,) of a figure on :func:`draw_samples`.
+    """
+    return Interval(float(samples[0]), *(_interval(samples[1:]) if len(samples) > 1 else (np.nan, np.nan)))
+
+
 def difference_of_samples(first: np.ndarray, kept: np.ndarray) -> Difference:
     """
     By how many points a model's figure is over another's.

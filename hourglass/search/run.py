@@ -17,10 +17,9 @@ from torch import nn
 from hourglass.encoders import Plan, expedite, find_encoder
 from hourglass.encoders.calibration import Calibration
 from hourglass.errors import InputError
-from hourglass.evaluation.agreement import SCORE, OutputRecorder, agreement
+from hourglass.evaluation.agreement import SCORE, OutputRecorder
 from hourglass.evaluation.compare import Comparison, Subject, compare
 from hourglass.evaluation.journal import members
-from hourglass.evaluation.resampling import draw_samples
 from hourglass.fitting import calibrate
 from hourglass.search.front import Candidate, enumerate_plans, make_pool, spread
 from hourglass.search.goal import Goal
@@ -209,27 +208,22 @@ class Search:
         return {name: result for name, result in known.items() if result is not None}
 
     def _compare(self, plans: dict[str, Plan], images: list[list[dict[str, Any]]], which: str) -> dict[str, Result]:
-        subjects, recorders = {}, {}
+        subjects = {}
         for name, plan in {BASE: Plan(attention="fast"), **plans}.items():
             labels = members(self.build_evaluator(name)) if self.build_evaluator is not None else []
             limits = [each.max_detections for each in labels if hasattr(each, "max_detections")]
-            recorders[name] = OutputRecorder(*limits[:1])
             view = expedite(self.model, plan)
-            subjects[name] = Subject(view, find_encoder(view)[1], DatasetEvaluators([*labels, recorders[name]]))
+            subjects[name] = Subject(
+                view, find_encoder(view)[1], DatasetEvaluators([*labels, OutputRecorder(*limits[:1])])
+            )
         what = f"{which.split()[0]}ing {len(plans)} plans"
         comparison = compare(subjects, images, self.device, self.dtype, warmup=1, what=what)
         assert comparison is not None, "a search is of one process"
-        # In the order of the evaluators, so that samples of labels and of agreement are of the same images.
-        orders = [
-            list(each.image_ids) for each in members(subjects[BASE].evaluator) if getattr(each, "image_ids", None)
-        ]
-        ids = orders[0] if orders else [inputs[0]["image_id"] for inputs in images]
-        weights = draw_samples(len(ids))
         return {
             name: Result(
                 float(np.median(comparison.models[name].runs["encoder"])),
                 comparison.speedup(name, "encoder").ratio,
-                agreement(recorders[BASE], recorders[name], ids, weights),
+                comparison.agreement[name],
                 _labelled(comparison, name),
             )
             for name in plans

@@ -1,5 +1,6 @@
 """Agreement of a model's outputs with another's, on outputs that are drawn."""
 
+import msgpack
 import numpy as np
 import pytest
 import torch
@@ -101,6 +102,24 @@ def test_samples_are_those_of_the_images():
         drawn = [i for i in range(3) for _ in range(weight[i])]
         again = recorder(*([FIRST] * 3)), recorder(*[(FIRST, bad, FIRST)[i] for i in drawn])
         assert sample == pytest.approx(agreement(*again, range(3), np.ones((1, 3), int))["bbox.AP"][0])
+
+
+def test_what_was_kept_comes_back_from_a_journal():
+    segments = torch.zeros(SIZE, dtype=torch.int32)
+    segments[:, 40:] = 3
+    output = {
+        **FIRST,
+        "panoptic_seg": (segments, [{"id": 3, "category_id": 1, "isthing": True}]),
+        "sem_seg": torch.rand(3, *SIZE),
+    }
+    first, again = recorder(output, output), OutputRecorder()
+    for i in range(2):
+        record = msgpack.unpackb(msgpack.packb(first.dump(i)))
+        again.restore(i, record)
+    found = agreement(first, again, [0, 1], draw_samples(2))
+    assert set(found) == {"bbox.AP", "segm.AP", "panoptic_seg.PQ", "sem_seg.mIoU"}
+    for samples in found.values():
+        np.testing.assert_allclose(samples, 100)
 
 
 def test_what_cannot_be_compared_is_refused():
