@@ -11,12 +11,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from hourglass import AveragePooling, BipartiteMatching, InputError, Plan, TokenClustering, expedite
+from hourglass.checkpoint import load_checkpoint
 from hourglass.data import PanopticMapper
 from hourglass.data.loading import build_loader
 from hourglass.encoders import find_encoder
-from hourglass.launch import load_config
+from hourglass.launch import build, load_config
 from hourglass.reduction.scope import EachWindow
-from projects.nuclei import pictures, prepare, register_nuclei
+from projects.nuclei import deepen, pictures, prepare, register_nuclei
 from tests.evaluation.test_timing import tiny_vit
 
 ROOT = Path(__file__).parents[2]
@@ -209,4 +210,23 @@ def test_the_committed_weights_are_evaluated(nuclei, tmp_path):
     content = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert content["max_detections"] == 500 and "mask AP (maxDets 500)" in result.stdout
     assert content["retention"].keys() == {"bbox.AP", "segm.AP", "panoptic_seg.PQ"}
-    assert content["models"].keys() == {"unmodified", "fast attention", "expedited", "control"}
+    assert content["models"].keys() == {"unmodified", "fast attention", "expedited", "control", "linear control"}
+
+
+def test_a_deepened_model_computes_the_same(tmp_path):
+    """New blocks change nothing until they are trained."""
+    start = tmp_path / "start.pth"
+    deepen.main(deepen.parse([str(ROOT / "configs" / "nuclei" / "vitdet.pth"), str(start)]))
+    image = torch.randn(1, 3, 256, 384, generator=torch.Generator().manual_seed(0))
+    features = []
+    for name, weights in (("vitdet", ROOT / "configs" / "nuclei" / "vitdet.pth"), ("vitdet_deep", start)):
+        model = build(load_config(str(ROOT / "configs" / "nuclei" / f"{name}.py"), []), "model").eval()
+        load_checkpoint(model, str(weights))
+        with torch.no_grad():
+            features.append(expedite(model, Plan(attention="fast")).backbone(image))
+    for name, expected in features[0].items():
+        torch.testing.assert_close(features[1][name], expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="a model with 8 blocks is deepened, got one with 12"):
+        deepen.main(deepen.parse([str(start), str(tmp_path / "again.pth")]))
+    with pytest.raises(InputError, match="checkpoint .*none.pth is missing"):
+        deepen.main(deepen.parse([str(tmp_path / "none.pth"), str(tmp_path / "again.pth")]))

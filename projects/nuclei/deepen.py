@@ -1,0 +1,81 @@
+"""
+Insert blocks into the encoder of a ViTDet checkpoint that change nothing at first: a warm start for a deeper model.
+
+    python -m projects.nuclei.deepen configs/nuclei/vitdet.pth output/vitdet_deep_start.pth
+
+Each new block is a copy of the one before it whose two last projections, of its attention and of its MLP, are zero: its
+updates are, until it is trained. Where the block before looks farther or less far, relative positions begin at zero.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hourglass import InputError
+from hourglass.files import check_folder
+from hourglass.launch import one_line
+from hourglass.weights import read_weights
+
+# Of the deeper model's blocks, those that are there already, in order; global ones stay global.
+KEPT = (0, 1, 2, 4, 6, 8, 10, 11)
+DEPTH = 12
+GLOBAL = (2, 5, 8)
+LAST = ("attn.proj.", "mlp.fc2.")
+TABLES = ("attn.rel_pos_",)
+BLOCKS = ".blocks."
+
+
+def deepen(weights: dict[str, Tensor], kept: Sequence[int], depth: int, wide: Sequence[int]) -> dict[str, Tensor]:
+    """
+    Args:
+        weights: of a model, names with "blocks.<number>." among them.
+        kept: numbers that the blocks get, in order.
+        depth: number of blocks of the deeper model.
+        wide: numbers of its global blocks.
+
+    Raises:
+        InputError: for a model with another number of blocks.
+    """
+    numbers = {int(name.split(BLOCKS)[1].split(".")[0]) for name in weights if BLOCKS in name}
+    if numbers != set(range(len(kept))):
+        raise InputError(f"a model with {len(kept)} blocks is deepened, got one with {len(numbers)}")
+    deeper = {name: value for name, value in weights.items() if BLOCKS not in name}
+    for new in range(depth):
+        old = max(i for i, number in enumerate(kept) if number <= new)
+        for name, value in weights.items():
+            head, _, rest = name.partition(BLOCKS)
+            number, _, part = rest.partition(".")
+            if number == str(old):
+                silent = kept[old] != new and part.startswith(LAST)
+                if part.startswith(TABLES) and (kept[old] in wide) != (new in wide):  # of another length
+                    like = next(i for i, each in enumerate(kept) if (each in wide) == (new in wide))
+                    value, silent = weights[f"{head}{BLOCKS}{like}.{part}"], True
+                deeper[f"{head}{BLOCKS}{new}.{part}"] = torch.zeros_like(value) if silent else value.clone()
+    return deeper
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="of the model with 8 blocks")
+    parser.add_argument("output", help="file of the deeper model's weights")
+    return parser.parse_args(arguments)
+
+
+def main(args: argparse.Namespace) -> None:
+    check_folder("output", Path(args.output).parent)
+    if not os.path.isfile(args.checkpoint):
+        raise InputError(f"checkpoint {args.checkpoint} is missing")
+    content = read_weights(args.checkpoint)
+    weights = deepen(content.get("model", content), KEPT, DEPTH, GLOBAL)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": weights}, args.output)
+    print(f"{len(KEPT)} blocks became {DEPTH}, written to {args.output}")
+
+
+if __name__ == "__main__":
+    with one_line():
+        main(parse())
