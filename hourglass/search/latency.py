@@ -41,15 +41,19 @@ class Latency(NamedTuple):
 
     def of(self, traced: Traced, start: int, stop: int, option: int | None, keys: int) -> float:
         """The encoder's under a plan."""
-        total = self.encoder
+        blocks = [(number, kind) for number, stage in enumerate(traced.stages) for kind in stage.kinds]
+        whole = sum(self.full[each] for each in blocks)
+        # Blocks that were timed while the machine did something else do not take longer than the encoder does.
+        scale = min(1.0, self.encoder / whole)
+        total = self.encoder - scale * whole
         for number, stage in enumerate(traced.stages):
             if option is not None and max(start, stage.first) < min(stop, stage.stop):
-                total += self.reducing[number, option]
+                total += scale * self.reducing[number, option]
             for i, kind in enumerate(stage.kinds, start=stage.first):
                 if option is not None and start <= i < stop:
-                    total += self.reduced[number, kind, option] - self.full[number, kind]
-                elif keys > 1 and (number, kind, keys) in self.pooled:
-                    total += self.pooled[number, kind, keys] - self.full[number, kind]
+                    total += scale * self.reduced[number, kind, option]
+                else:
+                    total += scale * self.pooled.get((number, kind, keys), self.full[number, kind])
         return total
 
 

@@ -241,11 +241,11 @@ class Search:
         kinds = list(pool)
         system, target = [[1.0] + [0.0] * len(kinds)], [0.5]  # a weak prior: the square root
         for each, row in rows:
-            system.append([math.log(each.error)] + [float(each.kind(traced) == kind) for kind in kinds])
-            target.append(math.log(max(1 - row.kept, 2e-4)))
+            system.append([_log(each.error)] + [float(each.kind(traced) == kind) for kind in kinds])
+            target.append(_log(1 - row.kept, 2e-4))
         power, *factors = np.linalg.lstsq(np.array(system), np.array(target), rcond=None)[0]
         predicted = {
-            each: math.exp(max(power, 0.1) * math.log(each.error) + factor)
+            each: math.exp(max(power, 0.1) * _log(each.error) + factor)
             for factor, front in zip(factors, pool.values())
             for each in front
         }
@@ -347,6 +347,10 @@ def estimate(result: Result) -> tuple[float, float]:
     if not estimates:
         raise InputError(f"the model finds nothing with a score over {SCORE} in these images that a plan could lose")
     return min(mean for mean, _ in estimates), min(lower for _, lower in estimates)
+
+
+def _log(value: float, least: float = 1e-9) -> float:
+    return math.log(max(value, least))
 
 
 def _row(plan: Plan, predicted: float, result: Result, images: int) -> Row:

@@ -163,6 +163,14 @@ class TestLatency:
         outside = sum(window == 0 for i, window in enumerate(windows) if not 1 <= i < 3)
         assert latency.of(traced, 1, 3, 0, 2) == 100 - 2 * 6 + 2 - 3 * outside
 
+    def test_blocks_that_were_timed_beside_other_work_make_no_plan_free(self, traced):
+        """The sum of the blocks is over the encoder's time: every plan's is its share of that."""
+        slow = _even(traced)._replace(encoder=10.0)
+        whole = 10.0 * traced.depth
+        assert slow.of(traced, 0, 0, None, 1) == pytest.approx(10)
+        assert slow.of(traced, 1, 3, 0, 1) == pytest.approx(10 * (whole - 2 * 6 + 2) / whole)
+        assert slow.of(traced, 0, traced.depth, 0, 1) > 0
+
     def test_it_is_measured_for_all_that_plans_are_made_of(self, traced, errors, monkeypatch):
         monkeypatch.setattr("hourglass.search.latency.ROUNDS", 1)
         latency = measure_latency(traced, of_vit.tiny_vit(), images(1, (64, 96))[0], "cpu")
