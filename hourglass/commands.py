@@ -1,4 +1,7 @@
-"""What ``train_net.py`` does beside training: comparing a model with itself on fewer tokens, and calibrating a plan."""
+"""
+What ``train_net.py`` does beside training: comparing a model with itself on fewer tokens, calibrating a plan,
+and searching for one.
+"""
 
 import copy
 import os
@@ -8,19 +11,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from hourglass.data.opening import load_test, open_search, open_search_records, open_test, search_dataset
+from hourglass.data.opening import (
+    FIT_IMAGES,
+    load_test,
+    open_search,
+    open_search_records,
+    open_test,
+    search_dataset,
+)
 from hourglass.data.unlabelled import register_folder
 from hourglass.encoders import Plan, expedite, find_encoder
 from hourglass.encoders.calibration import Calibration
 from hourglass.errors import InputError
 from hourglass.evaluation import Subject, compare, to_json, to_text, write_report
-from hourglass.evaluation.agreement import OutputRecorder
+from hourglass.evaluation.agreement import recording
 from hourglass.evaluation.environment import describe_environment
 from hourglass.evaluation.journal import (
     digest,
@@ -40,9 +51,7 @@ from hourglass.search.report import describe as describe_search
 from hourglass.search.report import draw, to_table, write_plan
 from hourglass.search.run import Found, Images, Search
 
-# Of the images of a search, at most so many are fitted to.
-FIT_IMAGES = 16
-# Where search.images says nothing.
+# Images of a search, where search.images says nothing.
 SEARCH_IMAGES = 128
 
 
@@ -82,8 +91,7 @@ def run_comparison(cfg: DictConfig, model: nn.Module, plan: Plan, options: Optio
         view = expedite(model, its_plan)
         evaluator = build_evaluator(cfg, name)
         if options.agreement:
-            limits = [each.max_detections for each in members(evaluator) if hasattr(each, "max_detections")]
-            evaluator = DatasetEvaluators([*members(evaluator), OutputRecorder(*limits[:1])])
+            evaluator = recording(members(evaluator))
         subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
     journal = open_journal(cfg, subjects, plans, records, options.resume) if options.journal else None
     remaining = records if journal is None else [each for each in records if each["image_id"] not in journal.done]
@@ -127,15 +135,15 @@ def controls(cfg: DictConfig, model: nn.Module, plan: Plan) -> dict[str, Plan]:
     The plan's blocks left out, and an affine map in their place, which is fitted to images of ``cfg.search``; without
     those images, with a warning, the first alone.
     """
-    if plan.reducer is None:
-        return {"control": plan.control()}
     found = {"control": plan.control()}
-    linear = plan.linear_control()
+    if plan.reducer is None:
+        return found
     try:
         images = open_search(cfg, model)
     except InputError as error:
         warn(f"no linear control, whose affine map is fitted to search.images of search.dataset: {error}")
         return found
+    linear = plan.linear_control()
     return {**found, "linear control": linear.calibrated(calibrate(model, linear, images, search_dataset(cfg)))}
 
 
@@ -172,7 +180,8 @@ def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, 
     if comm.get_world_size() > 1:
         raise InputError("a search is of one process: it times blocks in turn")
     folder, about = Path(cfg.train.output_dir), search_dataset(cfg)
-    records, load = open_search_records(cfg, model, cfg.search.images or SEARCH_IMAGES, goal.seed)
+    records, load = open_search_records(cfg, model, cfg.search.images or SEARCH_IMAGES)
+    records = [records[i] for i in np.random.default_rng(goal.seed).permutation(len(records))]
     labels = _labels(cfg, model) if goal.labels == "auto" else None
     few = min(FIT_IMAGES, len(records) // 4)
     middle = few + 2 * (len(records) - few) // 3

@@ -10,7 +10,9 @@ Letters: n tokens, p features, C channels.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from itertools import product
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -133,8 +135,10 @@ class Moments:
     Attributes:
         gram: (p + 1, p + 1) products of features, of which the last is 1.
         cross: (p + 1, C) products of features and targets.
-        square: of targets, over all channels.
-        variance: of the blocks' output, the same.
+        square: of targets, squared, over all channels.
+        total: (C,) of the blocks' output.
+        whole: of that, squared, over all channels.
+        count: of tokens.
     """
 
     def __init__(self, tokens: int = TOKENS) -> None:
@@ -205,9 +209,7 @@ class Fit(NamedTuple):
 def fit(folds: list[Moments], forms: Sequence[str] = tuple(FORMS), ridges: Sequence[float] = RIDGES) -> Fit:
     """The correction with the least error in cross-validation, of some forms and ridges."""
     folds = [fold for fold in folds if fold.count]
-    total = folds[0]
-    for fold in folds[1:]:
-        total = total + fold
+    total = reduce(add, folds)
     assert isinstance(total.cross, Tensor)
     channels = total.cross.shape[1]
     linear = len(total.cross) == channels + 1
@@ -215,10 +217,7 @@ def fit(folds: list[Moments], forms: Sequence[str] = tuple(FORMS), ridges: Seque
     ranks = [max(1, round(share * channels)) for share in RANKS] + [channels]
     errors = {key: 0.0 for key in product(forms, ridges, ranks)}
     for i, held_out in enumerate(folds):
-        rest = [fold for j, fold in enumerate(folds) if j != i]
-        seen = rest[0]
-        for fold in rest[1:]:
-            seen = seen + fold
+        seen = reduce(add, [fold for j, fold in enumerate(folds) if j != i])
         for form, ridge in product(forms, ridges):
             columns = _columns(form, channels)
             solution = _solve(seen, columns, ridge)

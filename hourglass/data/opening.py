@@ -26,8 +26,8 @@ from hourglass.data.mapper import PanopticMapper
 from hourglass.data.mending import folder
 from hourglass.errors import InputError
 
-# Where search.images says nothing.
-SEARCH_IMAGES = 16
+# Images that a plan is calibrated on, where search.images says nothing.
+FIT_IMAGES = 16
 # Known by name: evaluation stands above this module.
 PANOPTIC = ("PanopticEvaluator", "COCOPanopticEvaluator")
 SEMANTIC = ("SemanticEvaluator", "SemSegEvaluator")
@@ -86,24 +86,22 @@ def open_search(cfg: DictConfig, model: nn.Module) -> Any:
     Raises:
         InputError: see :func:`~hourglass.data.loading.load_records`.
     """
-    node, square = _search_node(cfg), square_side(model)
-    records = load_records(node, cfg.search.images or SEARCH_IMAGES, square, spread=True)
-    return load_images(node, records, _scaling(cfg), square)
+    records, load = open_search_records(cfg, model, cfg.search.images or FIT_IMAGES)
+    return load(records)
 
 
 def open_search_records(
-    cfg: DictConfig, model: nn.Module, count: int, seed: int
+    cfg: DictConfig, model: nn.Module, count: int
 ) -> tuple[list[dict[str, Any]], Callable[[list[dict[str, Any]]], Any]]:
     """
-    As :func:`open_search`, for so many images in an order of the seed.
+    As :func:`open_search`, for so many images.
 
     Returns:
         their records, and what loads some of them.
     """
     node, square = _search_node(cfg), square_side(model)
     records = _with_plain_ids(load_records(node, count, square, spread=True), search_dataset(cfg))
-    order = np.random.default_rng(seed).permutation(len(records))
-    return [records[i] for i in order], lambda some: load_images(node, some, _scaling(cfg), square)
+    return records, lambda some: load_images(node, some, _scaling(cfg), square)
 
 
 def _search_node(cfg: DictConfig) -> DictConfig:

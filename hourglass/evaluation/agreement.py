@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.evaluation.coco_evaluation import COCOevalMaxDets
 from detectron2.utils import comm
 from pycocotools import mask as rle
@@ -95,6 +95,12 @@ class OutputRecorder(DatasetEvaluator):
                 (size, content), about = kept[key]
                 kept[key] = _Map(tuple(size), content), about
         self.outputs[image_id] = kept
+
+
+def recording(evaluators: Sequence[DatasetEvaluator]) -> DatasetEvaluators:
+    """These evaluators, and one that keeps the outputs, of as many detections as the first of them takes."""
+    limits = [each.max_detections for each in evaluators if hasattr(each, "max_detections")]
+    return DatasetEvaluators([*evaluators, OutputRecorder(*limits[:1])])
 
 
 def _kept(output: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from hourglass.encoders import Plan, expedite, find_encoder
 from hourglass.evaluation.timing import Clock, Stopwatch
 from hourglass.reduction.calibrated import Calibrated
 from hourglass.reduction.reducer import Place, refine
-from hourglass.reduction.scope import in_scope
 from hourglass.reduction.windows import map_size
 from hourglass.search.options import KEYS
 from hourglass.search.trace import Stage, Traced
@@ -116,10 +115,9 @@ def _add_options(
     corrections = {name: torch.zeros(channels, rank) for name in ("tokens", "reduced", "refined")}
     tensors = {**corrections, "last": torch.zeros(rank, channels), "constant": torch.zeros(channels)}
     for j, option in enumerate(traced.options):
-        window = next((window for window in stage.windows if window), None) if option.scope == "window" else None
-        if option.scope == "window" and window is None:
+        if option.scope == "window" and not any(stage.windows):
             continue
-        bound = in_scope(option.reducer, window, like=tokens[0, 0, 0])
+        bound = stage.bind(option, tokens)
         calibrated = Calibrated(bound, {0: tensors}).to(tokens)
         runs["reducing", number, j] = _call(calibrated.run, tokens, [], True)
         with torch.no_grad():

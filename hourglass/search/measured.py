@@ -93,7 +93,7 @@ class Measured:
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(self._content, allow_nan=True))
+        write_whole(self.path, json.dumps(self._content))
 
 
 def _listed(key: Any) -> tuple:

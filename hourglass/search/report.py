@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tabulate import tabulate
@@ -13,9 +12,6 @@ from hourglass.evaluation.figures import label_of
 from hourglass.files import write_whole
 from hourglass.search.goal import Goal
 from hourglass.search.run import Found, Row
-
-# What a plan has where a config says nothing.
-_DEFAULTS = {"start": 0, "stop": None, "scope": "map", "proportional": True, "published": False, "attention": "fast"}
 
 
 def to_table(found: Found, tablefmt: str = "simple") -> str:
@@ -115,14 +111,12 @@ def write_plan(path: Path, plan: Plan, base: str, overrides: Sequence[str], name
     """
     relative = os.path.relpath(os.path.abspath(base), path.parent.absolute())
     description = plan.describe()
-    arguments: dict[str, Any] = {
-        name: value
+    default = Plan(plan.reducer).describe()
+    lines = [
+        f"{name}={value!r}"
         for name, value in description.items()
-        if name not in ("reducer", "calibration") and value != _DEFAULTS.get(name, object())
-    }
-    if plan.reducer is None:
-        arguments["attention"] = plan.attention
-    lines = [f"{name}={value!r}" for name, value in arguments.items()]
+        if name != "calibration" and value != default.get(name)
+    ]
     imports = ["Plan"]
     if plan.reducer is not None:
         kind = type(plan.reducer).__name__

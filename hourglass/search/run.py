@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
 from hourglass.encoders import Plan, expedite, find_encoder
 from hourglass.encoders.calibration import Calibration
 from hourglass.errors import InputError
-from hourglass.evaluation.agreement import SCORE, OutputRecorder
+from hourglass.evaluation.agreement import SCORE, recording
 from hourglass.evaluation.compare import Comparison, Subject, compare
 from hourglass.evaluation.journal import members
 from hourglass.fitting import calibrate
@@ -211,11 +211,8 @@ class Search:
         subjects = {}
         for name, plan in {BASE: Plan(attention="fast"), **plans}.items():
             labels = members(self.build_evaluator(name)) if self.build_evaluator is not None else []
-            limits = [each.max_detections for each in labels if hasattr(each, "max_detections")]
             view = expedite(self.model, plan)
-            subjects[name] = Subject(
-                view, find_encoder(view)[1], DatasetEvaluators([*labels, OutputRecorder(*limits[:1])])
-            )
+            subjects[name] = Subject(view, find_encoder(view)[1], recording(labels))
         what = f"{which.split()[0]}ing {len(plans)} plans"
         comparison = compare(subjects, images, self.device, self.dtype, warmup=1, what=what)
         assert comparison is not None, "a search is of one process"
@@ -310,11 +307,6 @@ class Search:
     def _nothing(self, why: str, rows: list[Row] | None = None, checked: dict[str, Row] | None = None) -> Found:
         text = f"{why}: fast attention alone, which changes nothing"
         return Found(Plan(attention="fast"), False, text, rows or [], checked or {})
-
-
-def search(*arguments: Any, **options: Any) -> Found:
-    """As :class:`Search`, and run."""
-    return Search(*arguments, **options).run()
 
 
 def estimate(result: Result) -> tuple[float, float]:

@@ -56,6 +56,11 @@ class Stage(NamedTuple):
     def stop(self) -> int:
         return self.first + len(self.blocks)
 
+    def bind(self, option: Option, tokens: Tensor) -> Reducer:
+        """An option's reducer, ready for maps like these tokens (B, H, W, C)."""
+        window = next((window for window in self.windows if window), None) if option.scope == "window" else None
+        return in_scope(option.reducer, window, like=tokens[0, 0, 0])
+
 
 class Traced(NamedTuple):
     """
@@ -211,8 +216,7 @@ def _restored(
 ) -> Iterator[tuple[int, Tensor]]:
     """Run a stage's blocks on fewer tokens; the map restored after each, which the moments see."""
     tokens, size = kept[start], map_size(kept[start])
-    window = next((window for window in stage.windows if window), None) if option.scope == "window" else None
-    reduction = in_scope(option.reducer, window, like=tokens[0, 0, 0])(tokens)
+    reduction = stage.bind(option, tokens)(tokens)
     refined = reduction.tokens
     for stop in range(start + 1, len(stage.blocks) + 1):
         refined = refine(reduction._replace(tokens=refined), size, [stage.blocks[stop - 1]])
