@@ -19,8 +19,8 @@ def register_demo(root: str | os.PathLike | None = None) -> None:
     """
     Register the data sets ``hourglass_demo_train``, ``hourglass_demo_val`` and ``hourglass_demo_search``, which plans
     are chosen on, with Detectron2; the same images with instances and panoptic segments as
-    ``hourglass_demo_panoptic_train`` and so on; and such sets of scenes in which each kind of object has hues of its
-    own as ``hourglass_demo_coloured_train`` and so on.
+    ``hourglass_demo_panoptic_train`` and so on; and such sets of scenes in which two kinds of objects each share a
+    range of hues as ``hourglass_demo_coloured_train`` and so on.
 
     Nothing is drawn before a data set is loaded or its metadata's ``json_file`` or ``panoptic_json`` is read, as
     evaluators do. The masks are RLE: a `DatasetMapper` takes them with ``instance_mask_format="bitmask"``.

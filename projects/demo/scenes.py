@@ -2,7 +2,7 @@
 Synthetic scenes with exact ground truth: ten kinds of objects, told apart by their outline alone, in front of six
 kinds of textured ground. Colour and texture are drawn independently of the kind (three kinds have a favourite hue,
 which they often do not wear), so that recognising a large object takes a look at many of its parts. In coloured scenes
-each kind has a range of hues of its own, which a model learns sooner.
+two kinds each share a range of hues, so that the outline only has to tell these two apart, which a model learns sooner.
 
 Letters: n objects in a scene; (h, w) the box around one object; all lengths in pixels. Pixel (x, y) covers the square
 [x, x + 1) x [y, y + 1).
@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 # Raise it whenever a change alters what is drawn: files of another recipe are drawn anew.
-RECIPE = 1
+RECIPE, COLOURED_RECIPE = 1, 2
 SIZE = 512
 
 THINGS = ("disc", "ring", "triangle", "square", "star", "cross", "crescent", "heart", "arrow", "leaf")
@@ -46,7 +46,7 @@ def draw_scene(seed: int | Sequence[int], coloured: bool = False) -> Scene:
 
     Args:
         seed: an integer or a sequence of integers, each in [0, 2**32). Equal seeds give equal scenes.
-        coloured: whether the kind of an object shows in its hue as well. The layout is that of the same seed without.
+        coloured: whether an object's hue shows that it is of one of two kinds. The layout is that of the same seed without.
 
     Returns:
         the image and its ground truth. A pixel belongs to the last object painted that covers more than half of it.
@@ -269,8 +269,8 @@ def _object_coordinates(item: _Object, part: tuple[slice, slice]) -> tuple[np.nd
 
 def _hue(rng: np.random.RandomState, name: str, coloured: bool) -> Callable[[], float]:
     """What draws the hues of a kind of objects, in [0, 1)."""
-    if coloured:  # a tenth of the circle each, with gaps of a fifth of that
-        return lambda: ((THINGS.index(name) + rng.uniform(-0.4, 0.4)) / len(THINGS)) % 1
+    if coloured:  # a fifth of the circle for each two kinds, with gaps of a fifth of that
+        return lambda: ((THINGS.index(name) // 2 + rng.uniform(-0.4, 0.4)) / (len(THINGS) // 2)) % 1
 
     def draw() -> float:
         hue = rng.uniform()

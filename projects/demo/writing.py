@@ -22,7 +22,7 @@ import numpy as np
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from projects.demo.scenes import RECIPE, SIZE, STUFF, THINGS, draw_scene
+from projects.demo.scenes import COLOURED_RECIPE, RECIPE, SIZE, STUFF, THINGS, draw_scene
 
 CATEGORIES = [
     {"id": i, "name": name, "supercategory": "thing" if i <= len(THINGS) else "stuff", "isthing": int(i <= len(THINGS))}
@@ -49,7 +49,7 @@ def write_demo(
         images: how many images each split has, such as ``{"train": 4000, "val": 100}``.
         seed: of the whole set, in [0, 2**32).
         workers: threads that draw; by default one a processor.
-        coloured: draw scenes in which each kind of object has hues of its own.
+        coloured: draw scenes in which two kinds of objects each share a range of hues.
 
     Raises:
         ValueError: for a seed, a number of images or of workers out of range.
@@ -95,7 +95,7 @@ def _paths(root: str, split: str) -> _Paths:
 
 def _info(split: str, count: int, seed: int, coloured: bool) -> dict[str, Any]:
     info = {"description": "hourglass demo", "recipe": RECIPE, "seed": seed, "split": split, "images": count}
-    return {**info, "coloured": True} if coloured else info
+    return {**info, "recipe": COLOURED_RECIPE, "coloured": True} if coloured else info
 
 
 def _is_complete(root: str, split: str, info: dict[str, Any]) -> bool:
