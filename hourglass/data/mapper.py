@@ -78,7 +78,7 @@ class PanopticMapper:
         # Transformed as colours: resizing takes the nearest neighbour of 8-bit images only.
         ids = segment_ids(transforms.apply_segmentation(colours))
 
-        masks, classes, known = [], [], np.zeros(ids.shape, bool)
+        masks, classes, known, gone = [], [], np.zeros(ids.shape, bool), set()
         sem_seg = np.full(ids.shape, self.ignore_label)
         for segment in segments:
             mask = ids == segment["id"]
@@ -86,12 +86,14 @@ class PanopticMapper:
             if not mask.any():
                 # Things may hide all of a stuff (they do in ADE20K as Mask2Former prepares it).
                 if segment.get("isthing", True):
-                    _check_listed(segment["id"], colours, path)
+                    gone.add(segment["id"])
             elif not segment.get("iscrowd", 0):
                 sem_seg[mask] = segment["category_id"]
                 if self.stuff or segment.get("isthing", True):
                     masks.append(mask)
                     classes.append(segment["category_id"])
+        if gone:
+            _check_listed(gone, colours, path)
         # 0 is "no label"; 255, 255, 255 is what Detectron2 may pad with.
         unknown = set(np.unique(ids[~known]).tolist()) - {0, 0xFFFFFF}
         if unknown:
@@ -111,10 +113,11 @@ class PanopticMapper:
         return record
 
 
-def _check_listed(number: int, colours: np.ndarray, path: str) -> None:
-    ids = segment_ids(colours)
-    if not (ids == number).any():
+def _check_listed(numbers: set[int], colours: np.ndarray, path: str) -> None:
+    """Segments that augmentations left nothing of are in the PNG all the same."""
+    there = np.unique(segment_ids(colours)).tolist()
+    missing = numbers - set(there)
+    if missing:
         raise InputError(
-            f"panoptic PNG {path} has no pixel of segment {number} that its annotation lists, "
-            f"only of {np.unique(ids).tolist()}"
+            f"panoptic PNG {path} has no pixel of segment {min(missing)} that its annotation lists, only of {there}"
         )

@@ -153,7 +153,8 @@ def read_panoptic_png(path: str) -> np.ndarray:
 
 def segment_ids(colours: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8 -> (H, W) int64, the ids that COCO's panoptic format codes as colours."""
-    return colours.astype(np.int64) @ np.array([1, 256, 65536])
+    red, green, blue = np.moveaxis(colours, -1, 0).astype(np.int64)
+    return red + 256 * green + 65536 * blue
 
 
 class PanopticMetadata(Metadata):
