@@ -37,7 +37,7 @@ FOLDS = 4
 # Times the features' own variances.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 # Of the channels. Two products of C / 4 columns are half of one of C.
-RANKS = (1 / 16, 1 / 8, 1 / 4)
+RANKS = (1 / 16, 1 / 8, 1 / 4, 1)
 # What a lower rank may add to the squared error that is left.
 SLACK = 0.005
 FORMS = {"detail": ("detail",), "full": ("detail", "tokens", "update")}
@@ -69,10 +69,21 @@ def calibrate(model: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]
             recorder.fold = count % FOLDS
             run(inputs)
             count += 1
-    encoder = unmodified(find_encoder(view)[1])
     if count < 2:
         raise InputError(f"calibration takes at least 2 images, got {count}")
     fits = {first: fit(each) for first, each in recorder.moments.items()}
+    return to_calibration(fits, view, plan, count, about)
+
+
+def to_calibration(fits: "dict[int, Fit]", view: nn.Module, plan: Plan, count: int, about: str = "") -> Calibration:
+    """
+    Args:
+        fits: number of a stage's first block -> what is fitted to it.
+        view: the model, expedited.
+        plan: as it was fitted.
+        count, about: how many images it was fitted to, and what these are.
+    """
+    encoder = unmodified(find_encoder(view)[1])
     return Calibration(
         {first: each.tensors for first, each in fits.items()},
         plan.describe(),
@@ -101,21 +112,22 @@ class Recorder:
 
     Args:
         proportional: see :class:`~hourglass.Plan`.
+        folds: how many parts the images are kept in.
 
     Attributes:
         moments: number of the stage's first block -> those of each fold.
         fold: that the next image belongs to.
     """
 
-    def __init__(self, proportional: bool = True):
-        self.proportional = proportional
+    def __init__(self, proportional: bool = True, folds: int = FOLDS):
+        self.proportional, self.folds = proportional, folds
         self.moments: dict[int, list[Moments]] = {}
         self.fold = 0
 
     def __call__(self, first: int, tokens: Tensor, blocks: Sequence[nn.Module], reducer: Reducer) -> Tensor:
         if first not in self.moments:
             check_restoring(reducer, map_size(tokens), tokens.new_zeros(tokens.shape[-1]))
-            self.moments[first] = [Moments() for _ in range(FOLDS)]
+            self.moments[first] = [Moments() for _ in range(self.folds)]
         whole = tokens
         for block in blocks:
             whole = block(whole, Place(map_size(tokens)))
@@ -196,6 +208,7 @@ class Fit(NamedTuple):
         form, ridge, rank: with the least error.
         before, left: squared error of what is restored, as a share of the variance of the blocks' output: without and
             with the correction, on images that it was not fitted to.
+        weights: (p + 1, C), of the form's features and the constant.
     """
 
     tensors: dict[str, Tensor]
@@ -204,17 +217,31 @@ class Fit(NamedTuple):
     rank: int
     before: float
     left: float
+    weights: Tensor
+
+    def left_of(self, moments: Moments) -> float:
+        """The squared error that is left on other images, as a share of the variance of the blocks' output there."""
+        gram, cross = moments.of(_columns(self.form, _channels(moments)))
+        return (moments.square + _change(self.weights, gram, cross)) / moments.variance
 
 
-def fit(folds: list[Moments], forms: Sequence[str] = tuple(FORMS), ridges: Sequence[float] = RIDGES) -> Fit:
-    """The correction with the least error in cross-validation, of some forms and ridges."""
+def fit(
+    folds: list[Moments],
+    forms: Sequence[str] = tuple(FORMS),
+    ridges: Sequence[float] = RIDGES,
+    shares: Sequence[float] = RANKS,
+) -> Fit:
+    """
+    The correction with the least error in cross-validation, of some forms and ridges; of some ranks, as shares of the
+    channels and in ascending order, the lowest that hardly adds to the error of the last.
+    """
     folds = [fold for fold in folds if fold.count]
     total = reduce(add, folds)
+    channels = _channels(total)
     assert isinstance(total.cross, Tensor)
-    channels = total.cross.shape[1]
     linear = len(total.cross) == channels + 1
     forms = ("linear",) if linear else forms
-    ranks = [max(1, round(share * channels)) for share in RANKS] + [channels]
+    ranks = [max(1, round(share * channels)) for share in shares]
     errors = {key: 0.0 for key in product(forms, ridges, ranks)}
     for i, held_out in enumerate(folds):
         seen = reduce(add, [fold for j, fold in enumerate(folds) if j != i])
@@ -223,17 +250,26 @@ def fit(folds: list[Moments], forms: Sequence[str] = tuple(FORMS), ridges: Seque
             solution = _solve(seen, columns, ridge)
             gram, cross = held_out.of(columns)
             for rank in ranks:
-                of_rank = solution.with_constant(rank)
-                errors[form, ridge, rank] += held_out.square + float(
-                    (of_rank * (gram @ of_rank)).sum() - 2 * (of_rank * cross).sum()
-                )
-    full = {key: error for key, error in errors.items() if key[2] == channels}
+                errors[form, ridge, rank] += held_out.square + _change(solution.with_constant(rank), gram, cross)
+    full = {key: error for key, error in errors.items() if key[2] == ranks[-1]}
     form, ridge, _ = min(full, key=full.__getitem__)
-    most = full[form, ridge, channels] * (1 + SLACK) + 1e-7 * total.square  # of an exact fit rounding is left
+    most = full[form, ridge, ranks[-1]] * (1 + SLACK) + 1e-7 * total.square  # of an exact fit rounding is left
     rank = next(rank for rank in ranks if errors[form, ridge, rank] <= most)
-    tensors = _tensors(form, _solve(total, _columns(form, channels), ridge), rank)
+    solution = _solve(total, _columns(form, channels), ridge)
+    tensors = _tensors(form, solution, rank)
     variance = max(total.variance, 1e-30)
-    return Fit(tensors, form, ridge, rank, total.square / variance, max(0.0, errors[form, ridge, rank]) / variance)
+    left = max(0.0, errors[form, ridge, rank])
+    return Fit(tensors, form, ridge, rank, total.square / variance, left / variance, solution.with_constant(rank))
+
+
+def _channels(moments: Moments) -> int:
+    assert isinstance(moments.cross, Tensor)
+    return moments.cross.shape[1]
+
+
+def _change(weights: Tensor, gram: Tensor, cross: Tensor) -> float:
+    """Of the squared error, by predicting the target with weights (p + 1, C) of the features and the constant."""
+    return float((weights * (gram @ weights)).sum() - 2 * (weights * cross).sum())
 
 
 def _columns(form: str, channels: int) -> Tensor:

@@ -1,0 +1,251 @@
+"""
+What a calibration has to see: the error that plans leave, and the AP that they keep, calibrated on few or many images,
+on images of one kind alone, and with a form, ridge and rank that is given in place of chosen.
+
+    python -m benchmarks.calibration --config-file configs/nuclei/vitdet_deep.py --by image_type
+    python -m benchmarks.calibration --images 100 --counts 3 16 plan.stop=5
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterable
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hourglass  # first: it mends Detectron2 0.6
+
+# isort: split
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.utils.env import seed_all_rng
+from tabulate import tabulate
+from torch import nn
+from tqdm import tqdm
+
+from benchmarks.encoder import machine, save
+from hourglass import InputError, Plan
+from hourglass.checkpoint import load_checkpoint
+from hourglass.checks import check_count
+from hourglass.data.opening import load_test, open_search_records, open_test, search_dataset
+from hourglass.encoders import find_encoder
+from hourglass.encoders.visiting import visiting
+from hourglass.evaluation import Comparison, Subject, compare
+from hourglass.evaluation.figures import label_of, limit_of
+from hourglass.evaluation.report import describe_interval, without_nan
+from hourglass.files import check_folder
+from hourglass.fitting import FOLDS, FORMS, RANKS, RIDGES, Fit, Moments, Recorder, fit, to_calibration
+from hourglass.launch import DEMO, build, build_evaluator, load_config, one_line
+
+# Images of a calibration, where nothing else is said.
+USUAL = 16
+WITHOUT = "not calibrated"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", default=str(DEMO), help="a LazyConfig; without one, the demo's")
+    parser.add_argument(
+        "--counts",
+        type=int,
+        nargs="+",
+        default=[2, 3, 6, 12, 16, 48],
+        metavar="N",
+        help="calibrate on so many images (default: 2 3 6 12 16 48)",
+    )
+    parser.add_argument("--by", metavar="KEY", help="also on images of each kind alone: a key of the JSON's images")
+    parser.add_argument("--images", type=int, metavar="N", help="of the test set, which figures are of (default: all)")
+    parser.add_argument("--ap", action=argparse.BooleanOptionalAction, default=True, help="also the AP that is kept")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--output", default="output/benchmarks", metavar="FOLDER", help="of table and JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, such as plan.stop=9")
+    return parser.parse_intermixed_args(arguments)
+
+
+class Seen(NamedTuple):
+    """
+    Images, as a plan's restoring leaves them.
+
+    Attributes:
+        moments: number of a stage's first block -> those of each image.
+        kinds: what each image is, "" where nothing is told.
+    """
+
+    moments: dict[int, list[Moments]]
+    kinds: list[str]
+
+    def of(self, kind: str) -> list[int]:
+        return [i for i, each in enumerate(self.kinds) if each == kind]
+
+
+def see(view: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]]], kinds: list[str], what: str) -> Seen:
+    recorder = Recorder(plan.proportional, folds=len(kinds))
+    with visiting(view, recorder) as run:
+        for i, inputs in enumerate(tqdm(images, desc=what, total=len(kinds), unit="image", dynamic_ncols=True)):
+            recorder.fold = i
+            run(inputs)
+    return Seen(recorder.moments, kinds)
+
+
+def kinds_of(dataset: str, records: list[dict[str, Any]], key: str | None) -> list[str]:
+    """What the data set's JSON has under a key of each image."""
+    if key is None:
+        return [""] * len(records)
+    with open(MetadataCatalog.get(dataset).json_file) as file:
+        values = {image["id"]: image.get(key) for image in json.load(file)["images"]}
+    found = [values[record["image_id"]] for record in records]
+    if None in found:
+        raise InputError(f"--by takes a key of the JSON's images, got {key!r}: image {records[0]['image_id']} lacks it")
+    return [str(each) for each in found]
+
+
+def choose(count: int, total: int) -> list[int]:
+    """So many of the images, spread evenly over them."""
+    return np.linspace(0, total - 1, count).round().astype(int).tolist()
+
+
+def fit_some(seen: Seen, chosen: list[int], **options: Any) -> dict[int, Fit]:
+    folds = [chosen[first::FOLDS] for first in range(FOLDS)]
+    return {
+        first: fit([reduce(add, [moments[i] for i in fold]) for fold in folds if fold], **options)
+        for first, moments in seen.moments.items()
+    }
+
+
+def fit_all(seen: Seen, counts: list[int]) -> dict[str, tuple[dict[int, Fit], int]]:
+    """Name of a calibration -> its fits, and how many images they are of."""
+    total = len(seen.kinds)
+    fits = {f"{count} images": (fit_some(seen, choose(count, total)), count) for count in counts if count <= total}
+    for kind in sorted(set(seen.kinds) - {""}):
+        of_kind = seen.of(kind)
+        if len(of_kind) >= 4:
+            chosen = [of_kind[i] for i in choose(min(USUAL, len(of_kind)), len(of_kind))]
+            fits[f"{len(chosen)} of {kind} alone"] = fit_some(seen, chosen), len(chosen)
+    usual = choose(min(USUAL, total), total)
+    for form in FORMS:
+        for share in RANKS:
+            fits[f"{len(usual)}, {form}, rank C / {round(1 / share)}"] = (
+                fit_some(seen, usual, forms=(form,), shares=(share,)),
+                len(usual),
+            )
+    for ridge in (1e-6, *RIDGES, 1.0):
+        fits[f"{len(usual)}, ridge {ridge:g}"] = fit_some(seen, usual, ridges=(ridge,)), len(usual)
+    return fits
+
+
+def left_of(fits: dict[int, Fit] | None, seen: Seen, chosen: list[int]) -> float:
+    """Share of the blocks' output's variance, in the mean over stages, that is wrong on some images."""
+    shares = []
+    for first, moments in seen.moments.items():
+        total = reduce(add, [moments[i] for i in chosen])
+        shares.append(total.square / total.variance if fits is None else fits[first].left_of(total))
+    return float(np.mean(shares))
+
+
+def to_document(
+    fits: dict[str, tuple[dict[int, Fit], int]], seen: Seen, comparison: Comparison | None, plan: Plan, about: str
+) -> dict[str, Any]:
+    kinds = {kind: seen.of(kind) for kind in sorted(set(seen.kinds) - {""})}
+    rows = {}
+    for name, (fitted, _) in {WITHOUT: (None, 0), **fits}.items():
+        row: dict[str, Any] = {"left": left_of(fitted, seen, list(range(len(seen.kinds))))}
+        row["left by kind"] = {kind: left_of(fitted, seen, chosen) for kind, chosen in kinds.items()}
+        if fitted is not None:
+            row["fits"] = [{"form": each.form, "ridge": each.ridge, "rank": each.rank} for each in fitted.values()]
+        if comparison is not None and name in comparison.models:
+            row["retention"] = {key: share._asdict() for key, share in comparison.retention(name).items()}
+        rows[name] = row
+    return {
+        "plan": plan.describe(),
+        "about": about,
+        "images": len(seen.kinds),
+        "images by kind": {kind: len(chosen) for kind, chosen in kinds.items()},
+        "max_detections": None if comparison is None else comparison.max_detections,
+        "rows": rows,
+    }
+
+
+def to_table(document: dict[str, Any]) -> str:
+    """In GitHub's Markdown."""
+    rows, kinds = document["rows"], document["images by kind"]
+    figures = list(next(iter(rows.values())).get("retention", {}))
+    limit = document["max_detections"]
+    headers = [
+        "calibrated on",
+        "form, ridge, rank",
+        "error left, %",
+        *(f"{kind}, {count}" for kind, count in kinds.items()),
+        *(f"{label_of(key)} kept{limit_of(key, limit)}" for key in figures),
+    ]
+    table = []
+    for name, row in rows.items():
+        how = "; ".join("{form}, {ridge:g}, {rank}".format(**each) for each in row.get("fits", []))
+        left = [row["left"], *row["left by kind"].values()]
+        kept = [describe_interval(row["retention"][key]) if "retention" in row else "" for key in figures]
+        table.append([name, how, *(f"{100 * each:.2f}" for each in left), *kept])
+    align = ["left", "left"] + ["right"] * (len(headers) - 2)
+    return tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=align)
+
+
+def main(args: argparse.Namespace) -> None:
+    for count in args.counts:
+        check_count("--counts", count, 2)
+    if args.images is not None:
+        check_count("--images", args.images, 1)
+    check_folder("--output", args.output)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    cfg = load_config(args.config_file, [f"train.device={args.device}", "plan.calibration=null", *args.overrides])
+    seed_all_rng(cfg.train.seed)
+    plan, model = build(cfg, "plan"), build(cfg, "model").to(cfg.train.device).eval()
+    if plan.reducer is None:
+        raise InputError("the config's plan has no reducer: there is nothing to calibrate")
+    load_checkpoint(model, cfg.train.init_checkpoint)
+    about = search_dataset(cfg)
+    every, load = open_search_records(cfg, model, 10**9 if args.by else max(*args.counts, USUAL))
+    kinds = kinds_of(about, every, args.by)
+    # Of each kind as many as a calibration of it takes, and those that a calibration of all takes.
+    needed = set(choose(min(max(*args.counts, USUAL), len(every)), len(every)))
+    for kind in set(kinds):
+        of_kind = [i for i, each in enumerate(kinds) if each == kind]
+        needed |= {of_kind[i] for i in choose(min(USUAL, len(of_kind)), len(of_kind))} if args.by else set()
+    records = [every[i] for i in sorted(needed)]
+    kinds = [kinds[i] for i in sorted(needed)]
+    test = open_test(cfg, model, args.images)
+    view = hourglass.expedite(model, plan.to_be_calibrated())
+    seen = see(view, plan, load(records), kinds, "images to calibrate on")
+    test_kinds = kinds_of(str(cfg.dataloader.test.dataset.names), test, args.by)
+    unseen = see(view, plan, load_test(cfg, model, test), test_kinds, "images of the test set")
+    fits = fit_all(seen, sorted(args.counts))
+    comparison = None
+    if args.ap:
+        subjects = {"unmodified": Subject(model, find_encoder(model)[1], build_evaluator(cfg, "unmodified"))}
+        for name, (fitted, count) in {WITHOUT: (None, 0), **fits}.items():
+            its_plan = plan if fitted is None else plan.calibrated(to_calibration(fitted, view, plan, count, about))
+            expedited = hourglass.expedite(model, its_plan)
+            subjects[name] = Subject(expedited, find_encoder(expedited)[1], build_evaluator(cfg, name))
+        comparison = compare(
+            subjects,
+            load_test(cfg, model, test),
+            device=cfg.train.device,
+            dtype=getattr(torch, cfg.evaluation.dtype),
+            warmup=1,
+            what=f"comparing {len(subjects)} models",
+        )
+        if comparison is not None:
+            for line in comparison.warnings():
+                print(f"warning: {line}", file=sys.stderr)
+    document = without_nan({**to_document(fits, unseen, comparison, plan, about), **machine(cfg.train.device)})
+    table = to_table(document)
+    print(f"\n{plan!r}, calibrated on images of {about}; figures of {document['images']} images\n\n{table}\n")
+    save(Path(args.output), "calibration", document, table)
+    print(f"written to {Path(args.output) / 'calibration'}.json and .md")
+
+
+if __name__ == "__main__":
+    with one_line():
+        main(parse())
