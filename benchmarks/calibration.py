@@ -126,15 +126,18 @@ def fit_all(seen: Seen, counts: list[int]) -> dict[str, tuple[dict[int, Fit], in
         if len(of_kind) >= 4:
             chosen = [of_kind[i] for i in choose(min(USUAL, len(of_kind)), len(of_kind))]
             fits[f"{len(chosen)} of {kind} alone"] = fit_some(seen, chosen), len(chosen)
+            fits[f"{len(chosen)} of {kind} alone, without a guard"] = fit_some(seen, chosen, guard=False), len(chosen)
     usual = choose(min(USUAL, total), total)
     for form in FORMS:
         for share in RANKS:
-            fits[f"{len(usual)}, {form}, rank C / {round(1 / share)}"] = (
+            rank = "C" if share == 1 else f"C / {round(1 / share)}"
+            fits[f"{len(usual)}, {form}, rank {rank}"] = (
                 fit_some(seen, usual, forms=(form,), shares=(share,)),
                 len(usual),
             )
     for ridge in (1e-6, *RIDGES, 1.0):
         fits[f"{len(usual)}, ridge {ridge:g}"] = fit_some(seen, usual, ridges=(ridge,)), len(usual)
+    fits[f"{len(usual)}, without a guard"] = fit_some(seen, usual, guard=False), len(usual)
     return fits
 
 
@@ -142,9 +145,15 @@ def left_of(fits: dict[int, Fit] | None, seen: Seen, chosen: list[int]) -> float
     """Share of the blocks' output's variance, in the mean over stages, that is wrong on some images."""
     shares = []
     for first, moments in seen.moments.items():
-        total = reduce(add, [moments[i] for i in chosen])
-        shares.append(total.square / total.variance if fits is None else fits[first].left_of(total))
+        images = [moments[i] for i in chosen]
+        total = reduce(add, images)
+        shares.append(total.square / total.variance if fits is None else fits[first].left_of(images))
     return float(np.mean(shares))
+
+
+def corrected(fits: dict[int, Fit], seen: Seen) -> float:
+    """Share of the correction that images get, in the mean."""
+    return float(np.mean([fits[first].share_of(each) for first, moments in seen.moments.items() for each in moments]))
 
 
 def to_document(
@@ -156,6 +165,7 @@ def to_document(
         row: dict[str, Any] = {"left": left_of(fitted, seen, list(range(len(seen.kinds))))}
         row["left by kind"] = {kind: left_of(fitted, seen, chosen) for kind, chosen in kinds.items()}
         if fitted is not None:
+            row["corrected"] = corrected(fitted, seen)
             row["fits"] = [{"form": each.form, "ridge": each.ridge, "rank": each.rank} for each in fitted.values()]
         if comparison is not None and name in comparison.models:
             row["retention"] = {key: share._asdict() for key, share in comparison.retention(name).items()}
@@ -178,6 +188,7 @@ def to_table(document: dict[str, Any]) -> str:
     headers = [
         "calibrated on",
         "form, ridge, rank",
+        "corrected",
         "error left, %",
         *(f"{kind}, {count}" for kind, count in kinds.items()),
         *(f"{label_of(key)} kept{limit_of(key, limit)}" for key in figures),
@@ -187,7 +198,8 @@ def to_table(document: dict[str, Any]) -> str:
         how = "; ".join("{form}, {ridge:g}, {rank}".format(**each) for each in row.get("fits", []))
         left = [row["left"], *row["left by kind"].values()]
         kept = [describe_interval(row["retention"][key]) if "retention" in row else "" for key in figures]
-        table.append([name, how, *(f"{100 * each:.2f}" for each in left), *kept])
+        share = f"{100 * row['corrected']:.0f} %" if "corrected" in row else ""
+        table.append([name, how, share, *(f"{100 * each:.2f}" for each in left), *kept])
     align = ["left", "left"] + ["right"] * (len(headers) - 2)
     return tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=align)
 

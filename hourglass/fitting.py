@@ -4,7 +4,9 @@ weight is trained.
 
 What restoring leaves, e = y - x - U (c' - c), where y is what the blocks would have made of x, is regressed on
 d = x - U c, or on d, x and the update U (c' - c), by ridge regression. Form, ridge and rank are those with the least
-squared error on images that were left out (cross-validation over images).
+squared error on images that were left out (cross-validation over images); of ridges that hardly differ the largest,
+as it errs least on images of other kinds. An image counts as known where its reduced tokens, whitened by those of the
+others, are no farther out than the farthest of those that were left out.
 
 Letters: n tokens, p features, C channels.
 """
@@ -27,7 +29,7 @@ from hourglass.encoders.registry import find_encoder
 from hourglass.encoders.sharing import unmodified
 from hourglass.encoders.visiting import visiting
 from hourglass.errors import InputError
-from hourglass.reduction.calibrated import check_restoring
+from hourglass.reduction.calibrated import check_restoring, sample
 from hourglass.reduction.reducer import Place, Reducer, Reduction, refine
 from hourglass.reduction.windows import map_size
 
@@ -38,8 +40,10 @@ FOLDS = 4
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 # Of the channels. Two products of C / 4 columns are half of one of C.
 RANKS = (1 / 16, 1 / 8, 1 / 4, 1)
-# What a lower rank may add to the squared error that is left.
-SLACK = 0.005
+# What a lower rank, and a larger ridge, may add to the squared error that is left.
+SLACK, RIDGE_SLACK = 0.005, 0.1
+# Added to the second moments of reduced tokens, times their mean, for whitening.
+DAMPING = 0.1
 FORMS = {"detail": ("detail",), "full": ("detail", "tokens", "update")}
 
 
@@ -134,6 +138,8 @@ class Recorder:
         reduction = reducer(tokens)
         refined = refine(reduction, map_size(tokens), blocks, self.proportional)
         self.moments[first][self.fold].see(tokens, reduction, refined, whole)
+        if refined.numel() > 0:
+            self.moments[first][self.fold].know(reduction.tokens)
         return whole
 
 
@@ -155,6 +161,8 @@ class Moments:
 
     def __init__(self, tokens: int = TOKENS) -> None:
         self.tokens = tokens
+        #: (C, C), second moments of an image's reduced tokens.
+        self.images: list[Tensor] = []
         self.gram: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
         self.square = 0.0
@@ -169,6 +177,11 @@ class Moments:
         if refined.numel() > 0:
             features = [reduction.restore(torch.zeros_like(refined)), tokens, restored - tokens]
         self.add(features, whole - restored, whole)
+
+    def know(self, reduced: Tensor) -> None:
+        """Images by their reduced tokens (B, h, w, C)."""
+        for rows in sample(reduced).float():
+            self.images.append((rows.T @ rows / len(rows)).cpu())
 
     def add(self, features: list[Tensor], target: Tensor, whole: Tensor) -> None:
         """Features and target (B, H, W, C), and the blocks' output, of which the target is a part."""
@@ -219,10 +232,25 @@ class Fit(NamedTuple):
     left: float
     weights: Tensor
 
-    def left_of(self, moments: Moments) -> float:
-        """The squared error that is left on other images, as a share of the variance of the blocks' output there."""
-        gram, cross = moments.of(_columns(self.form, _channels(moments)))
-        return (moments.square + _change(self.weights, gram, cross)) / moments.variance
+    def left_of(self, images: Sequence[Moments]) -> float:
+        """
+        The squared error that is left on other images, as a share of the variance of the blocks' output there.
+
+        Args:
+            images: the moments of each.
+        """
+        error = 0.0
+        for moments in images:
+            gram, cross = moments.of(_columns(self.form, _channels(moments)))
+            error += moments.square + _change(self.share_of(moments) * self.weights, gram, cross)
+        return error / reduce(add, images).variance
+
+    def share_of(self, image: Moments) -> float:
+        """Of the correction, that an image gets (:meth:`~hourglass.reduction.calibrated.Correction.share`)."""
+        if "whitening" not in self.tensors:
+            return 1.0
+        (moments,), root = image.images, self.tensors["whitening"]
+        return min(1.0, max(0.0, 2 - float((root * (moments @ root)).sum())))
 
 
 def fit(
@@ -230,10 +258,14 @@ def fit(
     forms: Sequence[str] = tuple(FORMS),
     ridges: Sequence[float] = RIDGES,
     shares: Sequence[float] = RANKS,
+    guard: bool = True,
 ) -> Fit:
     """
-    The correction with the least error in cross-validation, of some forms and ridges; of some ranks, as shares of the
-    channels and in ascending order, the lowest that hardly adds to the error of the last.
+    The correction with the least error in cross-validation, of some forms and ridges, in ascending order; of some
+    ranks, as shares of the channels and in ascending order, the lowest that hardly adds to the error of the last.
+
+    Args:
+        guard: whether it is kept from images of other kinds.
     """
     folds = [fold for fold in folds if fold.count]
     total = reduce(add, folds)
@@ -253,13 +285,38 @@ def fit(
                 errors[form, ridge, rank] += held_out.square + _change(solution.with_constant(rank), gram, cross)
     full = {key: error for key, error in errors.items() if key[2] == ranks[-1]}
     form, ridge, _ = min(full, key=full.__getitem__)
+    enough = full[form, ridge, ranks[-1]] * (1 + RIDGE_SLACK) + 1e-7 * total.square
+    ridge = max(each for each in ridges if full[form, each, ranks[-1]] <= enough)
     most = full[form, ridge, ranks[-1]] * (1 + SLACK) + 1e-7 * total.square  # of an exact fit rounding is left
     rank = next(rank for rank in ranks if errors[form, ridge, rank] <= most)
     solution = _solve(total, _columns(form, channels), ridge)
     tensors = _tensors(form, solution, rank)
+    if guard and not linear:
+        tensors["whitening"] = _whitening([fold.images for fold in folds])
     variance = max(total.variance, 1e-30)
     left = max(0.0, errors[form, ridge, rank])
     return Fit(tensors, form, ridge, rank, total.square / variance, left / variance, solution.with_constant(rank))
+
+
+def _whitening(folds: list[list[Tensor]]) -> Tensor:
+    """
+    (C, C): the sum of squares of reduced tokens times it is 1, in the mean over an image, for the farthest of the
+    images when those of its fold are left out. From the second moments of each image.
+    """
+
+    def inverse_root(images: list[Tensor]) -> Tensor:
+        moments = torch.stack(images).double().mean(0)
+        values, vectors = torch.linalg.eigh(moments)
+        return vectors * (values.clamp(min=0) + DAMPING * values.mean() + 1e-30).rsqrt()
+
+    farthest = 0.0
+    for i, held_out in enumerate(folds):
+        others = [each for j, fold in enumerate(folds) if j != i for each in fold]
+        if others:
+            root = inverse_root(others)
+            farthest = max(farthest, *(float((root * (each.double() @ root)).sum()) for each in held_out))
+    root = inverse_root([each for fold in folds for each in fold])
+    return (root / max(farthest, 1e-30) ** 0.5).float()
 
 
 def _channels(moments: Moments) -> int:

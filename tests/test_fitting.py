@@ -112,6 +112,24 @@ def test_it_restores_images_better_that_it_has_not_seen(make, plan, size, tmp_pa
         torch.testing.assert_close(value, before[name], atol=0, rtol=0)
 
 
+def test_images_of_another_kind_are_restored_as_without_it():
+    """Those that it was fitted to, and their like, are corrected in full."""
+    encoder = of_vit.tiny_vit()
+    calibrated = PLAN.calibrated(calibrate(encoder, PLAN, images(8)))
+    plain, view = hourglass.expedite(encoder, PLAN), hourglass.expedite(encoder, calibrated)
+    shares = []
+    watched = view.reducer.corrections["0"]
+    share = watched.share
+    watched.share = lambda reduced: shares.append(share(reduced)) or shares[-1]
+    for image in images(8):
+        of_vit.last(view, image)
+    assert all(float(each) == 1 for each in shares)
+    strange = [40 * image for image in images(1)] + [image.flip(1).sign() * 30 for image in images(1)]
+    for image in strange:
+        torch.testing.assert_close(of_vit.last(view, image), of_vit.last(plain, image), atol=1e-5, rtol=1e-5)
+    assert all(float(each) == 0 for each in shares[8:])
+
+
 def test_what_it_makes_belongs_to_the_expedited_model():
     encoder = of_vit.tiny_vit()
     plan = PLAN.calibrated(calibrate(encoder, PLAN, images(4)))

@@ -9,6 +9,10 @@ first order linearly. With B and b fitted to what is missing (:mod:`hourglass.fi
 
 or, with two more maps, of the token and of its update:  + d B + x B' + U (c' - c) B'' + b. As U mixes tokens and B
 channels, U z B = U (z B), and only x is multiplied on the full map.
+
+Such maps hold for images like those that they were fitted to, and a linear map of others can be far off. So an image's
+reduced tokens are looked at, and the less they are like those that were seen, the less is corrected: with the mean
+n of |c W|^2 over them, where W whitens, by the share 2 - n of the correction, within 0 and 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,6 +26,14 @@ from hourglass.reduction.windows import map_size
 
 #: What a correction's tensors are called, and what each multiplies.
 MAPS = ("tokens", "reduced", "refined")
+# Along an axis, of the reduced tokens that an image is known by.
+SIDE = 16
+
+
+def sample(tokens: Tensor) -> Tensor:
+    """(B, h, w, C) -> (B, n, C), evenly spaced, about 16 x 16 of them or more."""
+    h, w = tokens.shape[1:3]
+    return tokens[:, :: max(1, h // SIDE), :: max(1, w // SIDE)].flatten(1, 2)
 
 
 class Correction(nn.Module):
@@ -30,32 +42,44 @@ class Correction(nn.Module):
 
     Args:
         tensors: "tokens" (C, r), which a token x is multiplied with; "reduced" and "refined" (C, r), which c and c'
-            are; "constant" (C,); "last" (r, C). All but "tokens" and "constant" may be missing.
+            are; "constant" (C,); "last" (r, C); "whitening" (C, C), W. All but "tokens" and "constant" may be missing.
     """
 
     constant: Tensor
+    whitening: Tensor | None
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         super().__init__()
-        for name in (*MAPS, "constant", "last"):
+        for name in (*MAPS, "constant", "last", "whitening"):
             self.register_buffer(name, tensors.get(name))
 
     def forward(self, tokens: Tensor, reduction: Reduction, refined: Tensor) -> Tensor:
         """(B, H, W, C), its reduction, and the reduced tokens refined (B, h, w, C) -> (B, H, W, C)"""
+        share = self.share(reduction.tokens)
         if refined.numel() > 0:
-            of_refined = self._product("refined", refined)
-            of_reduced = self._product("reduced", reduction.tokens)
+            of_refined = self._product("refined", refined, share)
+            of_reduced = self._product("reduced", reduction.tokens, share)
             for change in (of_refined, of_reduced):
                 refined = refined if change is None else refined + change
-        correction = self._product("tokens", tokens)
+        correction = self._product("tokens", tokens, share)
         assert correction is not None
-        return reduction.restore(refined) + (correction + self.constant.to(correction.dtype))
+        constant = self.constant.to(correction.dtype)
+        return reduction.restore(refined) + (correction + (constant if share is None else share * constant))
 
-    def _product(self, name: str, tokens: Tensor) -> Tensor | None:
+    def share(self, reduced: Tensor) -> Tensor | None:
+        """Of the correction, that an image gets by its reduced tokens (B, h, w, C): (B, 1, 1, 1); None: all of it."""
+        if self.whitening is None:
+            return None
+        novelty = (sample(reduced) @ self.whitening.to(reduced.dtype)).square().sum(-1).mean(1)
+        return (2 - novelty).clamp(0, 1)[:, None, None, None].to(reduced.dtype)
+
+    def _product(self, name: str, tokens: Tensor, share: Tensor | None) -> Tensor | None:
         matrix, last = getattr(self, name), self.last
         if matrix is None:
             return None
         product = tokens @ matrix.to(tokens.dtype)
+        if share is not None:
+            product = product * share
         return product if last is None else product @ last.to(tokens.dtype)
 
 

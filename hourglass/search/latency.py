@@ -113,7 +113,8 @@ def _add_options(
     channels = tokens.shape[-1]
     rank = max(1, channels // 8)
     corrections = {name: torch.zeros(channels, rank) for name in ("tokens", "reduced", "refined")}
-    tensors = {**corrections, "last": torch.zeros(rank, channels), "constant": torch.zeros(channels)}
+    others = {"last": (rank, channels), "constant": (channels,), "whitening": (channels, channels)}
+    tensors = {**corrections, **{name: torch.zeros(size) for name, size in others.items()}}
     for j, option in enumerate(traced.options):
         if option.scope == "window" and not any(stage.windows):
             continue

@@ -59,6 +59,28 @@ def test_it_is_its_formula(reducer, window, form, rank):
     torch.testing.assert_close(out, expected.view_as(tokens))
 
 
+@pytest.mark.parametrize("novelty, share", [(0.5, 1.0), (1.0, 1.0), (1.25, 0.75), (1.9, 0.1), (2.0, 0.0), (50.0, 0.0)])
+def test_an_image_of_another_kind_is_corrected_less(novelty, share):
+    """Novelty is the mean of |c W|^2; each image of a batch has its own."""
+    reducer, tokens = AveragePooling((4, 4)), draw(2, 8, 8, CHANNELS)
+    maps = {name: draw(CHANNELS, CHANNELS, seed=i) for i, name in enumerate(("tokens", "reduced", "refined"), start=1)}
+    maps["constant"] = draw(CHANNELS, seed=4)
+    reduced = reducer(tokens).tokens
+    squares = reduced.square().sum(-1).mean((1, 2))
+    tokens[1] *= (0.5 * squares[0] / squares[1]).sqrt()  # half as far out as the first
+    whitening = torch.eye(CHANNELS, dtype=torch.float64) * (novelty / squares[0]).sqrt()
+
+    def run(**tensors):
+        blocks = [lambda tokens, place: 2 * tokens + 1]
+        return Calibrated(reducer, {0: tensors}).run(tokens, blocks, proportional=True)
+
+    plain = run(tokens=torch.zeros_like(maps["tokens"]), constant=torch.zeros_like(maps["constant"]))
+    whole, out = run(**maps), run(**maps, whitening=whitening)
+    of_second = min(1.0, max(0.0, 2 - novelty / 2))
+    for i, of_image in enumerate((share, of_second)):
+        torch.testing.assert_close(out[i], torch.lerp(plain[i], whole[i], of_image))
+
+
 def test_in_the_place_of_blocks_it_is_an_affine_map():
     tokens, matrix, constant = draw(2, 4, 4, CHANNELS), draw(CHANNELS, CHANNELS, seed=1), draw(CHANNELS, seed=2)
     calibrated = Calibrated(SkipBlocks(), {3: {"tokens": matrix, "constant": constant}})
