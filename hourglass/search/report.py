@@ -55,10 +55,14 @@ def describe(found: Found, goal: Goal, about: str) -> str:
     """How the table is to be read."""
     lines = [f"Asked for {goal}, on images of {about}: {found.why}."]
     if found.rows:
+        slopes = "about a quarter"
+        if found.slopes:
+            shares = (f"{100 * slope.samples[0]:.0f} % ({label_of(each)})" for each, slope in found.slopes.items())
+            slopes = f"on these images {', '.join(shares)}"
         sources = "labels and agreement" if found.rows[0].result.labelled else "agreement alone"
         lines.append(
             "Speeds are the encoder's, over fast attention alone. What is kept of the figure that loses most is "
-            f"estimated from {sources}, of whose loss about a quarter is lost against labels; in parentheses its "
+            f"estimated from {sources}, of whose loss {slopes} is lost against labels; in parentheses its "
             "one-sided 95 % bound."
         )
         errors = [abs(row.predicted / row.result.speed - 1) for row in found.rows]

@@ -6,7 +6,6 @@ few images; those about the target on more; a guard; and images that nothing was
 import json
 import math
 from collections.abc import Callable, Iterator
-from statistics import NormalDist
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,10 +16,11 @@ from torch import nn
 from hourglass.encoders import Plan, expedite, find_encoder
 from hourglass.encoders.calibration import Calibration
 from hourglass.errors import InputError
-from hourglass.evaluation.agreement import SCORE, recording
+from hourglass.evaluation.agreement import recording
 from hourglass.evaluation.compare import Comparison, Subject, compare
 from hourglass.evaluation.journal import members
 from hourglass.fitting import calibrate
+from hourglass.search.estimate import Slope, estimate, learn_slopes
 from hourglass.search.front import Candidate, enumerate_plans, make_pool, spread
 from hourglass.search.goal import Goal
 from hourglass.search.latency import measure_latency
@@ -31,11 +31,6 @@ from hourglass.search.trace import Traced, measure_errors, trace
 FIRST, SECOND = 12, 8
 # Images of the first round, at most.
 FEW = 32
-# Of a loss of agreement, what is lost against labels, and how sure that is: a fifth was seen on one model, a third on
-# another.
-SLOPE, SLOPE_DEVIATION = 0.25, 0.15
-# One-sided.
-CONFIDENCE = 0.95
 BASE = "fast attention"
 
 
@@ -74,7 +69,7 @@ class Row(NamedTuple):
         predicted: how many times as fast as fast attention alone, from the times of blocks.
         result: on the images of the last round that it was in.
         images: how many these are.
-        kept, lower: what it keeps, see :func:`estimate`.
+        kept, lower: what it keeps, see :func:`~hourglass.search.estimate.estimate`.
         verdict: why it is not the answer, where a better one is known.
     """
 
@@ -98,6 +93,7 @@ class Found(NamedTuple):
         why: in words.
         rows: the plans of the last round, the slowest first.
         checked: name -> a row on the images of the check: of the answer, and of its controls.
+        slopes: figure -> of a loss of agreement, what was lost against labels; empty without labels.
     """
 
     plan: Plan
@@ -105,6 +101,7 @@ class Found(NamedTuple):
     why: str
     rows: list[Row]
     checked: dict[str, Row]
+    slopes: dict[str, Slope] = {}
 
 
 class Search:
@@ -135,6 +132,7 @@ class Search:
         self.build_evaluator = build_evaluator if goal.labels == "auto" else None
         self.device, self.dtype, self.say = device, dtype, say
         self._calibrations: dict[str, Calibration] = {}
+        self._slopes: dict[str, Slope] = {}
 
     def run(self) -> Found:
         """
@@ -175,7 +173,10 @@ class Search:
         plans = {key(each.plan(traced)): each for each in candidates}
         views = {name: self._calibrated(each.plan(traced)) for name, each in plans.items()}
         results = self._measure(views, images, f"rank {number}")
-        rows = [(each, _row(views[name], encoder / each.time, results[name], number)) for name, each in plans.items()]
+        self._slopes = learn_slopes(results.values())
+        rows = [
+            (each, self._row(views[name], encoder / each.time, results[name], number)) for name, each in plans.items()
+        ]
         rows.sort(key=lambda pair: pair[1].result.speed)
         best, marked = -math.inf, []
         for each, row in reversed(rows):
@@ -187,6 +188,10 @@ class Search:
             verdict = f"  ({row.verdict})" if row.verdict else ""
             self.say(f"  {row.result.speed:.2f}x, keeps about {100 * row.kept:.1f} %  {row.name}{verdict}")
         return marked
+
+    def _row(self, plan: Plan, predicted: float, result: Result, images: int) -> Row:
+        kept, lower = estimate(result, self._slopes)
+        return Row(describe(plan), plan, predicted, result, images, kept, lower)
 
     def _calibrated(self, plan: Plan) -> Plan:
         if plan.reducer is None:
@@ -276,7 +281,7 @@ class Search:
             checked = self._check(row)
             answer = checked[row.name]
             if self.goal.keep is None or answer.kept >= self.goal.keep:
-                return Found(row.plan, reached, self._explain(checked, reached), rows, checked)
+                return Found(row.plan, reached, self._explain(checked, reached), rows, checked, self._slopes)
             self.say(f"on images that nothing was chosen on it keeps about {100 * answer.kept:.1f} %: a step back")
         return self._nothing(f"no plan is sure to keep {self.goal.keep:g}", rows, checked)
 
@@ -288,8 +293,9 @@ class Search:
             plans["an affine map in their place"] = self._calibrated(row.plan.linear_control())
         found = self._measure({key(plan): plan for plan in plans.values()}, list(self.images.check), "check")
         number = len(self.images.check)
+        self._slopes = {figure: slope.settled() for figure, slope in self._slopes.items()}
         return {
-            name: _row(plan, row.predicted, found[key(plan)], number)._replace(name=name)
+            name: self._row(plan, row.predicted, found[key(plan)], number)._replace(name=name)
             for name, plan in plans.items()
         }
 
@@ -306,48 +312,11 @@ class Search:
 
     def _nothing(self, why: str, rows: list[Row] | None = None, checked: dict[str, Row] | None = None) -> Found:
         text = f"{why}: fast attention alone, which changes nothing"
-        return Found(Plan(attention="fast"), False, text, rows or [], checked or {})
-
-
-def estimate(result: Result) -> tuple[float, float]:
-    """
-    What a plan keeps of the figure that it keeps least of, and the one-sided bound of that. Of each figure there are
-    two estimates, each as sure as it is: the share that is kept against labels, with the deviation of its samples; and
-    what agreement says, 1 - slope (1 - agreement), with the slope's deviation and that of its samples. Labels tell
-    whether much is lost, agreement one plan from the next.
-
-    Raises:
-        InputError: for a model that gave nothing to compare, or found nothing.
-    """
-    if not result.agreement:
-        raise InputError("the model gives no boxes, masks, panoptic segments or classes of pixels to rank plans by")
-    estimates = []
-    for figure, samples in result.agreement.items():
-        if np.isnan(samples[0]):
-            continue
-        lost = 1 - samples / 100
-        values = [1 - SLOPE * float(lost[0])]
-        drawn = float(np.nanvar(lost[1:])) if len(lost) > 2 else 0.0
-        variances = [(SLOPE_DEVIATION * float(lost[0])) ** 2 + SLOPE**2 * drawn]
-        labelled = result.labelled.get(figure)
-        if labelled is not None and len(labelled) > 2 and np.isfinite(labelled[0]):
-            values.append(float(labelled[0]))
-            variances.append(float(np.nanvar(labelled[1:])))
-        weights = 1 / np.maximum(variances, 1e-8)
-        mean, deviation = float(np.average(values, weights=weights)), float(weights.sum() ** -0.5)
-        estimates.append((mean, mean - NormalDist().inv_cdf(CONFIDENCE) * deviation))
-    if not estimates:
-        raise InputError(f"the model finds nothing with a score over {SCORE} in these images that a plan could lose")
-    return min(mean for mean, _ in estimates), min(lower for _, lower in estimates)
+        return Found(Plan(attention="fast"), False, text, rows or [], checked or {}, self._slopes)
 
 
 def _log(value: float, least: float = 1e-9) -> float:
     return math.log(max(value, least))
-
-
-def _row(plan: Plan, predicted: float, result: Result, images: int) -> Row:
-    kept, lower = estimate(result)
-    return Row(describe(plan), plan, predicted, result, images, kept, lower)
 
 
 def key(plan: Plan) -> str:

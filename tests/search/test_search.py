@@ -11,11 +11,12 @@ import hourglass
 from hourglass import AveragePooling, InputError, Plan, TokenClustering
 from hourglass.fitting import Recorder, fit
 from hourglass.search import Goal
+from hourglass.search.estimate import SLOPE, SLOPE_DEVIATION, estimate, learn_slopes
 from hourglass.search.front import Candidate, enumerate_plans, make_pool, pareto_front, spread
 from hourglass.search.latency import Latency, measure_latency
 from hourglass.search.measured import Measured, Result
 from hourglass.search.options import KEYS, make_options
-from hourglass.search.run import SLOPE, describe, estimate, key
+from hourglass.search.run import describe, key
 from hourglass.search.trace import Errors, measure_errors, relative, trace
 from tests.encoders import test_hourglass_swin as of_swin
 from tests.encoders import test_hourglass_vit as of_vit
@@ -232,6 +233,32 @@ class TestEstimate:
     def test_the_figure_that_loses_most_counts(self):
         two = result(0.99)._replace(agreement={"bbox.AP": np.full(501, 90.0), "segm.AP": np.full(501, 99.0)})
         assert estimate(two)[0] == pytest.approx(1 - SLOPE * 0.1)
+
+    def test_the_slope_is_learnt_from_plans_on_the_same_images(self):
+        """Plans whose labels share a noise: the slope shows on heavy ones, and light ones are known by it."""
+
+        def plans(slope: float, noise: float) -> list[Result]:
+            return [result(1 - lost, 1 - slope * lost, noise) for lost in (0.01, 0.02, 0.05, 0.1, 0.3)]
+
+        for slope in (0.1, 0.4):
+            learnt = learn_slopes(plans(slope, 0.005))["segm.AP"]
+            assert learnt.samples[0] == pytest.approx(slope, abs=0.02) and learnt.deviation < 0.06
+            light = plans(slope, 0.005)[1]
+            kept, lower = estimate(light, {"segm.AP": learnt})
+            assert kept == pytest.approx(1 - slope * 0.02, abs=1e-3)
+            assert kept - lower < 0.5 * (estimate(light)[0] - estimate(light)[1])
+            settled = learnt.settled()
+            assert settled.samples.shape == (1,) and settled.deviation > learnt.deviation
+        unsure = learn_slopes(plans(0.4, 1.0))["segm.AP"]
+        assert unsure.samples[0] == pytest.approx(SLOPE, abs=0.01)
+        assert unsure.deviation == pytest.approx((SLOPE_DEVIATION**2 + 0.05**2) ** 0.5, rel=0.05)
+        assert learn_slopes([result(0.9)]) == {}
+
+    def test_plans_that_differ_in_their_slope_make_it_unsure(self):
+        same = [result(1 - lost, 1 - 0.3 * lost, 0.001) for lost in (0.1, 0.2, 0.3, 0.4)]
+        differing = [result(0.8, 1 - slope * 0.2, 0.001) for slope in (0.1, 0.2, 0.4, 0.5)]
+        assert learn_slopes(same)["segm.AP"].deviation < 0.06
+        assert learn_slopes(differing)["segm.AP"].deviation == pytest.approx(0.158, rel=0.1)
 
     def test_nothing_found_is_refused(self):
         nothing = result(0.9)._replace(agreement={"segm.AP": np.full(501, np.nan)})

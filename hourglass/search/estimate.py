@@ -1,0 +1,118 @@
+"""
+What a plan keeps, from labels and from agreement. Labels are unbiased and noisy: they tell whether much is lost.
+Agreement tells one plan from the next, but what of its loss is lost against labels, the slope, differs from model to
+model; it is learnt from the plans that ran on the same images.
+"""
+
+from collections.abc import Iterable
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+from hourglass.errors import InputError
+from hourglass.evaluation.agreement import SCORE
+from hourglass.search.measured import Result
+
+# Of a loss of agreement, what is lost against labels, before any are seen: a fifth on one model, a third on another.
+SLOPE, SLOPE_DEVIATION = 0.25, 0.15
+# How far a plan's own slope lies from that of all, at least.
+SCATTER = 0.05
+# One-sided.
+CONFIDENCE = 0.95
+
+
+class Slope(NamedTuple):
+    """
+    Of a loss of agreement, what is lost against labels.
+
+    Attributes:
+        samples: (samples,) of the images; one: the same for all.
+        deviation: of what is unsure besides.
+    """
+
+    samples: np.ndarray
+    deviation: float
+
+    def settled(self) -> "Slope":
+        """For other images than those that it was learnt from."""
+        drawn = float(np.nanvar(self.samples[1:])) if len(self.samples) > 2 else 0.0
+        return Slope(self.samples[:1], (self.deviation**2 + drawn) ** 0.5)
+
+
+PRIOR = Slope(np.array([SLOPE]), SLOPE_DEVIATION)
+
+
+def learn_slopes(results: Iterable[Result]) -> dict[str, Slope]:
+    """
+    Figure -> its slope, from plans that ran on the same images: least squares through the origin, on the images and on
+    each bootstrap sample of them, so that the noise that plans share is seen; with the prior, each as far as it is
+    sure. Figures without labels are left out.
+    """
+    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for result in results:
+        for figure, labelled in result.labelled.items():
+            lost = _lost(result, figure)
+            if lost is not None and len(labelled) == len(lost) > 2 and np.isfinite(labelled[0]):
+                pairs.setdefault(figure, []).append((lost, 1 - labelled))
+    return {figure: _learn(each) for figure, each in pairs.items()}
+
+
+def _learn(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Slope:
+    lost, lost_of_labels = (np.stack(each) for each in zip(*pairs))
+    squares = (lost**2).sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        samples = np.where(squares > 0, (lost * lost_of_labels).sum(0) / squares, np.nan)
+    variance = float(np.nanvar(samples[1:])) if np.isfinite(samples[1:]).any() else np.inf
+    if not np.isfinite(samples[0]) or not np.isfinite(variance):
+        return PRIOR
+    weight = SLOPE_DEVIATION**2 / (SLOPE_DEVIATION**2 + variance)
+    residuals = lost_of_labels - samples * lost
+    excess = float((residuals[:, 0] ** 2 - np.nanvar(residuals[:, 1:], axis=1)).sum() / squares[0])
+    of_prior = (1 - weight) * SLOPE_DEVIATION
+    deviation = (of_prior**2 + max(excess, SCATTER**2)) ** 0.5
+    return Slope(weight * np.where(np.isfinite(samples), samples, samples[0]) + (1 - weight) * SLOPE, deviation)
+
+
+def estimate(result: Result, slopes: dict[str, Slope] | None = None) -> tuple[float, float]:
+    """
+    What a plan keeps of the figure that it keeps least of, and the one-sided bound of that. Of each figure there are
+    two estimates, weighted by how sure each is: the share that is kept against labels, and 1 - slope (1 - agreement).
+
+    Args:
+        result: of the plan.
+        slopes: figure -> slope; the prior where there is none.
+
+    Raises:
+        InputError: for a model that gave nothing to compare, or found nothing.
+    """
+    if not result.agreement:
+        raise InputError("the model gives no boxes, masks, panoptic segments or classes of pixels to rank plans by")
+    estimates = []
+    for figure in result.agreement:
+        lost = _lost(result, figure)
+        if lost is None:
+            continue
+        slope = (slopes or {}).get(figure, PRIOR)
+        kept = 1 - slope.samples * lost if len(slope.samples) == len(lost) else 1 - slope.samples[0] * lost
+        unsure = slope.deviation * float(lost[0])
+        labelled = result.labelled.get(figure)
+        if labelled is not None and len(labelled) == len(kept) > 2 and np.isfinite(labelled[0]):
+            weights = 1 / np.maximum([_variance(kept) + unsure**2, _variance(labelled)], 1e-8)
+            of_agreement, of_labels = weights / weights.sum()
+            kept, unsure = of_agreement * kept + of_labels * labelled, of_agreement * unsure
+        deviation = (_variance(kept) + unsure**2) ** 0.5
+        estimates.append((float(kept[0]), float(kept[0]) - NormalDist().inv_cdf(CONFIDENCE) * deviation))
+    if not estimates:
+        raise InputError(f"the model finds nothing with a score over {SCORE} in these images that a plan could lose")
+    return min(mean for mean, _ in estimates), min(lower for _, lower in estimates)
+
+
+def _lost(result: Result, figure: str) -> np.ndarray | None:
+    """Of agreement, (samples,); None where there is none."""
+    agreement = result.agreement.get(figure)
+    return None if agreement is None or np.isnan(agreement[0]) else 1 - agreement / 100
+
+
+def _variance(samples: np.ndarray) -> float:
+    return float(np.nanvar(samples[1:])) if len(samples) > 2 else 0.0
