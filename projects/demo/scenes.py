@@ -46,7 +46,7 @@ def draw_scene(seed: int | Sequence[int], coloured: bool = False) -> Scene:
 
     Args:
         seed: an integer or a sequence of integers, each in [0, 2**32). Equal seeds give equal scenes.
-        coloured: whether an object's hue shows that it is of one of two kinds. The layout is that without.
+        coloured: whether an object's hue shows that it is of one of two kinds. The layout is the same either way.
 
     Returns:
         the image and its ground truth. A pixel belongs to the last object painted that covers more than half of it.
