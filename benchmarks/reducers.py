@@ -30,6 +30,7 @@ from hourglass import (
     AveragePooling,
     BipartiteMatching,
     DensityPeaks,
+    GridMerging,
     InputError,
     LinearBlocks,
     Plan,
@@ -116,7 +117,7 @@ def make_plans(
         side = max(1, round(window * budget**0.5))
         grid = (side, side)
         at = f"{100 * budget:.0f} %"
-        for reducer in (TokenClustering(grid), AveragePooling(grid), DensityPeaks(grid)):
+        for reducer in (TokenClustering(grid), AveragePooling(grid), DensityPeaks(grid), GridMerging(grid)):
             plan = Plan(reducer, start, stop, scope="window")
             plans |= {f"{type(reducer).__name__}, {at}{suffix}": plan for suffix in ("", CALIBRATED)}
         reducer = TokenClustering.published(grid)

@@ -1,5 +1,6 @@
 from hourglass.reduction.clustering import TokenClustering
 from hourglass.reduction.density import DensityPeaks
+from hourglass.reduction.lines import GridMerging
 from hourglass.reduction.matching import BipartiteMatching
 from hourglass.reduction.pooling import AveragePooling
 from hourglass.reduction.reducer import GridReducer, MergingReducer, Reducer, Reduction, SelectingReducer
@@ -10,6 +11,7 @@ __all__ = [
     "AveragePooling",
     "BipartiteMatching",
     "DensityPeaks",
+    "GridMerging",
     "GridReducer",
     "LinearBlocks",
     "MergingReducer",

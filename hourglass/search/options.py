@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import NamedTuple
 
-from hourglass.reduction import AveragePooling, DensityPeaks, Reducer, TokenClustering
+from hourglass.reduction import DensityPeaks, GridMerging, Reducer, TokenClustering
 
 # Of the rows and of the columns of a window or map.
 SHARES = (0.75, 0.625, 0.5, 0.375)
@@ -41,9 +41,9 @@ def make_options(windows: Collection[int]) -> list[Option]:
     if len(windows) == 1:
         (window,) = windows
         for side in sorted({max(2, round(share * window)) for share in SHARES} - {window}, reverse=True):
-            for kind in (TokenClustering, DensityPeaks, AveragePooling):
+            for kind in (TokenClustering, DensityPeaks, GridMerging):
                 options.append(Option(kind((side, side)), "window", (side / window) ** 2))
     for share in SHARES:
-        kinds = (TokenClustering, AveragePooling) if windows else (TokenClustering, DensityPeaks, AveragePooling)
+        kinds = (TokenClustering, GridMerging) if windows else (TokenClustering, DensityPeaks, GridMerging)
         options += [Option(kind(share), "map", share**2) for kind in kinds]
     return options

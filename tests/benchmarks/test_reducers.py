@@ -42,12 +42,13 @@ def test_every_reducer_has_a_plan_at_each_budget():
         "TokenClustering",
         "AveragePooling",
         "DensityPeaks",
+        "GridMerging",
         "TokenClustering.published",
         "BipartiteMatching",
         "TokenSelection",
     }
     calibrated = {name.split(",")[0] for name in plans if name.endswith("calibrated")}
-    assert calibrated == {"TokenClustering", "AveragePooling", "DensityPeaks"}
+    assert calibrated == {"TokenClustering", "AveragePooling", "DensityPeaks", "GridMerging"}
     assert len(plans) == 7 + 3 * (len(kinds) + len(calibrated))
     assert plans["TokenClustering, 25 %"].reducer.grid == (8, 8)
 
@@ -59,7 +60,7 @@ def test_the_table_the_plot_and_the_document(tmp_path, capsys):
     reducers.main(parse([*options, "--output", str(tmp_path)]))
     document = json.loads((tmp_path / "reducers_cpu_float32.json").read_text())
     rows = document["models"]
-    assert document["images"] == 2 and len(rows) == 16
+    assert document["images"] == 2 and len(rows) == 18
     assert rows["unmodified"]["retention"]["bbox.AP"] == {"ratio": 1.0, "low": 1.0, "high": 1.0}
     assert rows["fast attention"]["retention"]["segm.AP"]["ratio"] == pytest.approx(1.0, abs=0.01)
     for name, row in rows.items():

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import hourglass
-from hourglass import AveragePooling, DensityPeaks, Plan, TokenClustering
+from hourglass import AveragePooling, DensityPeaks, GridMerging, Plan, TokenClustering
 from tests.encoders import test_hourglass_swin as of_swin
 from tests.encoders import test_hourglass_vit as of_vit
 
@@ -18,6 +18,7 @@ VIT_PLANS = {
     "share": Plan(TokenClustering(0.6), 1, 4),
     "published": Plan(TokenClustering((5, 5)), 1, 4, published=True, attention="fast"),
     "pooling": Plan(AveragePooling((5, 4)), 1),
+    "merging": Plan(GridMerging((5, 4)), 1),
 }
 
 

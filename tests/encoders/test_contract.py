@@ -15,6 +15,7 @@ from hourglass import (
     AveragePooling,
     BipartiteMatching,
     DensityPeaks,
+    GridMerging,
     InputError,
     Plan,
     Reducer,
@@ -360,7 +361,9 @@ def test_views_can_be_copied_pickled_and_expedited_again(make, tmp_path):
 
 
 @pytest.mark.parametrize("make", [ViT, Swin])
-@pytest.mark.parametrize("reducer", [TokenClustering(0.6), AveragePooling(0.6), DensityPeaks(0.6)], ids=str)
+@pytest.mark.parametrize(
+    "reducer", [TokenClustering(0.6), AveragePooling(0.6), DensityPeaks(0.6), GridMerging(0.6)], ids=str
+)
 def test_models_on_the_meta_device(make, reducer):
     arguments = TINY if make is ViT else TINY_SWIN
     scope = "map" if reducer.on_grid else "window"
@@ -375,7 +378,14 @@ def test_models_on_the_meta_device(make, reducer):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "reducer",
-    [TokenClustering(0.6), AveragePooling(0.6), DensityPeaks(0.6), BipartiteMatching(0.2), SkipBlocks()],
+    [
+        TokenClustering(0.6),
+        AveragePooling(0.6),
+        DensityPeaks(0.6),
+        GridMerging(0.6),
+        BipartiteMatching(0.2),
+        SkipBlocks(),
+    ],
     ids=lambda reducer: type(reducer).__name__,
 )
 def test_every_output_is_on_the_device(make, reducer, dtype):

@@ -40,6 +40,7 @@ def global_vit(**kwargs):
 # Plans that keep every token of blocks 1 to 3, of which 1 and 3 have windows of 4.
 KEEPING_ALL = {
     "peaks": lambda attention: Plan(DensityPeaks(1.0), 1, 4, scope="window", attention=attention),
+    "merged grid": lambda attention: Plan(GridMerging(1.0), 1, 4, scope="window", attention=attention),
     "matching": lambda attention: Plan(BipartiteMatching(0), 1, 4, scope="window", attention=attention),
     "selection": lambda attention: Plan(selection(bias=1e4), 1, 4, attention=attention),
 }
@@ -48,6 +49,7 @@ FEWER = {
     "peaks' features": lambda: Plan(DensityPeaks((3, 2), restore="features"), 1, 4, scope="window"),
     "matching": lambda: Plan(BipartiteMatching(0.2), 1, 4, scope="window"),
     "matching's features": lambda: Plan(BipartiteMatching(3, restore="features"), 1, 4, scope="window"),
+    "merged grid": lambda: Plan(GridMerging(0.6), 1, 4, scope="window"),
     "selection": lambda: Plan(selection(), 1, 4),
 }
 

@@ -91,3 +91,56 @@ def _read(table: Tensor, distance: float, extent: int) -> Tensor:
     row = distance + extent - 1
     below, above = math.floor(row), math.ceil(row)
     return table[below] if below == above else (above - row) * table[below] + (row - below) * table[above]
+
+
+def merge_line(features: list[list[float]], sizes: list[float], target: int) -> list[int]:
+    """The token that each of a line becomes a part of; see :func:`hourglass.reduction.lines.merge_lines`."""
+    members = [[i] for i in range(len(features))]
+    while len(members) > target:
+        means = [_mean(features, sizes, group) for group in members]
+        weights = [sum(sizes[i] for i in group) for group in members]
+
+        def cost(a: int, b: int, means=means, weights=weights) -> float:
+            if not 0 <= b < len(means):
+                return float("inf")
+            square = sum((x - y) ** 2 for x, y in zip(means[a], means[b]))
+            return square * weights[a] * weights[b] / (weights[a] + weights[b])
+
+        movers = range(0, len(members), 2)
+        nearer = {i: i - 1 if cost(i, i - 1) < cost(i, i + 1) else i + 1 for i in movers}
+        number = min(len(members) - target, len(members) // 2)
+        for i in sorted(movers, key=lambda i: cost(i, nearer[i]))[:number]:
+            members[nearer[i]] = members[nearer[i]] + members[i]
+            members[i] = []
+        members = [group for group in members if group]
+    return [next(j for j, group in enumerate(members) if i in group) for i in range(len(features))]
+
+
+def _mean(features: list[list[float]], sizes: list[float], group: list[int]) -> list[float]:
+    total = sum(sizes[i] for i in group)
+    return [sum(features[i][c] * sizes[i] for i in group) / total for c in range(len(features[0]))]
+
+
+def merge_grid(tokens: list[list[list[float]]], grid: tuple[int, int], turns: int) -> list[list[int]]:
+    """The number of the token of the smaller map that each merges into; rows and columns take turns."""
+    height, width = len(tokens), len(tokens[0])
+    cells = [[[(y, x)] for x in range(width)] for y in range(height)]
+
+    def mean(cell: list[tuple[int, int]]) -> list[float]:
+        return [sum(tokens[y][x][c] for y, x in cell) / len(cell) for c in range(len(tokens[0][0]))]
+
+    def merged(line: list[list[tuple[int, int]]], target: int) -> list[list[tuple[int, int]]]:
+        labels = merge_line([mean(cell) for cell in line], [float(len(cell)) for cell in line], target)
+        return [[place for cell, j in zip(line, labels) if j == i for place in cell] for i in range(target)]
+
+    for turn in range(1, turns + 1):
+        columns = width - round((width - grid[1]) * turn / turns)
+        rows = height - round((height - grid[0]) * turn / turns)
+        cells = [merged(row, columns) for row in cells]
+        cells = [list(row) for row in zip(*(merged(list(column), rows) for column in zip(*cells)))]
+    labels = [[0] * width for _ in range(height)]
+    for i, row in enumerate(cells):
+        for j, cell in enumerate(row):
+            for y, x in cell:
+                labels[y][x] = i * grid[1] + j
+    return labels

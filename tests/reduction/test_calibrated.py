@@ -4,7 +4,15 @@ import pytest
 import torch
 
 import hourglass
-from hourglass import AveragePooling, BipartiteMatching, DensityPeaks, InputError, LinearBlocks, TokenClustering
+from hourglass import (
+    AveragePooling,
+    BipartiteMatching,
+    DensityPeaks,
+    GridMerging,
+    InputError,
+    LinearBlocks,
+    TokenClustering,
+)
 from hourglass.reduction import SkipBlocks
 from hourglass.reduction.calibrated import Calibrated, check_restoring
 from hourglass.reduction.scope import in_scope
@@ -14,6 +22,7 @@ REDUCERS = {
     "clustering": TokenClustering((3, 3)),
     "pooling": AveragePooling((2, 4)),
     "peaks": DensityPeaks((3, 3)),
+    "merging": GridMerging((3, 3)),
 }
 
 

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hourglass import AveragePooling, BipartiteMatching, DensityPeaks, InputError, SkipBlocks, TokenClustering
+from hourglass import (
+    AveragePooling,
+    BipartiteMatching,
+    DensityPeaks,
+    GridMerging,
+    InputError,
+    SkipBlocks,
+    TokenClustering,
+)
 
 sides = st.integers(1, 19)
 
@@ -41,6 +49,8 @@ def reducers(draw, grid):
         AveragePooling(grid, restore="features"),
         DensityPeaks(grid, k=draw(st.integers(1, 6)), spatial=draw(st.sampled_from([0, 0.1, 1.0])), restore="update"),
         DensityPeaks(grid, restore="features"),
+        GridMerging(grid, restore="update"),
+        GridMerging(grid, restore="features"),
         SkipBlocks(),
     ]
 
@@ -64,7 +74,7 @@ def test_laws(data, drawn):
         torch.testing.assert_close(of_constant.tokens, torch.full_like(of_constant.tokens, 3.0))
         torch.testing.assert_close(of_constant.restore(of_constant.tokens), constant)
         # A constant change reaches every token whole.
-        if isinstance(reducer, TokenClustering | AveragePooling | DensityPeaks):
+        if isinstance(reducer, TokenClustering | AveragePooling | DensityPeaks | GridMerging):
             moved = reduction.restore(torch.full_like(reduction.tokens, 2.0))
             if reducer.restore == "features":
                 torch.testing.assert_close(moved, torch.full_like(tokens, 2.0))
@@ -97,13 +107,13 @@ def test_l2_weights_scale_a_constant(drawn):
     torch.testing.assert_close(reduction.restore(reduction.tokens), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reducer", [TokenClustering, AveragePooling, DensityPeaks])
+@pytest.mark.parametrize("reducer", [TokenClustering, AveragePooling, DensityPeaks, GridMerging])
 def test_a_share_suits_maps_of_any_size(reducer):
     for size, grid in (((10, 20), (6, 12)), ((1, 3), (1, 2)), ((33, 7), (20, 4))):
         assert reducer(0.6)(torch.randn(1, *size, 2)).tokens.shape[1:3] == grid
 
 
-@pytest.mark.parametrize("reducer", [TokenClustering((3, 3)), DensityPeaks((3, 3))], ids=["clustering", "peaks"])
+@pytest.mark.parametrize("reducer", [TokenClustering((3, 3)), DensityPeaks((3, 3)), GridMerging((3, 3))], ids=str)
 def test_a_reducer_keeps_nothing_between_calls(reducer):
     first, second = torch.randn(2, 1, 6, 6, 4)
     before = reducer(first)
