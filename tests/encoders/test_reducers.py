@@ -6,7 +6,16 @@ import pytest
 import torch
 
 import hourglass
-from hourglass import AveragePooling, BipartiteMatching, DensityPeaks, InputError, Plan, SkipBlocks, TokenSelection
+from hourglass import (
+    AveragePooling,
+    BipartiteMatching,
+    DensityPeaks,
+    GridMerging,
+    InputError,
+    Plan,
+    SkipBlocks,
+    TokenSelection,
+)
 from hourglass.compat import own_encoder
 from hourglass.encoders import find_encoder
 from hourglass.reduction import collect_losses
