@@ -91,7 +91,7 @@ def test_the_demo(tmp_path, capsys):
     """The shipped weights, on a few images: the table, the document, and a control that falls behind."""
     run("--eval-only", "--control", f"train.output_dir={tmp_path}", "evaluation.max_images=4", "evaluation.warmup=0")
     content = read(tmp_path)
-    assert content["schema"] == 3 and content["dataset"] == "hourglass_demo_val" and content["images"] == 4
+    assert content["schema"] == 4 and content["dataset"] == "hourglass_demo_val" and content["images"] == 4
     assert list(content["models"]) == ["unmodified", "fast attention", "expedited", "control", "linear control"]
     fast = content["models"]["fast attention"]
     unmodified, expedited, control = (content["models"][name] for name in ("unmodified", "expedited", "control"))
