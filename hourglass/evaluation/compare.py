@@ -56,7 +56,8 @@ class Subject(NamedTuple):
         encoder: the part of it that is timed and counted.
         evaluator: of its outputs; several of them as Detectron2's `DatasetEvaluators`.
         dtype: that it runs in, by autocast if not float32; None: that of the comparison.
-        compiled: whether the encoder is; what is in it is then neither timed nor counted.
+        compiled: whether the encoder is; its operations are then not counted, and of no model what is in the encoder
+            is timed: hooks there would be the compiled one's too.
     """
 
     model: nn.Module
@@ -301,7 +302,8 @@ def _run(
         for subject in subjects.values():
             stack.enter_context(evaluating(subject.model))
         stack.enter_context(torch.no_grad())
-        watches = {name: _watch(subject, clock) for name, subject in subjects.items()}
+        inside = not any(subject.compiled for subject in subjects.values())
+        watches = {name: Stopwatch(subject.model, subject.encoder, clock, inside) for name, subject in subjects.items()}
         for watch in watches.values():
             stack.callback(watch.close)
         # One context around all runs: what it casts of the weights is kept while it lasts, for each model alike.
@@ -344,17 +346,13 @@ def _run(
                     else:
                         with torch.autocast(device, enabled=False):
                             gflops[name] = count_gflops(subject.encoder, watches[name].encoder_input) / len(inputs)
-                    watches[name] = _watch(subject, clock)
+                    watches[name] = Stopwatch(subject.model, subject.encoder, clock, inside)
             padded = _count_padded(subjects[names[0]].model, inputs)
             finished.append(_Batch(image_ids, measured, padded))
             done.update(image_ids)
             if journal is not None:
                 _write(journal, finished[-1], dumps, gflops if len(finished) == 1 else {})
     return finished, gflops
-
-
-def _watch(subject: Subject, clock: Clock) -> Stopwatch:
-    return Stopwatch(subject.model, subject.encoder, clock, inside=not subject.compiled)
 
 
 def _count_padded(model: nn.Module, inputs: list[dict[str, Any]]) -> int:

@@ -115,6 +115,8 @@ def without_nan(value: Any) -> Any:
     """The same with None in the place of nan, which JSON does not have."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -169,7 +171,7 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
     row(f"peak memory{batch}, MB", [_number(model["peak_memory_mb"], 0) for model in models.values()])
     if "efficiency" in document:
         row("efficiency", [_percent(document["efficiency"]) if name == "expedited" else "" for name in models])
-    return _tabulate(rows, ["", *models, *(f"{name} / unmodified" for name in against)], tablefmt)
+    return tabulate_rows(rows, ["", *models, *(f"{name} / unmodified" for name in against)], tablefmt)
 
 
 def to_class_tables(document: dict[str, Any], tablefmt: str = "simple") -> str:
@@ -207,7 +209,7 @@ def to_class_tables(document: dict[str, Any], tablefmt: str = "simple") -> str:
         headers = [f"{label_of(key, document['max_detections'])} by class", *known]
         if differences is not None:
             headers.append(f"{other} - {next(iter(models))}")
-        tables.append(_tabulate([cells for _, cells in sorted(rows, key=lambda row: row[0])], headers, tablefmt))
+        tables.append(tabulate_rows([cells for _, cells in sorted(rows, key=lambda row: row[0])], headers, tablefmt))
     return "\n\n".join(tables)
 
 
@@ -285,7 +287,8 @@ def _against(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: ratios for name, ratios in against.items() if ratios is not None}
 
 
-def _tabulate(rows: list[list[str]], headers: list[str], tablefmt: str) -> str:
+def tabulate_rows(rows: list[list[str]], headers: list[str], tablefmt: str) -> str:
+    """A table of text, its first column to the left and the others to the right."""
     return tabulate(
         rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
     )

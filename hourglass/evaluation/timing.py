@@ -79,7 +79,7 @@ class Stopwatch:
         model: what is run.
         encoder: the part of it that is timed.
         clock: of the model's device.
-        inside: also the encoder's reducers. Not where the encoder is compiled, which hooks in it would cut.
+        inside: also the encoder's reducers. Not where it, or another view of it, is compiled, which hooks would cut.
     """
 
     def __init__(self, model: nn.Module, encoder: nn.Module, clock: Clock, inside: bool = True):
