@@ -5,6 +5,7 @@ Compare a model with itself on fewer tokens, or train it.
     python train_net.py --eval-only                                   the embedded demo
     python train_net.py --eval-only --config-file configs/vitdet/mask_rcnn_b.py plan.start=4
     python train_net.py --waterfall --config-file configs/demo/vitdet.py     part by part, what makes it faster
+    python train_net.py --predict photo.jpg holiday.mp4 --config-file my_config.py --compare
     python train_net.py --calibrate --config-file configs/nuclei/vitdet.py search.images=16
     python train_net.py --config-file configs/demo/vitdet.py train.output_dir=output/demo
 """
@@ -26,6 +27,7 @@ from torch.multiprocessing import ProcessExitedException
 from hourglass.checkpoint import load_checkpoint
 from hourglass.commands import (
     Options,
+    predict,
     run_calibration,
     run_comparison,
     run_search,
@@ -39,6 +41,12 @@ from hourglass.launch import DEMO, build, load_config, one_line, refuse
 from hourglass.reduction.selection import RANDOM
 from hourglass.search.goal import Goal
 from hourglass.training import check_training, train
+
+
+def is_override(word: str) -> bool:
+    """Whether a word that follows an option's own is an override of the config: it has a dot before its "="."""
+    key, mark, _ = word.partition("=")
+    return bool(mark) and "." in key and "/" not in key
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -58,6 +66,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="find the fastest plan that keeps a share of AP, PQ or mIoU (keep=0.99), or the one that keeps most at a "
         "speed (speed=2, over fast attention); labels=none does not look at labels",
     )
+    parser.add_argument(
+        "--predict",
+        nargs="+",
+        metavar="PATH",
+        help="draw what the expedited model finds in images, videos and folders of them, and write it as JSON",
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="of --predict; by default in train.output_dir")
+    parser.add_argument("--compare", action="store_true", help="--predict: beside what the unmodified model finds")
+    parser.add_argument("--score", type=float, default=0.5, help="--predict: draw instances of at least this (0.5)")
     parser.add_argument(
         "--control",
         action="store_true",
@@ -95,6 +112,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]
         if given:
             parser.error(f"--waterfall is a task of its own, without {' and '.join(given)}")
+    if args.predict is None and (args.output or args.compare):
+        parser.error("--output and --compare are for --predict")
+    if args.predict is not None:
+        others = ("eval_only", "calibrate", "search", "waterfall", "images", "agreement", "control", "only", "resume")
+        given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]
+        if given:
+            parser.error(f"--predict is a task of its own, without {' and '.join(given)}")
+        overrides = [word for word in args.predict if is_override(word) and not os.path.exists(word)]
+        args.overrides += overrides
+        args.predict = [word for word in args.predict if word not in overrides]
     if args.search is not None:
         # What has a dot in its name is an override of the config that came after the goal.
         args.overrides += [word for word in args.search if "." in word.partition("=")[0]]
@@ -105,6 +132,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     goal = None if args.search is None else Goal.parse(args.search)
     cfg = load_config(args.config_file, args.overrides)
+    if args.predict is not None:
+        sys.exit(predict(cfg, paths=args.predict, output=args.output, compare=args.compare, score=args.score))
     if args.images:
         take_folder(cfg, args.images)
     if args.calibrate:

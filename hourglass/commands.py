@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 from torch import nn
 
@@ -177,6 +178,27 @@ def _of_two_sizes(cfg: DictConfig, model: nn.Module, records: list[dict[str, Any
         if len(found) == 2:
             break
     return found
+
+
+def predict(cfg: DictConfig, **asked: Any) -> int:
+    """
+    Draw and write what the expedited model finds in images and videos.
+
+    Args:
+        cfg: of the model.
+        asked: see :class:`hourglass.prediction.run.Asked`.
+
+    Returns:
+        the command's exit code.
+    """
+    try:
+        from hourglass.prediction.run import Asked, run_prediction  # matplotlib is for this alone
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise InputError("--predict draws with matplotlib, which is missing: pip install matplotlib") from error
+    seed_all_rng(cfg.train.seed)
+    return run_prediction(cfg, Asked(**asked))
 
 
 def take_folder(cfg: DictConfig, folder: str) -> None:

@@ -83,7 +83,7 @@ def test_each_part_alone_and_all_of_them_together(backend, tmp_path):
     table = rows(waterfall.to_table(document, "github"))
     assert [line[0] for line in table] == NAMES and table[0][1:3] == ["5.0", ""]
     assert table[4][1:3] == ["5.0", "100.0 % (100.0-100.0)"]
-    assert "box AP kept" in (tmp_path / "waterfall.md").read_text()
+    assert "box AP (maxDets 7) kept" in (tmp_path / "waterfall.md").read_text()
 
 
 def test_what_cannot_run_is_a_row_that_says_so(monkeypatch, tmp_path):
