@@ -10,14 +10,15 @@ import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.visualizer import Visualizer
+from pycocotools import mask as rle
 
 from hourglass.prediction.names import Names
 
 # The longer side of a picture in pixels: images over it are drawn smaller, small ones larger.
 LARGEST, SMALLEST = 2400, 800
 # More objects than this have no labels and, if they have masks, no boxes: those would hide the image.
-CROWDED = 40
-# The same object in two models' outputs, by the overlap of its boxes.
+CROWDED = 30
+# The same object in two models' outputs, by the IoU of its masks, or of its boxes.
 SAME = 0.5
 
 
@@ -44,13 +45,20 @@ def draw(
     np.random.seed(0)  # colours are drawn from it
     try:
         if panoptic is not None:
-            segments, info = panoptic
-            visualizer.draw_panoptic_seg(segments.cpu(), None if info is None else [dict(each) for each in info])
+            segments, info = panoptic[0].cpu(), panoptic[1]
+            for each in info:
+                if not each["isthing"]:
+                    mask = (segments == each["id"]).numpy()
+                    name, number = names.name(each["category_id"], thing=False), each["category_id"]
+                    visualizer.draw_binary_mask(mask, color=colour(number), text=name, alpha=0.3, area_threshold=0)
+            others = None if known is None else _things(*known["panoptic_seg"])
+            _draw_instances(visualizer, _things(segments, info), names, others)
         else:
             if classes is not None:
                 visualizer.draw_sem_seg(classes, alpha=0.5)
             if "instances" in output:
-                _draw_instances(visualizer, _over(output["instances"], score), names, known, score)
+                others = None if known is None else _over(known["instances"], score)
+                _draw_instances(visualizer, _over(output["instances"], score), names, others)
     finally:
         np.random.set_state(state)
     return np.ascontiguousarray(visualizer.output.get_image()[:, :, ::-1])
@@ -59,8 +67,7 @@ def draw(
 def count(output: dict[str, Any], score: float) -> str:
     """How much is drawn, in words."""
     if output.get("panoptic_seg") is not None:
-        segments, info = output["panoptic_seg"]
-        return _plural(len(info if info is not None else segments.unique()), "segment")
+        return _plural(len(output["panoptic_seg"][1]), "segment")
     if "instances" in output:
         return _plural(int((output["instances"].scores >= score).sum()), "object")
     return _plural(len(output["sem_seg"].argmax(dim=0).unique()), "class", "classes") if "sem_seg" in output else ""
@@ -84,26 +91,24 @@ def beside(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarra
     return np.concatenate(columns[:-1], axis=1)
 
 
-def _draw_instances(
-    visualizer: Visualizer, found: Instances, names: Names, known: dict[str, Any] | None, score: float
-) -> None:
+def _draw_instances(visualizer: Visualizer, found: Instances, names: Names, known: Instances | None) -> None:
+    """``known``: those of another model."""
     masks = found.pred_masks.numpy() if found.has("pred_masks") else None
     boxes = found.pred_boxes.tensor if found.has("pred_boxes") else None
     crowded = len(found) > CROWDED
     drawn = None if boxes is None or not boxes.any() or (crowded and masks is not None) else found.pred_boxes
     labels = None
     if not crowded:
-        # Of one class, the name would only hide.
-        said = [f"{names.name(number)} " if len(names.things) != 1 else "" for number in found.pred_classes.tolist()]
-        labels = [f"{name}{100 * value:.0f}%" for name, value in zip(said, found.scores.tolist())]
+        labels = [names.name(number) for number in found.pred_classes.tolist()]
+        if found.has("scores"):
+            labels = [f"{label} {100 * value:.0f}%" for label, value in zip(labels, found.scores.tolist())]
     keypoints = found.pred_keypoints if found.has("pred_keypoints") else None
-    colours = _colours(found, _over(known["instances"], score) if known and "instances" in known else None)
     visualizer.overlay_instances(
         boxes=drawn,
         labels=labels,
         masks=None if masks is None else list(masks),
         keypoints=keypoints,
-        assigned_colors=colours,
+        assigned_colors=_colours(found, known),
         alpha=0.45,
     )
 
@@ -112,8 +117,8 @@ def _colours(found: Instances, known: Instances | None) -> list[tuple[float, flo
     """A colour for each instance: that of the same object among the known ones, or one that none of these has."""
     numbers: list[int | None] = [None] * len(found)
     if known is not None and len(found) and len(known):
-        overlap = pairwise_iou(_boxes(found), _boxes(known))
-        overlap[found.pred_classes[:, None] != known.pred_classes[None]] = 0
+        overlap = _overlap(found, known)
+        overlap[(found.pred_classes[:, None] != known.pred_classes[None]).numpy()] = 0
         while overlap.max() >= SAME:
             i, j = divmod(int(overlap.argmax()), overlap.shape[1])
             numbers[i] = j
@@ -130,14 +135,29 @@ def colour(number: int) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb(number * 0.618034 % 1.0, 0.9 - 0.35 * (number // 7 % 2), 1.0)
 
 
-def _boxes(found: Instances) -> Boxes:
-    if found.has("pred_boxes") and (found.pred_boxes.tensor.any() or not found.has("pred_masks")):
-        return found.pred_boxes
-    corners = []
-    for mask in found.pred_masks.numpy():
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        corners.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if len(rows) else [0, 0, 0, 0])
-    return Boxes(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4))
+def _overlap(found: Instances, known: Instances) -> np.ndarray:
+    """(N, M) IoU, of masks where both have them."""
+    if found.has("pred_masks") and known.has("pred_masks"):
+        # A box is not enough: a few pixels far away widen it.
+        masks = (
+            [rle.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in each.pred_masks.numpy()]
+            for each in (found, known)
+        )
+        return np.array(rle.iou(*masks, [0] * len(known)))
+    return pairwise_iou(found.pred_boxes, known.pred_boxes).numpy()
+
+
+def _things(segments: torch.Tensor, info: list[dict[str, Any]]) -> Instances:
+    """The things among panoptic segments."""
+    segments = segments.cpu()
+    things = [each for each in info if each["isthing"]]
+    masks = [segments == each["id"] for each in things]
+    found = Instances(tuple(segments.shape))
+    found.pred_masks = torch.stack(masks) if masks else torch.zeros(0, *segments.shape, dtype=torch.bool)
+    found.pred_classes = torch.tensor([each["category_id"] for each in things], dtype=torch.int64)
+    if things and all("score" in each for each in things):
+        found.scores = torch.tensor([float(each["score"]) for each in things])
+    return found
 
 
 def _over(found: Instances, score: float) -> Instances:

@@ -101,7 +101,7 @@ class Results:
             self._lists[name] = JsonList(self._folder / f"{name}.json")
         return self._lists[name]
 
-    def _panoptic(self, about: dict[str, Any], segments: torch.Tensor, info: list[dict] | None) -> dict[str, Any]:
+    def _panoptic(self, about: dict[str, Any], segments: torch.Tensor, info: list[dict]) -> dict[str, Any]:
         ids = segments.cpu().numpy().astype(np.int64)
         colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536 % 256], axis=-1).astype(np.uint8)
         name = f"{about['id']:012d}.png"
@@ -110,10 +110,9 @@ class Results:
         Image.fromarray(colours).save(file, "PNG")
         write_whole(self._folder / "panoptic" / name, file.getvalue())
         listed = []
-        for each in info or ():
-            mask = ids == each["id"]
-            id = self._names.category_id(each["category_id"], bool(each.get("isthing", True)))
-            listed.append({"id": int(each["id"]), "category_id": id, "area": int(mask.sum())})
+        for each in info:
+            id = self._names.category_id(each["category_id"], bool(each["isthing"]))
+            listed.append({"id": int(each["id"]), "category_id": id, "area": int((ids == each["id"]).sum())})
         return {"image_id": about["id"], "file_name": name, "segments_info": listed}
 
 

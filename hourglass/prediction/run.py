@@ -88,17 +88,17 @@ class _Run:
         self.results = {
             name: Results(self.folder if name == EXPEDITED else self.folder / name, self.names) for name in self.models
         }
-        whole = False
         try:
             self._run_images([source for source in sources if not source.is_video])
             for source in sources:
                 if source.is_video:
                     with self._skipping():
                         self._run_video(source)
-            whole = bool(self.images or self.frames)
         finally:
-            written = [results.close(whole) for results in self.results.values()][-1]
-        if not whole:
+            # An interruption leaves what was found until then.
+            found = bool(self.images or self.frames)
+            written = [results.close(found) for results in self.results.values()][-1]
+        if not found:
             raise InputError(f"--predict: none of {len(sources)} files could be read")
         self._report(len(sources), written)
         return 1 if self.skipped else 0
@@ -135,6 +135,7 @@ class _Run:
             with bar:
                 for batch in _in_batches(iter(video), self.batch_size):
                     for image, outputs in zip(batch, self._predict(batch)):
+                        self.frames += 1
                         drawn.add(self._draw(image, outputs))
                         self._write({"file_name": str(source.path), "frame": frames}, image, outputs)
                         frames += 1
@@ -145,7 +146,6 @@ class _Run:
             drawn.close(whole)
         if not frames:
             raise InputError(f"{source.path} has no frame that can be read")
-        self.frames += frames
         self.videos += 1
         rate = frames / (time.perf_counter() - start)
         model = 1000 * frames / (sum(self.milliseconds[EXPEDITED]) - before)
@@ -177,6 +177,8 @@ class _Run:
             each = 1000 * (time.perf_counter() - start) / len(images)
             self.milliseconds[name] += [each] * len(images)
             for own, output in zip(found, outputs):
+                if output.get("panoptic_seg") is not None and output["panoptic_seg"][1] is None:
+                    raise InputError("--predict takes panoptic segments that the model lists, it gives a map of labels")
                 own[name] = output
         return found
 
@@ -192,10 +194,9 @@ class _Run:
         return beside(pictures, captions)
 
     def _write(self, about: dict[str, Any], image: np.ndarray, outputs: dict[str, dict[str, Any]]) -> None:
-        self.number = getattr(self, "number", 0) + 1
-        height, width = image.shape[:2]
+        number, (height, width) = self.images + self.frames, image.shape[:2]
         for name, output in outputs.items():
-            self.results[name].add({"id": self.number, **about, "height": height, "width": width}, output)
+            self.results[name].add({"id": number, **about, "height": height, "width": width}, output)
 
     def _report(self, files: int, written: list[str]) -> None:
         done = []
