@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import torch
 from detectron2.data import Metadata
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Instances, pairwise_iou
 from detectron2.utils.visualizer import Visualizer
 from pycocotools import mask as rle
 
