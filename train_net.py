@@ -38,15 +38,14 @@ from hourglass.commands import (
 from hourglass.compat import init_process_group
 from hourglass.data.opening import load_test, open_test
 from hourglass.launch import DEMO, build, load_config, one_line, refuse
+from hourglass.overrides import is_override
 from hourglass.reduction.selection import RANDOM
 from hourglass.search.goal import Goal
 from hourglass.training import check_training, train
 
-
-def is_override(word: str) -> bool:
-    """Whether a word that follows an option's own is an override of the config: it has a dot before its "="."""
-    key, mark, _ = word.partition("=")
-    return bool(mark) and "." in key and "/" not in key
+# Task -> the options that it does not take.
+COMPARING = ("eval_only", "calibrate", "search", "control", "only", "by_class", "resume")
+ALONE = {"waterfall": COMPARING, "predict": (*COMPARING, "waterfall", "images", "agreement")}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -107,18 +106,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--images have no labels: they are for --eval-only, --waterfall, --calibrate and --search")
     if args.calibrate + args.eval_only + (args.search is not None) > 1:
         parser.error("one of --eval-only, --calibrate and --search at a time: the first takes what the others write")
-    if args.waterfall:
-        others = ("eval_only", "calibrate", "search", "control", "only", "by_class", "resume")
+    for task, others in ALONE.items():
         given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]
-        if given:
-            parser.error(f"--waterfall is a task of its own, without {' and '.join(given)}")
+        if getattr(args, task) and given:
+            parser.error(f"--{task} is a task of its own, without {' and '.join(given)}")
     if args.predict is None and (args.output or args.compare):
         parser.error("--output and --compare are for --predict")
     if args.predict is not None:
-        others = ("eval_only", "calibrate", "search", "waterfall", "images", "agreement", "control", "only", "resume")
-        given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]
-        if given:
-            parser.error(f"--predict is a task of its own, without {' and '.join(given)}")
         overrides = [word for word in args.predict if is_override(word) and not os.path.exists(word)]
         args.overrides += overrides
         args.predict = [word for word in args.predict if word not in overrides]
