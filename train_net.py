@@ -4,6 +4,8 @@ Compare a model with itself on fewer tokens, or train it.
 
     python train_net.py --eval-only                                   the embedded demo
     python train_net.py --eval-only --config-file configs/vitdet/mask_rcnn_b.py plan.start=4
+    python train_net.py --waterfall --config-file configs/demo/vitdet.py     part by part, what makes it faster
+    python train_net.py --predict photo.jpg holiday.mp4 --config-file my_config.py --compare
     python train_net.py --calibrate --config-file configs/nuclei/vitdet.py search.images=16
     python train_net.py --config-file configs/demo/vitdet.py train.output_dir=output/demo
 """
@@ -23,19 +25,38 @@ from detectron2.utils.env import seed_all_rng
 from torch.multiprocessing import ProcessExitedException
 
 from hourglass.checkpoint import load_checkpoint
-from hourglass.commands import Options, run_calibration, run_comparison, run_search, take_folder, warn
+from hourglass.commands import (
+    Options,
+    predict,
+    run_calibration,
+    run_comparison,
+    run_search,
+    run_waterfall,
+    take_folder,
+    warn,
+)
 from hourglass.compat import init_process_group
 from hourglass.data.opening import load_test, open_test
 from hourglass.launch import DEMO, build, load_config, one_line, refuse
+from hourglass.overrides import is_override
 from hourglass.reduction.selection import RANDOM
 from hourglass.search.goal import Goal
 from hourglass.training import check_training, train
+
+# Task -> the options that it does not take.
+COMPARING = ("eval_only", "calibrate", "search", "control", "only", "by_class", "resume")
+ALONE = {"waterfall": COMPARING, "predict": (*COMPARING, "waterfall", "images", "agreement")}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default=str(DEMO), help="a LazyConfig; without one, the demo's")
     parser.add_argument("--eval-only", action="store_true", help="compare the models, do not train")
+    parser.add_argument(
+        "--waterfall",
+        action="store_true",
+        help="compare fast attention, bfloat16, torch.compile and the plan, each alone and all together",
+    )
     parser.add_argument("--calibrate", action="store_true", help="fit what the plan's restoring leaves out")
     parser.add_argument(
         "--search",
@@ -44,6 +65,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="find the fastest plan that keeps a share of AP, PQ or mIoU (keep=0.99), or the one that keeps most at a "
         "speed (speed=2, over fast attention); labels=none does not look at labels",
     )
+    parser.add_argument(
+        "--predict",
+        nargs="+",
+        metavar="PATH",
+        help="draw what the expedited model finds in images, videos and folders of them, and write it as JSON",
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="of --predict; by default in train.output_dir")
+    parser.add_argument("--compare", action="store_true", help="--predict: beside what the unmodified model finds")
+    parser.add_argument("--score", type=float, default=0.5, help="--predict: draw instances of at least this (0.5)")
     parser.add_argument(
         "--control",
         action="store_true",
@@ -72,10 +102,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--only runs one of the models, without --control")
     if args.only and args.agreement:
         parser.error("--only runs one of the models: --agreement takes two")
-    if args.images and not (args.eval_only or args.calibrate or args.search):
-        parser.error("--images have no labels: they are for --eval-only, --calibrate and --search")
+    if args.images and not (args.eval_only or args.calibrate or args.search or args.waterfall):
+        parser.error("--images have no labels: they are for --eval-only, --waterfall, --calibrate and --search")
     if args.calibrate + args.eval_only + (args.search is not None) > 1:
         parser.error("one of --eval-only, --calibrate and --search at a time: the first takes what the others write")
+    for task, others in ALONE.items():
+        given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]
+        if getattr(args, task) and given:
+            parser.error(f"--{task} is a task of its own, without {' and '.join(given)}")
+    if args.predict is None and (args.output or args.compare):
+        parser.error("--output and --compare are for --predict")
+    if args.predict is not None:
+        overrides = [word for word in args.predict if is_override(word) and not os.path.exists(word)]
+        args.overrides += overrides
+        args.predict = [word for word in args.predict if word not in overrides]
     if args.search is not None:
         # What has a dot in its name is an override of the config that came after the goal.
         args.overrides += [word for word in args.search if "." in word.partition("=")[0]]
@@ -86,11 +126,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     goal = None if args.search is None else Goal.parse(args.search)
     cfg = load_config(args.config_file, args.overrides)
+    if args.predict is not None:
+        sys.exit(predict(cfg, paths=args.predict, output=args.output, compare=args.compare, score=args.score))
     if args.images:
         take_folder(cfg, args.images)
     if args.calibrate:
         cfg.plan.calibration = None  # it is made anew
-    elif not args.eval_only and goal is None:
+    elif not (args.eval_only or args.waterfall) and goal is None:
         check_training(cfg)
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         init_process_group(cfg.train.device)
@@ -103,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
         load_checkpoint(model, cfg.train.init_checkpoint, cfg.train.allow_partial_checkpoint)
     agreement = args.agreement or bool(args.images and not args.only)
     options = Options(agreement, args.control, args.only, args.by_class, args.resume, journal=args.eval_only)
-    if args.eval_only or args.calibrate or goal is not None:
+    if args.eval_only or args.waterfall or args.calibrate or goal is not None:
         if not cfg.train.init_checkpoint:
             warn("train.init_checkpoint is empty, the weights are random")
         if getattr(plan.reducer, "selectors", None) == RANDOM:
@@ -112,6 +154,8 @@ def main(args: argparse.Namespace) -> None:
             run_search(cfg, model.eval(), goal, args.config_file, args.overrides)
         elif args.calibrate:
             run_calibration(cfg, model.eval(), plan)
+        elif args.waterfall:
+            run_waterfall(cfg, model.eval(), plan, agreement)
         else:
             run_comparison(cfg, model.eval(), plan, options)
         return

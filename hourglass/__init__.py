@@ -1,5 +1,7 @@
 """Large vision transformers for detection and segmentation, their middle blocks on fewer tokens."""
 
+from typing import TYPE_CHECKING, Any
+
 from hourglass import (
     compat,  # noqa: F401  (first: it mends Detectron2 0.6 before anything imports it)
     config,
@@ -22,6 +24,9 @@ from hourglass.reduction import (
 )
 from hourglass.version import __version__
 
+if TYPE_CHECKING:
+    from hourglass.predictor import Predictor
+
 __all__ = [
     "AveragePooling",
     "BipartiteMatching",
@@ -32,6 +37,7 @@ __all__ = [
     "InputError",
     "LinearBlocks",
     "Plan",
+    "Predictor",
     "Reducer",
     "Reduction",
     "SkipBlocks",
@@ -44,3 +50,11 @@ __all__ = [
     "expedite",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Predictor":  # imported when it is asked for: it takes what reads and evaluates data sets
+        from hourglass.predictor import Predictor
+
+        return Predictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 from torch import nn
 
@@ -30,7 +31,7 @@ from hourglass.data.unlabelled import register_folder
 from hourglass.encoders import Plan, expedite, find_encoder
 from hourglass.encoders.calibration import Calibration
 from hourglass.errors import InputError
-from hourglass.evaluation import Subject, compare, to_json, to_text, write_report
+from hourglass.evaluation import Subject, compare, to_json, to_text, waterfall, write_report
 from hourglass.evaluation.agreement import recording
 from hourglass.evaluation.environment import describe_environment
 from hourglass.evaluation.journal import (
@@ -53,6 +54,8 @@ from hourglass.search.run import Found, Images, Search
 
 # Images of a search, where search.images says nothing.
 SEARCH_IMAGES = 128
+# Batches in which a second size of images is looked for, before a compiled model is timed.
+TRIED = 16
 
 
 class Options(NamedTuple):
@@ -120,6 +123,82 @@ def run_comparison(cfg: DictConfig, model: nn.Module, plan: Plan, options: Optio
     if journal is not None:
         journal.remove()
     return document
+
+
+def run_waterfall(cfg: DictConfig, model: nn.Module, plan: Plan, with_agreement: bool = False) -> dict[str, Any]:
+    """
+    Run the model with each part of what makes it faster, and with all of them, and report.
+
+    Returns:
+        the content of ``waterfall.json``.
+
+    Raises:
+        InputError: for several processes, and for a type that all models are to run in.
+    """
+    if comm.get_world_size() > 1:
+        raise InputError("--waterfall is of one process: it times models in turn")
+    if cfg.evaluation.dtype != "float32":
+        raise InputError(
+            f"--waterfall has bfloat16 in rows of its own: with it evaluation.dtype takes 'float32', got "
+            f"{cfg.evaluation.dtype!r}"
+        )
+    records = open_test(cfg, model, cfg.evaluation.max_images)
+    rows = waterfall.steps(plan)
+    views = [row.view(model) for row in rows]
+    trials = waterfall.attempt(rows, views, _of_two_sizes(cfg, model, records), cfg.train.device)
+    subjects = {}
+    for row, view, trial in zip(rows, views, trials):
+        if trial.problem:
+            warn(f"{row.name} cannot run here: {trial.problem}")
+            continue
+        evaluator = build_evaluator(cfg, row.name)
+        subjects[row.name] = row.subject(view, recording(members(evaluator)) if with_agreement else evaluator)
+    images = load_test(cfg, model, records)
+    what = f"{len(subjects)} models in turn"
+    comparison = compare(subjects, images, device=cfg.train.device, warmup=cfg.evaluation.warmup, what=what)
+    assert comparison is not None  # there is one process
+    dataset = str(cfg.dataloader.test.dataset.names)
+    document = waterfall.to_json(rows, trials, comparison, plan, dataset=dataset, device=cfg.train.device)
+    print(f"\n{waterfall.to_text(document)}\n")
+    for line in document["warnings"]:
+        warn(line)
+    waterfall.write_waterfall(document, cfg.train.output_dir)
+    print(f"written to {os.path.join(cfg.train.output_dir, 'waterfall.json')}, .csv and .md", flush=True)
+    return document
+
+
+def _of_two_sizes(cfg: DictConfig, model: nn.Module, records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The first batch and, of the next ones, one of another size: torch compiles anew for the second size it sees."""
+    few = records[: TRIED * cfg.evaluation.batch_size]
+    found: list[list[dict[str, Any]]] = []
+    for batch in load_test(cfg, model, few):
+        sizes = [[each["image"].shape for each in known] for known in found]
+        if [each["image"].shape for each in batch] not in sizes:
+            found.append(batch)
+        if len(found) == 2:
+            break
+    return found
+
+
+def predict(cfg: DictConfig, **asked: Any) -> int:
+    """
+    Draw and write what the expedited model finds in images and videos.
+
+    Args:
+        cfg: of the model.
+        asked: see :class:`hourglass.prediction.run.Asked`.
+
+    Returns:
+        the command's exit code.
+    """
+    try:
+        from hourglass.prediction.run import Asked, run_prediction  # matplotlib is for this alone
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise InputError("--predict draws with matplotlib, which is missing: pip install matplotlib") from error
+    seed_all_rng(cfg.train.seed)
+    return run_prediction(cfg, Asked(**asked))
 
 
 def take_folder(cfg: DictConfig, folder: str) -> None:

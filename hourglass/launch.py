@@ -64,6 +64,7 @@ def check_options(train: DictConfig, evaluation: DictConfig, search: DictConfig)
         train[key] = os.path.expanduser(train[key])
     check_folder("train.output_dir", train.output_dir)
     check_count("evaluation.warmup", evaluation.warmup, 0)
+    check_count("evaluation.batch_size", evaluation.batch_size, 1)
     if evaluation.max_images is not None:
         check_count("evaluation.max_images", evaluation.max_images, 1)
     if search.images is not None:

@@ -46,6 +46,12 @@ def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
             _drop_foreign_arguments(OmegaConf.select(cfg, key.removesuffix("._target_")))
 
 
+def is_override(word: str) -> bool:
+    """Whether a word that follows an option's own, such as a path, is an override: it has a dot before its "="."""
+    key, mark, _ = word.partition("=")
+    return bool(mark) and "." in key and _KEY.fullmatch(key) is not None
+
+
 def _drop_foreign_arguments(node: DictConfig) -> None:
     """What the config gave to another target goes, where the new one does not take it."""
     known = _arguments(node._target_)

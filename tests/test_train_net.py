@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_the_demo(tmp_path, capsys):
     """The shipped weights, on a few images: the table, the document, and a control that falls behind."""
     run("--eval-only", "--control", f"train.output_dir={tmp_path}", "evaluation.max_images=4", "evaluation.warmup=0")
     content = read(tmp_path)
-    assert content["schema"] == 3 and content["dataset"] == "hourglass_demo_val" and content["images"] == 4
+    assert content["schema"] == 4 and content["dataset"] == "hourglass_demo_val" and content["images"] == 4
     assert list(content["models"]) == ["unmodified", "fast attention", "expedited", "control", "linear control"]
     fast = content["models"]["fast attention"]
     unmodified, expedited, control = (content["models"][name] for name in ("unmodified", "expedited", "control"))
@@ -209,6 +210,41 @@ def test_a_folder_of_images_without_labels(tmp_path, capsys):
     (tmp_path / "torn" / "1.jpg").write_bytes(b"no image")
     for path, message in (("none", "which is none"), ("empty", "without one"), ("torn", "1.jpg cannot be read")):
         assert message in refusal(capsys, *few, "--images", str(tmp_path / path))
+
+
+def test_a_waterfall(tmp_path, monkeypatch, capsys):
+    """Every part alone and all together, in a table, as JSON, CSV and Markdown."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    few = ["evaluation.max_images=3", "evaluation.batch_size=2", f"train.output_dir={tmp_path}"]
+    run("--waterfall", *UNTRAINED, *few)
+    content = json.loads((tmp_path / "waterfall.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    assert len(rows) == 9 and content["images"] == 3 and content["batch_size"] == 2
+    assert not any(row["problem"] for row in rows.values())
+    assert rows["compiled"]["accuracy"] == rows["unmodified"]["accuracy"]
+    assert rows["plan"]["plan"] and rows["plan"]["speedup"]["total"]["ratio"] > 0
+    assert rows["bfloat16"]["dtype"] == "bfloat16" and rows["bfloat16"]["images_per_second"] > 0
+    printed = capsys.readouterr().out
+    assert "3 images in batches of 2" in printed and "all: plan, bfloat16, compiled" in printed
+    assert len((tmp_path / "waterfall.csv").read_text().splitlines()) == 10
+    assert "| plan, bfloat16" in (tmp_path / "waterfall.md").read_text()
+    line = refusal(capsys, "--waterfall", *UNTRAINED, *few, "evaluation.dtype=bfloat16")
+    assert "--waterfall has bfloat16 in rows of its own" in line
+    with pytest.raises(SystemExit):
+        train_net.parse(["--waterfall", "--eval-only", "--only", "expedited"])
+    assert "--waterfall is a task of its own, without --eval-only and --only" in capsys.readouterr().err
+
+
+def test_batches_have_the_figures_of_one_image_at_a_time(tmp_path):
+    """To the last digit, with the demo's weights; of five images, so that the last batch is ragged."""
+    found = {}
+    for size in (1, 2, 5):
+        sized = [f"train.output_dir={tmp_path / str(size)}", f"evaluation.batch_size={size}", "evaluation.warmup=0"]
+        run("--eval-only", "--only", "expedited", "dataloader.test.num_workers=0", *sized)
+        found[size] = read(tmp_path / str(size))
+        assert found[size]["images"] == 5 and found[size]["batch_size"] == size
+    figures = [content["models"]["expedited"]["accuracy"] for content in found.values()]
+    assert figures[0]["segm"]["AP"] > 20 and figures[0] == figures[1] == figures[2]
 
 
 def test_one_task_at_a_time(capsys):

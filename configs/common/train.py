@@ -32,6 +32,8 @@ search = dict(
 evaluation = dict(
     # Only the first so many images of the data set; null: all.
     max_images=None,
+    # Images that a model is given at a time; times are then those of a batch.
+    batch_size=1,
     # Untimed runs of each model before the first timed one.
     warmup=3,
     # "float32" or "bfloat16": the precision of both models, by autocast.

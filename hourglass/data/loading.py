@@ -3,7 +3,7 @@
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,30 @@ class ReadableMapper:
         if self.square and inputs is not None and "image" in inputs:
             check_square(tuple(inputs["image"].shape[-2:]), self.square, path)
         return inputs
+
+
+class _BatchMapper:
+    """A mapper of the records of a batch."""
+
+    def __init__(self, mapper: ReadableMapper):
+        self.mapper = mapper
+
+    def __call__(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [self.mapper(record) for record in records]
+
+
+class Batches:
+    """The batches of a loader that gives them as its elements, one at a time."""
+
+    def __init__(self, loader: Any):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        for (batch,) in self.loader:
+            yield batch
 
 
 def check_square(size: tuple[int, int], square: int, path: str | None) -> None:
@@ -140,13 +164,17 @@ def load_records(
     return records
 
 
-def load_images(node: DictConfig, records: list[dict[str, Any]], scaling: str = "full", square: int = 0) -> Any:
+def load_images(
+    node: DictConfig, records: list[dict[str, Any]], scaling: str = "full", square: int = 0, batch_size: int = 1
+) -> Any:
     """
     The loader of ``node``, as in :func:`build_loader`, for these records alone; empty where there are none.
 
     Args:
         node, records: as :func:`load_records` takes and gives them.
         scaling, square: as for :class:`ReadableMapper`.
+        batch_size: over 1, of a loader that gives images one by one: it gives batches of so many consecutive records,
+            the same ones however many processes share them. The last one may have fewer.
 
     Raises:
         InputError: for arguments that the loader does not take.
@@ -156,8 +184,13 @@ def load_images(node: DictConfig, records: list[dict[str, Any]], scaling: str = 
         return []
     arguments = {str(key): instantiate(node[key]) for key in node if key not in ("_target_", "dataset", "mapper")}
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
+    mapper = ReadableMapper(instantiate(node.mapper), scaling, square)
     try:
-        return target(dataset=records, mapper=ReadableMapper(instantiate(node.mapper), scaling, square), **arguments)
+        if batch_size > 1:
+            # Detectron2 0.6's loader takes no batch size: a batch is one of its data set's elements.
+            batches = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
+            return Batches(target(dataset=batches, mapper=_BatchMapper(mapper), **arguments))
+        return target(dataset=records, mapper=mapper, **arguments)
     except (AssertionError, TypeError) as error:  # an argument that it does not take
         reason = str(error).strip().split("\n")[0]
         name = node.dataset.get("names", "")

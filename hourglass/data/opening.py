@@ -71,8 +71,12 @@ def open_test(cfg: DictConfig, model: nn.Module, max_images: int | None = None) 
 
 
 def load_test(cfg: DictConfig, model: nn.Module, records: list[dict[str, Any]]) -> Any:
-    """The loader of the images of these records, all or some of those that :func:`open_test` gave."""
-    return load_images(cfg.dataloader.test, records, _scaling(cfg), square_side(model))
+    """
+    The loader of the images of these records, all or some of those that :func:`open_test` gave, in batches of
+    ``cfg.evaluation.batch_size``.
+    """
+    size = cfg.evaluation.get("batch_size", 1) if "evaluation" in cfg else 1
+    return load_images(cfg.dataloader.test, records, _scaling(cfg), square_side(model), size)
 
 
 def open_search(cfg: DictConfig, model: nn.Module) -> Any:
@@ -211,7 +215,7 @@ def _check_batches(node: DictConfig) -> None:
     size = node.get("batch_size", 1)
     if size != 1:
         raise InputError(
-            f"dataloader.test.batch_size takes 1: models are compared on one image at a time, got {size!r}"
+            f"dataloader.test.batch_size takes 1: evaluation.batch_size says how many images a batch has, got {size!r}"
         )
     node.pop("batch_size", None)  # Detectron2 0.6 does not take it
 

@@ -1,9 +1,10 @@
-"""Comparing models of the same weights on one data set: accuracy, latency and cost, image by image in turn."""
+"""Comparing models of the same weights on one data set: accuracy, latency and cost, batch by batch in turn."""
 
 import contextlib
 import inspect
 import io
 import logging
+import math
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -22,7 +23,9 @@ from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
+from hourglass.compat import size_divisibility
 from hourglass.contexts import evaluating
+from hourglass.data.opening import square_side
 from hourglass.errors import InputError
 from hourglass.evaluation.agreement import OutputRecorder, agreement
 from hourglass.evaluation.cost import PeakMemory, count_gflops
@@ -52,11 +55,16 @@ class Subject(NamedTuple):
         model: takes and returns Detectron2's dictionaries.
         encoder: the part of it that is timed and counted.
         evaluator: of its outputs; several of them as Detectron2's `DatasetEvaluators`.
+        dtype: that it runs in, by autocast if not float32; None: that of the comparison.
+        compiled: whether the encoder is; its operations are then not counted, and of no model what is in the encoder
+            is timed: hooks there would be the compiled one's too.
     """
 
     model: nn.Module
     encoder: nn.Module
     evaluator: DatasetEvaluator
+    dtype: torch.dtype | None = None
+    compiled: bool = False
 
 
 class Measurement(NamedTuple):
@@ -67,9 +75,9 @@ class Measurement(NamedTuple):
         accuracy: task -> metric -> figure, from the evaluator; nan where there is none.
         samples: "task.metric" -> (samples,), the figure on samples of the images, the same ones for each model; the
             first sample is the images themselves. Of evaluators that can be resampled.
-        runs: part of a :class:`Run` -> (images,).
-        encoder_gflops: of the first image.
-        peak_memory_mb: over all images; nan where the system does not tell.
+        runs: part of a :class:`Run` -> (batches,).
+        encoder_gflops: of an image, in the first batch; nan for an encoder that is compiled.
+        peak_memory_mb: over all batches; nan where the system does not tell.
         classes: "task.metric" -> class -> (samples,) as `samples`; of evaluators that cannot be resampled the figure of
             the images alone.
         warnings: what is to be said of the model's figures, a line each.
@@ -82,6 +90,22 @@ class Measurement(NamedTuple):
     peak_memory_mb: float
     classes: dict[str, dict[str, np.ndarray]] = {}
     warnings: tuple[str, ...] = ()
+
+    @property
+    def batch_size(self) -> int:
+        """The images of the largest batch; the last one may have fewer."""
+        return int(self.runs["images"].max())
+
+    @property
+    def timed(self) -> dict[str, np.ndarray]:
+        """The runs on batches of that size, which times are told of."""
+        whole = self.runs["images"] == self.batch_size
+        return {part: values[whole] for part, values in self.runs.items()}
+
+    @property
+    def images_per_second(self) -> float:
+        """Of batches of that size, from the median of the whole model's time."""
+        return float(1000 * self.batch_size / np.median(self.timed["total"]))
 
 
 class Comparison(NamedTuple):
@@ -102,7 +126,7 @@ class Comparison(NamedTuple):
     def speedup(self, name: str, part: str) -> Interval:
         """How many times faster than the first model ``name`` runs ``part``, "encoder" or "total"."""
         first = next(iter(self.models.values()))
-        return ratio_of_medians(first.runs[part], self.models[name].runs[part])
+        return ratio_of_medians(first.timed[part], self.models[name].timed[part])
 
     def retention(self, name: str) -> dict[str, Interval]:
         """
@@ -152,7 +176,7 @@ class Comparison(NamedTuple):
 
     def efficiency(self, name: str) -> float:
         """Share of the encoder's time that is not reducing and restoring: 1 is the limit for its number of tokens."""
-        runs = self.models[name].runs
+        runs = self.models[name].timed
         return float(np.median(runs["encoder"] - runs["reduction"]) / np.median(runs["encoder"]))
 
 
@@ -166,27 +190,28 @@ def compare(
     journal: Journal | None = None,
 ) -> Comparison | None:
     """
-    Run every model on every image, in turn and in alternating order, evaluate the outputs and time the runs. The images
+    Run every model on every batch, in turn and in alternating order, evaluate the outputs and time the runs. The images
     that ran are those that are evaluated, whatever else the evaluators' annotations have.
 
     Every process of a distributed job calls this with its share of the images.
 
     Args:
         subjects: name -> model, the one to be compared with first.
-        images: Detectron2's input dictionaries, one image at a time; has a length.
+        images: batches of Detectron2's input dictionaries; has a length. Some may have fewer images than others.
         device: "cuda" or "cpu".
         dtype: float32, or another type for autocast.
-        warmup: untimed runs of each model on the first image.
+        warmup: untimed runs of each model on the first batch.
         what: text before the progress bar; None: the names of the models.
-        journal: what was finished before, without which `images` are, and where images go as they are finished; of
+        journal: what was finished before, without which `images` are, and where batches go as they are finished; of
             evaluators that :func:`~hourglass.evaluation.journal.can_dump`. None: an interruption loses everything.
 
     Returns:
         the comparison; None in all but the main process.
 
     Raises:
-        InputError: for batches of several images, for images without an id, with one that ran already or that the
-            annotations lack, and for an evaluator that takes other images than those that ran.
+        InputError: for images without an id, with one that ran already or that the annotations lack, for a model that
+            gives fewer outputs than it is given images, and for an evaluator that takes other images than those that
+            ran.
         KeyboardInterrupt: with what the journal keeps.
     """
     names = list(subjects)
@@ -196,7 +221,7 @@ def compare(
             logger.warning("%s: %s", name, line)
     with contextlib.nullcontext() if journal is None else journal:
         shares = comm.all_gather(_run(subjects, images, device, dtype, warmup, what, journal))
-        image_ids = [image_id for finished, _ in shares for image_id in finished]
+        image_ids = [image_id for finished, _ in shares for batch in finished for image_id in batch.image_ids]
         repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
         if repeated:
             raise InputError(f"an image is compared once, got {repeated[0]!r} in more than one process")
@@ -207,8 +232,9 @@ def compare(
     if not comm.is_main_process():
         return None
     measurements = {}
+    padding = _describe_padding([batch for finished, _ in shares for batch in finished])
     for name in names:
-        every = [measured[name] for finished, _ in shares for measured in finished.values()]
+        every = [batch.models[name] for finished, _ in shares for batch in finished]
         runs = {part: np.array([getattr(each.run, part) for each in every]) for part in Run._fields}
         samples, classes = resampled[name]
         model, evaluator = subjects[name].model, subjects[name].evaluator
@@ -222,8 +248,9 @@ def compare(
             classes=classes,
             warnings=(
                 *broken[name],
-                *find_faults(model, members(evaluator), runs["finite"], in_list),
+                *find_faults(model, members(evaluator), runs["finite"], in_list, runs["images"].max()),
                 *describe_gaps(accuracy[name], classes),
+                *padding,
             ),
         )
     limits = [getattr(member, "max_detections", None) for member in members(subjects[names[0]].evaluator)]
@@ -238,6 +265,14 @@ class _Finished(NamedTuple):
     peak_memory_mb: float
 
 
+class _Batch(NamedTuple):
+    """A batch that all models have run on: how many of its images were padded further than they are alone."""
+
+    image_ids: list[Any]
+    models: dict[str, _Finished]
+    padded: int = 0
+
+
 def _run(
     subjects: dict[str, Subject],
     images: Collection[list[dict]],
@@ -246,12 +281,12 @@ def _run(
     warmup: int,
     what: str | None,
     journal: Journal | None,
-) -> tuple[dict[Any, dict[str, _Finished]], dict[str, float]]:
+) -> tuple[list[_Batch], dict[str, float]]:
     """
-    Run the models on this process's images.
+    Run the models on this process's batches.
 
     Returns:
-        image id -> name -> what was measured; name -> GFLOPs of the encoder on the first of the images.
+        what was measured; name -> GFLOPs of the encoder on an image of the first batch.
     """
     clock, memory = Clock(device), PeakMemory(device)
     names = list(subjects)
@@ -259,42 +294,92 @@ def _run(
     for subject in subjects.values():
         subject.evaluator.reset()
     known = _annotated_images(subjects[names[0]].evaluator)
-    # What this process has finished: image id -> name -> its measurements.
-    finished, gflops = ({}, {}) if journal is None else _read(journal, subjects)
+    finished, gflops = ([], {}) if journal is None else _read(journal, subjects)
+    done = {image_id for batch in finished for image_id in batch.image_ids}
+    dtypes = {name: subject.dtype or dtype for name, subject in subjects.items()}
+    reduced = next((each for each in dtypes.values() if each != torch.float32), torch.float32)
     with contextlib.ExitStack() as stack:
         for subject in subjects.values():
             stack.enter_context(evaluating(subject.model))
         stack.enter_context(torch.no_grad())
-        watches = {name: Stopwatch(subject.model, subject.encoder, clock) for name, subject in subjects.items()}
+        inside = not any(subject.compiled for subject in subjects.values())
+        watches = {name: Stopwatch(subject.model, subject.encoder, clock, inside) for name, subject in subjects.items()}
         for watch in watches.values():
             stack.callback(watch.close)
-        # One context for all runs: what it casts of the weights is kept while it lasts, for each model alike.
-        stack.enter_context(torch.autocast(device, dtype, enabled=dtype != torch.float32))
+        # One context around all runs: what it casts of the weights is kept while it lasts, for each model alike.
+        stack.enter_context(torch.autocast(device, reduced, enabled=reduced != torch.float32))
+
+        def run(name: str, inputs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Run]:
+            with torch.autocast(device, reduced, enabled=dtypes[name] != torch.float32):
+                return watches[name].run(inputs)
+
         warm = False
         bar = tqdm(images, desc=what, unit="image", disable=not comm.is_main_process(), initial=len(finished))
         bar.total = len(images) + len(finished)
         for inputs in bar:
-            image_id = _check_image(inputs, known, finished)
+            if len(inputs) > 1:
+                bar.unit = "batch"
+            image_ids = _check_images(inputs, known, done)
             for name in [] if warm else names * warmup:
-                watches[name].run(inputs)
+                run(name, inputs)
             warm = True
-            measured = {}
+            measured: dict[str, _Finished] = {}
+            dumps: dict[str, list[list[Any]]] = {}
             # In alternating order, wherever an interruption left it.
             for name in names if len(finished) % 2 == 0 else reversed(names):
                 memory.reset()
-                outputs, run = watches[name].run(inputs)
-                measured[name] = _Finished(run, memory.read())
-                subjects[name].evaluator.process(inputs, outputs)
+                outputs, its_run = run(name, inputs)
+                measured[name] = _Finished(its_run, memory.read())
+                if len(outputs) != len(inputs):
+                    raise InputError(f"{name} gave {len(outputs)} outputs of a batch of {len(inputs)} images")
+                dumps[name] = []
+                # One at a time: Detectron2's own evaluator tells what it kept of the last one.
+                for image_id, *pair in zip(image_ids, inputs, outputs):
+                    subjects[name].evaluator.process(*([each] for each in pair))
+                    if journal is not None:
+                        dumps[name].append([dump(each, image_id) for each in members(subjects[name].evaluator)])
             if not finished:
                 for name, subject in subjects.items():
                     watches[name].close()
-                    with torch.autocast(device, enabled=False):
-                        gflops[name] = count_gflops(subject.encoder, watches[name].encoder_input)
-                    watches[name] = Stopwatch(subject.model, subject.encoder, clock)
-            finished[image_id] = measured
+                    if subject.compiled:
+                        gflops[name] = float("nan")
+                    else:
+                        with torch.autocast(device, enabled=False):
+                            gflops[name] = count_gflops(subject.encoder, watches[name].encoder_input) / len(inputs)
+                    watches[name] = Stopwatch(subject.model, subject.encoder, clock, inside)
+            padded = _count_padded(subjects[names[0]].model, inputs)
+            finished.append(_Batch(image_ids, measured, padded))
+            done.update(image_ids)
             if journal is not None:
-                _write(journal, subjects, image_id, measured, gflops if len(finished) == 1 else {})
+                _write(journal, finished[-1], dumps, gflops if len(finished) == 1 else {})
     return finished, gflops
+
+
+def _count_padded(model: nn.Module, inputs: list[dict[str, Any]]) -> int:
+    """How many of a batch's images are padded further than they are alone."""
+    if len(inputs) == 1 or square_side(model):
+        return 0
+    backbone = getattr(model, "backbone", None)
+    # What a model pads to by itself comes before its backbone's, as in Mask2Former.
+    multiple = getattr(model, "size_divisibility", 0) or (size_divisibility(backbone) if backbone is not None else 0)
+    sizes = [
+        tuple(math.ceil(side / max(1, multiple)) for side in each["image"].shape[-2:])
+        for each in inputs
+        if "image" in each
+    ]
+    largest = tuple(map(max, zip(*sizes)))
+    return sum(size != largest for size in sizes)
+
+
+def _describe_padding(batches: list[_Batch]) -> list[str]:
+    padded = sum(batch.padded for batch in batches)
+    if not padded:
+        return []
+    total = sum(len(batch.image_ids) for batch in batches)
+    return [
+        f"{padded} of {total} images were padded to the size of a larger one in their batch, what is found in them may "
+        "differ from evaluation.batch_size=1"
+    ]
 
 
 def _annotated_images(evaluator: DatasetEvaluator) -> set[Any] | None:
@@ -303,45 +388,43 @@ def _annotated_images(evaluator: DatasetEvaluator) -> set[Any] | None:
     return set.intersection(*sets) if sets else None
 
 
-def _check_image(inputs: list[dict[str, Any]], known: set[Any] | None, finished: Collection[Any]) -> Any:
-    """The id of the one image."""
-    if len(inputs) != 1:
-        raise InputError(f"models are compared on one image at a time, got a batch of {len(inputs)}")
-    if "image_id" not in inputs[0]:
-        raise InputError(f"an image to be compared has an 'image_id', got {sorted(inputs[0])}")
-    image_id = inputs[0]["image_id"]
-    if image_id in finished:
-        raise InputError(f"an image is compared once, got {image_id!r} again: ids of images must be unique")
-    if known is not None and image_id not in known:
-        raise InputError(f"image {image_id!r} is not among the {len(known)} images of the evaluator's annotations")
-    return image_id
+def _check_images(inputs: list[dict[str, Any]], known: set[Any] | None, done: Collection[Any]) -> list[Any]:
+    """The ids of a batch's images."""
+    image_ids: list[Any] = []
+    for each in inputs:
+        if "image_id" not in each:
+            raise InputError(f"an image to be compared has an 'image_id', got {sorted(each)}")
+        image_id = each["image_id"]
+        if image_id in done or image_id in image_ids:
+            raise InputError(f"an image is compared once, got {image_id!r} again: ids of images must be unique")
+        if known is not None and image_id not in known:
+            raise InputError(f"image {image_id!r} is not among the {len(known)} images of the evaluator's annotations")
+        image_ids.append(image_id)
+    return image_ids
 
 
-def _write(
-    journal: Journal, subjects: dict[str, Subject], image_id: Any, measured: dict[str, _Finished], gflops: dict
-) -> None:
+def _write(journal: Journal, batch: _Batch, dumps: dict[str, list[list[Any]]], gflops: dict[str, float]) -> None:
+    """One record, so that an interruption leaves batches whole; ``dumps``: name -> image -> evaluator -> its own."""
     models = {
-        name: {
-            "run": measured[name].run,
-            "peak_memory_mb": measured[name].peak_memory_mb,
-            "evaluators": [dump(member, image_id) for member in members(subject.evaluator)],
-        }
-        for name, subject in subjects.items()
+        name: {"run": finished.run, "peak_memory_mb": finished.peak_memory_mb, "evaluators": dumps[name]}
+        for name, finished in batch.models.items()
     }
-    journal.append({"image_id": image_id, "models": models, "gflops": gflops})
+    journal.append({"image_ids": batch.image_ids, "models": models, "gflops": gflops, "padded": batch.padded})
 
 
-def _read(journal: Journal, subjects: dict[str, Subject]) -> tuple[dict[Any, dict[str, _Finished]], dict[str, float]]:
+def _read(journal: Journal, subjects: dict[str, Subject]) -> tuple[list[_Batch], dict[str, float]]:
     """What :func:`_write` wrote, restored to the evaluators."""
-    finished, gflops = {}, {}
+    finished, gflops = [], {}
     for record in journal.records():
         gflops.update(record["gflops"])
-        finished[record["image_id"]] = {
+        models = {
             name: _Finished(Run(*model["run"]), model["peak_memory_mb"]) for name, model in record["models"].items()
         }
+        finished.append(_Batch(record["image_ids"], models, record["padded"]))
         for name, subject in subjects.items():
-            for member, kept in zip(members(subject.evaluator), record["models"][name]["evaluators"]):
-                restore(member, record["image_id"], kept)
+            for image_id, image in zip(record["image_ids"], record["models"][name]["evaluators"]):
+                for member, kept in zip(members(subject.evaluator), image):
+                    restore(member, image_id, kept)
     return finished, gflops
 
 

@@ -17,7 +17,11 @@ LIMITS = ("test_topk_per_image", "detections_per_image", "max_detections_per_ima
 
 
 def find_faults(
-    model: nn.Module, evaluators: Sequence[DatasetEvaluator], finite: np.ndarray, in_list: bool = True
+    model: nn.Module,
+    evaluators: Sequence[DatasetEvaluator],
+    finite: np.ndarray,
+    in_list: bool = True,
+    batch_size: int = 1,
 ) -> list[str]:
     """
     What evaluation has shown.
@@ -25,8 +29,9 @@ def find_faults(
     Args:
         model: what was evaluated.
         evaluators: of its outputs, after evaluation in the main process.
-        finite: (images,) whether the output of the model's encoder was.
+        finite: (batches,) whether the output of the model's encoder was.
         in_list: whether the config has the evaluators in a list, for the overrides that are named.
+        batch_size: of the batches.
 
     Returns:
         a line for each fault.
@@ -34,7 +39,8 @@ def find_faults(
     lines = []
     broken = int(np.sum(np.asarray(finite) == 0))
     if broken:
-        lines.append(f"the encoder's output is not finite in {broken} of {len(finite)} images")
+        units = "images" if batch_size == 1 else "batches"
+        lines.append(f"the encoder's output is not finite in {broken} of {len(finite)} {units}")
     for i, evaluator in enumerate(evaluators):
         option = f"dataloader.evaluator.{i}" if in_list else "dataloader.evaluator"
         if not getattr(evaluator, "_do_evaluation", True):  # COCO's test sets have none

@@ -2,7 +2,7 @@
 What a comparison has finished, image by image, on disk: one that was killed goes on from there.
 
     FOLDER/journal/DIGEST/settings.json       what determines the figures; DIGEST is of it
-    FOLDER/journal/DIGEST/R_of_N.msgpack      of process R of N: a record an image, appended when all models have run
+    FOLDER/journal/DIGEST/R_of_N.msgpack      of process R of N: a record a batch, appended when all models have run
 
 A record is its length and its checksum (CRC-32), four bytes each, and MessagePack, which keeps every bit of a float and
 takes a tenth of JSON's time. Whatever follows the last whole record is dropped.
@@ -42,7 +42,7 @@ _logger = logging.getLogger(__name__)
 
 class Journal:
     """
-    The records of the images that all models have run on, as this process appends them.
+    The records of the batches that all models have run on, as this process appends them.
 
     Every process of a distributed job opens it, with the same arguments.
 
@@ -63,13 +63,14 @@ class Journal:
             if resume and not self._folder.exists():
                 _logger.warning("nothing to resume, starting anew: %s", self._why_anew())
             if not resume and self._folder.exists():
-                finished = sum(1 for path in self._folder.glob("*.msgpack") for _ in read_records(path))
+                paths = self._folder.glob("*.msgpack")
+                finished = sum(len(record["image_ids"]) for path in paths for record, _ in read_records(path))
                 _logger.warning("starting anew, %d finished images are dropped: --resume would go on", finished)
                 shutil.rmtree(self._folder)
         comm.synchronize()
         mine, length = set(), 0
         for record, end in self._scan():
-            mine.add(record["image_id"])
+            mine.update(record["image_ids"])
             length = end
         self._length = length
         #: The ids of the images that are finished, by any process.
@@ -102,7 +103,7 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """
         Args:
-            record: with "image_id"; as MessagePack has it.
+            record: with "image_ids"; as MessagePack has it.
 
         Raises:
             InputError: where the file cannot be written, such as on a full disk.
@@ -118,7 +119,7 @@ class Journal:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise InputError(f"{self._path} cannot be written ({error.strerror}); {self.describe()}") from error
-        self.done.add(record["image_id"])
+        self.done.update(record["image_ids"])
 
     def _open(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from hourglass.evaluation.figures import find_figure, label_of, reported, split_
 from hourglass.evaluation.resampling import interval_of_samples
 from hourglass.files import write_together
 
-SCHEMA = 3
+SCHEMA = 4
 # Parts of a run, in its order and at last the whole.
 PARTS = ("preprocessing", "encoder", "rest", "total")
 CSV_FIELDS = ("model", "figure", "class", "value", "low", "high")
@@ -30,8 +30,8 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
 
     Returns:
         the content of ``comparison.json``: figures in percent, also by class, and by how many points each class differs
-        from the first model's; latencies in ms, retention and efficiency as shares; retention, speed-up and differences
-        with 95 % intervals, None where a figure does not exist.
+        from the first model's; latencies in ms of a batch of "batch_size" images, retention and efficiency as shares;
+        retention, speed-up and differences with 95 % intervals, None where a figure does not exist.
     """
     models = comparison.models
     first = next(iter(models.values()))
@@ -40,7 +40,8 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "dataset": about["dataset"],
-        "images": len(first.runs["total"]),
+        "images": int(first.runs["images"].sum()),
+        "batch_size": first.batch_size,
         "max_detections": comparison.max_detections,
         "dtype": about["dtype"],
         "environment": describe_environment(about["device"]),
@@ -82,9 +83,9 @@ def _retention(comparison: Comparison, name: str) -> dict[str, dict[str, float]]
 
 
 def _model(measurement: Measurement, reduced: np.ndarray | None) -> dict[str, Any]:
-    """``reduced``: the tokens, image by image, that a plan reduces in this or another of the models."""
-    runs = measurement.runs
-    times = {**runs, "rest": runs["total"] - runs["preprocessing"] - runs["encoder"]}
+    """``reduced``: the tokens of an image, batch by batch, that a plan reduces in this or another of the models."""
+    runs, timed = measurement.runs, measurement.timed
+    times = {**timed, "rest": timed["total"] - timed["preprocessing"] - timed["encoder"]}
     full = runs["size"] if reduced is None else reduced
     middle = runs["middle"] if runs["full"].any() else full
     return {
@@ -97,6 +98,7 @@ def _model(measurement: Measurement, reduced: np.ndarray | None) -> dict[str, An
             for key, classes in measurement.classes.items()
         },
         "latency_ms": {part: spread(times[part]) for part in PARTS},
+        "images_per_second": measurement.images_per_second,
         "encoder_gflops": measurement.encoder_gflops,
         "tokens": {"full": float(np.median(full)), "middle": float(np.median(middle))},
         "peak_memory_mb": measurement.peak_memory_mb,
@@ -113,6 +115,8 @@ def without_nan(value: Any) -> Any:
     """The same with None in the place of nan, which JSON does not have."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -146,10 +150,11 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
         cells = [describe_interval(agreement[name][key]) if name in agreement else "" for name in models]
         row(f"agreement, {label_of(key)}", cells)
     speedups = {name: ratios["speedup"] for name, ratios in against.items() if "speedup" in ratios}
+    batch = "" if document["batch_size"] == 1 else f" of a batch of {document['batch_size']}"
     for part in PARTS:
         cells = [_latency(model["latency_ms"][part]) for model in models.values()]
         row(
-            f"{part} latency, ms (p10-p90)",
+            f"{part} latency{batch}, ms (p10-p90)",
             cells,
             {
                 name: "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**speedup[part])
@@ -157,15 +162,16 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
                 if part in speedup
             },
         )
+    row("images/s", [_number(model["images_per_second"], 2) for model in models.values()])
     gflops = {name: model["encoder_gflops"] for name, model in models.items()}
     ratios = {name: f"{gflops[name] / gflops['unmodified']:.2f}x" for name in speedups}
     row("encoder GFLOPs", [_number(value, 2) for value in gflops.values()], ratios)
     tokens = [f"{model['tokens']['middle']:.0f} of {model['tokens']['full']:.0f}" for model in models.values()]
     row("tokens in the middle", tokens)
-    row("peak memory, MB", [_number(model["peak_memory_mb"], 0) for model in models.values()])
+    row(f"peak memory{batch}, MB", [_number(model["peak_memory_mb"], 0) for model in models.values()])
     if "efficiency" in document:
         row("efficiency", [_percent(document["efficiency"]) if name == "expedited" else "" for name in models])
-    return _tabulate(rows, ["", *models, *(f"{name} / unmodified" for name in against)], tablefmt)
+    return tabulate_rows(rows, ["", *models, *(f"{name} / unmodified" for name in against)], tablefmt)
 
 
 def to_class_tables(document: dict[str, Any], tablefmt: str = "simple") -> str:
@@ -203,7 +209,7 @@ def to_class_tables(document: dict[str, Any], tablefmt: str = "simple") -> str:
         headers = [f"{label_of(key, document['max_detections'])} by class", *known]
         if differences is not None:
             headers.append(f"{other} - {next(iter(models))}")
-        tables.append(_tabulate([cells for _, cells in sorted(rows, key=lambda row: row[0])], headers, tablefmt))
+        tables.append(tabulate_rows([cells for _, cells in sorted(rows, key=lambda row: row[0])], headers, tablefmt))
     return "\n\n".join(tables)
 
 
@@ -238,7 +244,7 @@ def to_csv(document: dict[str, Any]) -> str:
         for part, times in model["latency_ms"].items():
             for statistic, value in times.items():
                 add(name, f"latency_ms.{part}.{statistic}", value)
-        for figure in ("encoder_gflops", "peak_memory_mb"):
+        for figure in ("images_per_second", "encoder_gflops", "peak_memory_mb"):
             add(name, figure, model[figure])
         for which, count in model["tokens"].items():
             add(name, f"tokens.{which}", count)
@@ -281,7 +287,8 @@ def _against(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: ratios for name, ratios in against.items() if ratios is not None}
 
 
-def _tabulate(rows: list[list[str]], headers: list[str], tablefmt: str) -> str:
+def tabulate_rows(rows: list[list[str]], headers: list[str], tablefmt: str) -> str:
+    """A table of text, its first column to the left and the others to the right."""
     return tabulate(
         rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
     )
@@ -306,7 +313,8 @@ def describe(document: dict[str, Any]) -> str:
         seen = plan["calibration"]
         planned += f", calibrated on {seen['images']} images of {seen['about']}"
     device = f"{environment['device']} ({environment['threads']} threads)"
-    return f"{document['dataset']}, {document['images']} images, {device}, {document['dtype']}; plan: {planned}"
+    images = f"{document['images']} images" + (f" in batches of {size}" if (size := document["batch_size"]) > 1 else "")
+    return f"{document['dataset']}, {images}, {device}, {document['dtype']}; plan: {planned}"
 
 
 def describe_machine(document: dict[str, Any]) -> str:

@@ -40,18 +40,19 @@ class Clock:
 
 class Run(NamedTuple):
     """
-    One run of a model on one image.
+    One run of a model on a batch of images.
 
     Attributes:
         total: milliseconds from the input dictionaries to the output.
         encoder: milliseconds in the encoder.
         reduction: of those, milliseconds in reducers and in restoring.
-        full: tokens that entered the reducers; 0 without a reducer. Of those that act in each block, the mean over
-            blocks of the tokens that they had to stand for.
+        full: tokens of an image that entered the reducers; 0 without a reducer. Of those that act in each block, the
+            mean over blocks of the tokens that they had to stand for.
         middle: tokens that left them, in the mean over blocks too.
-        size: tokens of the encoder's finest output.
+        size: tokens of an image in the encoder's finest output.
         preprocessing: milliseconds from the input dictionaries to the encoder's first start.
         finite: whether the encoder's output was.
+        images: of the batch.
     """
 
     total: float
@@ -59,9 +60,10 @@ class Run(NamedTuple):
     reduction: float
     full: float
     middle: float
-    size: int
+    size: float
     preprocessing: float = 0.0
     finite: bool = True
+    images: int = 1
 
     @property
     def rest(self) -> float:
@@ -77,9 +79,10 @@ class Stopwatch:
         model: what is run.
         encoder: the part of it that is timed.
         clock: of the model's device.
+        inside: also the encoder's reducers. Not where it, or another view of it, is compiled, which hooks would cut.
     """
 
-    def __init__(self, model: nn.Module, encoder: nn.Module, clock: Clock):
+    def __init__(self, model: nn.Module, encoder: nn.Module, clock: Clock, inside: bool = True):
         self._model = model
         self._clock = clock
         self._spans: dict[str, list] = {"encoder": [], "reduction": []}
@@ -96,7 +99,7 @@ class Stopwatch:
             encoder.register_forward_hook(self._encoder_stops),
         ]
         reducers: list[str] = []
-        for name, module in encoder.named_modules():
+        for name, module in encoder.named_modules() if inside else ():
             # A reducer may call others, whose time is in its own.
             if isinstance(module, Reducer) and not any(name.startswith(f"{outer}.") for outer in reducers):
                 reducers.append(name)
@@ -125,8 +128,9 @@ class Stopwatch:
         preprocessing = self._clock.between(mark, self._spans["encoder"][0][0]) if self._spans["encoder"] else 0.0
         finite = all(math.isfinite(total) for total in self._sums)
         full, middle = (sum(float(count) for count in counts) for counts in zip(*self._tokens or [(0, 0)]))
-        calls = max(1, len(self._tokens)) if self._each_block else 1
-        return outputs, Run(total, encoder, reduction, full / calls, middle / calls, self._size, preprocessing, finite)
+        calls = (max(1, len(self._tokens)) if self._each_block else 1) * len(inputs)
+        full, middle, size = full / calls, middle / calls, self._size / len(inputs)
+        return outputs, Run(total, encoder, reduction, full, middle, size, preprocessing, finite, len(inputs))
 
     def close(self) -> None:
         for handle in self._handles:

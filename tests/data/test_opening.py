@@ -216,12 +216,23 @@ class TestRecords:
         register(folder)
         cfg = config()
         cfg.dataloader.test.batch_size = 4
-        with pytest.raises(
-            InputError, match="dataloader.test.batch_size takes 1: models are compared on one image at a"
-        ):
+        with pytest.raises(InputError, match="dataloader.test.batch_size takes 1: evaluation.batch_size says how"):
             open_test(cfg, model_of(cfg))
         cfg.dataloader.test.batch_size = 1  # which Detectron2 0.6 does not take
         assert len(open_test(cfg, model_of(cfg))) == 2
+
+    @pytest.mark.parametrize("size, expected", [(1, [1, 1]), (2, [2]), (3, [2])])
+    def test_batches_of_the_comparison(self, folder, size, expected):
+        """Made of records, in their order, by any loader; the last one may have fewer."""
+        register(folder)
+        cfg = config()
+        cfg.evaluation = {"batch_size": size}
+        records = open_test(cfg, model_of(cfg))
+        loader = load_test(cfg, model_of(cfg), records)
+        batches = list(loader)
+        assert [len(batch) for batch in batches] == expected and len(loader) == len(expected)
+        assert [each["image_id"] for batch in batches for each in batch] == [each["image_id"] for each in records]
+        assert all(each["image"].shape[0] == 3 for batch in batches for each in batch)
 
     def test_an_argument_that_the_loader_does_not_take(self, folder):
         register(folder)

@@ -15,6 +15,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     RotatedCOCOEvaluator,
 )
+from detectron2.structures import ImageList
 from torch import nn
 
 from hourglass import InputError, Plan, SkipBlocks, TokenClustering, expedite
@@ -324,12 +325,100 @@ def test_a_memory_that_the_system_does_not_tell_has_no_figure(monkeypatch):
     assert ["peak memory, MB", "-", "-", "-"] in [line[:4] for line in rows(to_table(content, "github"))]
 
 
-def test_a_batch_of_several_images_is_refused():
+class Several(Detector):
+    """Gives an output for each image: the mean of its features."""
+
+    def forward(self, inputs):
+        (output,) = super().forward(inputs)
+        return [{"mean": feature.mean()} for feature in output["features"]["last_feat"]]
+
+
+def several() -> dict[str, Subject]:
     compared = subjects()
-    with pytest.raises(InputError, match="one image at a time, got a batch of 2"):
-        compare(compared, [images(1)[0] * 2])
+    for name, subject in compared.items():
+        model = Several(subject.encoder).eval()
+        compared[name] = Subject(model, model.encoder, Recorder())
+    return compared
+
+
+def in_batches(count: int, size: int) -> list[list[dict]]:
+    alone = [image for (image,) in images(count)]
+    return [alone[i : i + size] for i in range(0, count, size)]
+
+
+def test_batches_and_a_ragged_last_one():
+    compared = several()
+    comparison = compare(compared, in_batches(5, 2), warmup=0)
+    for name, measured in comparison.models.items():
+        assert compared[name].evaluator.seen == [0, 1, 2, 3, 4]
+        assert measured.runs["images"].tolist() == [2, 2, 1] and measured.batch_size == 2
+        # Times are those of whole batches, tokens and operations those of an image (tables are computed once a batch).
+        assert measured.timed["images"].tolist() == [2, 2] and measured.runs["size"].tolist() == [64, 64, 64]
+        assert measured.images_per_second == pytest.approx(2000 / np.median(measured.runs["total"][:2]))
+        assert measured.accuracy == {"bbox": {"AP": 5.0}}
+    assert comparison.models["expedited"].runs["middle"].tolist() == [20, 20, 20]
+    alone = compare(several(), in_batches(2, 1), warmup=0)
+    for name, measured in alone.models.items():
+        assert comparison.models[name].encoder_gflops == pytest.approx(measured.encoder_gflops, rel=0.01)
+    content = to_json(comparison, **ABOUT)
+    assert content["images"] == 5 and content["batch_size"] == 2
+    labels = [line[0] for line in rows(to_table(content, "github"))]
+    assert "total latency of a batch of 2, ms (p10-p90)" in labels and "peak memory of a batch of 2, MB" in labels
+    assert "scenes, 5 images in batches of 2, cpu" in describe(content)
+    assert comparison.warnings() == []
+
+
+def test_a_ragged_batch_alone_is_timed():
+    assert compare(several(), in_batches(3, 3), warmup=0).models["unmodified"].timed["images"].tolist() == [3]
+
+
+class Padding(Several):
+    """Pads as Detectron2's models do."""
+
+    def __init__(self, encoder, multiple):
+        super().__init__(encoder)
+        self.size_divisibility = multiple
+
+    def forward(self, inputs):
+        padded = ImageList.from_tensors([each["image"] for each in inputs], self.size_divisibility)
+        return super().forward([{"image": image} for image in padded.tensor])
+
+
+@pytest.mark.parametrize("multiple, count", [(8, 2), (32, 1), (64, 0)])
+def test_images_that_are_padded_further_than_alone_are_said(multiple, count):
+    inputs = [
+        [{"image": torch.randn(3, *size), "image_id": i} for i, size in enumerate([(64, 64), (32, 60), (40, 64)])],
+        [{"image": torch.randn(3, 48, 64), "image_id": 3}],
+    ]
+    model = Padding(tiny_vit(), multiple).eval()
+    comparison = compare({"unmodified": Subject(model, model.encoder, Recorder())}, inputs, warmup=0)
+    line = (
+        f"{count} of 4 images were padded to the size of a larger one in their batch, what is found in them may differ "
+        "from evaluation.batch_size=1"
+    )
+    assert comparison.warnings() == ([line] if count else [])
+
+
+def test_a_model_that_does_not_take_batches_is_refused():
+    compared = subjects()  # it gives one output whatever it is given
+    with pytest.raises(InputError, match="unmodified gave 1 outputs of a batch of 2 images"):
+        compare(compared, in_batches(2, 2))
     # Nothing stays behind on the models.
     assert not any(subject.encoder._forward_hooks for subject in compared.values())
+    with pytest.raises(InputError, match="an image is compared once, got 0 again"):
+        compare(several(), [in_batches(1, 1)[0] * 2])
+
+
+def test_a_subject_of_a_type_of_its_own():
+    compared = several()
+    seen = {}
+    for name, subject in compared.items():
+        compared[name] = subject._replace(dtype=torch.bfloat16 if name == "expedited" else None)
+        subject.model.register_forward_hook(
+            lambda *_, name=name: seen.__setitem__(name, torch.is_autocast_enabled("cpu"))
+        )
+    compare(compared, images(2), warmup=0)
+    assert seen == {"unmodified": False, "expedited": True, "control": False}
 
 
 def test_models_are_left_in_the_mode_that_they_were_in():
@@ -370,7 +459,9 @@ def test_the_documents_figures_by_hand():
         expedited=measurement(49.0, [5.0, 10.0, 15.0], reduction=1.0, tokens=(64, 20)),
         control=measurement(25.0, [1.0, 2.0, 3.0], tokens=(64, 0)),
     )
-    assert content["schema"] == 3 and content["images"] == 3 and content["plan"]["reducer"]["grid"] == [5, 4]
+    assert content["schema"] == 4 and content["images"] == 3 and content["batch_size"] == 1
+    assert content["models"]["unmodified"]["images_per_second"] == 1000 / 40
+    assert content["plan"]["reducer"]["grid"] == [5, 4]
     assert content["speedup"]["encoder"]["ratio"] == content["speedup"]["total"]["ratio"] == 2.0
     assert content["retention"]["bbox.AP"] == pytest.approx({"ratio": 0.98, "low": 0.98, "high": 0.98})
     assert content["retention"]["segm.AP"] == {"ratio": None, "low": None, "high": None}
@@ -506,6 +597,7 @@ def test_every_figure_of_the_document_is_in_the_csv(tmp_path):
         ("control", "latency_ms.rest.median", ""): ("3.75", "", ""),
         ("control", "tokens.middle", ""): ("64.0", "", ""),
         ("control", "peak_memory_mb", ""): ("100.0", "", ""),
+        ("control", "images_per_second", ""): ("100.0", "", ""),
     }
     for key, cells in expected.items():
         assert (figures[key]["value"], figures[key]["low"], figures[key]["high"]) == cells, key

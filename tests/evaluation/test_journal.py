@@ -61,7 +61,9 @@ class Finder(Detector):
 
     def forward(self, inputs):
         super().forward(inputs)
-        image_id = inputs[0]["image_id"]
+        return [self.find(each["image_id"]) for each in inputs]
+
+    def find(self, image_id: int) -> dict:
         self.ran.append(image_id)
         found = [each for each in DETECTIONS if each["image_id"] == image_id]
         shaken = np.random.default_rng((self.seed, image_id)).normal(0, 1.5, (len(found), 4))
@@ -70,7 +72,7 @@ class Finder(Detector):
         instances.pred_boxes = Boxes(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1))
         instances.scores = torch.tensor([each["score"] for each in found])
         instances.pred_classes = torch.tensor([each["category_id"] - 1 for each in found])
-        return [{"instances": instances}]
+        return {"instances": instances}
 
 
 def make_subjects(kind=InstanceEvaluator, **options) -> dict[str, Subject]:
@@ -83,16 +85,17 @@ def make_subjects(kind=InstanceEvaluator, **options) -> dict[str, Subject]:
     }
 
 
-def run(folder: Path, resume: bool = False, kind=InstanceEvaluator) -> tuple[dict, list[int]]:
+def run(folder: Path, resume: bool = False, kind=InstanceEvaluator, size: int = 1) -> tuple[dict, list[int]]:
     """The report, and the images that were run for it."""
     subjects = make_subjects(kind)
     kept = Journal(folder, {"weights": digest_weights(subject.model for subject in subjects.values())}, resume)
     images = [
-        [{"image": torch.full((3, 64, 64), i / IMAGES), "image_id": i, "height": 100, "width": 100}]
+        {"image": torch.full((3, 64, 64), i / IMAGES), "image_id": i, "height": 100, "width": 100}
         for i in range(1, IMAGES + 1)
         if i not in kept.done
     ]
-    comparison = compare(subjects, images, warmup=0, journal=kept)
+    batches = [images[i : i + size] for i in range(0, len(images), size)]
+    comparison = compare(subjects, batches, warmup=0, journal=kept)
     document = to_json(comparison, dataset=NAME, device="cpu", dtype="float32", plan=PLANS["expedited"].describe())
     write_report(document, folder)
     kept.remove()
@@ -237,7 +240,20 @@ def test_killed_again_and_again_it_comes_to_the_end(tmp_path, uninterrupted):
     assert ran == [5, 6] and figures(document) == uninterrupted
 
 
-def interrupted(folder: Path, finished: int) -> Path:
+@pytest.mark.parametrize("kind", [InstanceEvaluator, COCOEvaluator])
+def test_batches_go_on_whole(tmp_path, uninterrupted, kind):
+    """A batch is finished or not, the last one ragged: its figures are those of one image at a time."""
+    path = interrupted(tmp_path, 1, kind=kind, size=4)
+    assert [record["image_ids"] for record, _ in read_records(path)] == [[1, 2, 3, 4]]
+    document, ran = run(tmp_path, resume=True, kind=kind, size=4)
+    assert ran == [5, 6] and document["batch_size"] == 4 and document["images"] == 6
+    models = document["models"]
+    assert {name: model["accuracy"]["bbox"]["AP"] for name, model in models.items()} == {
+        name: uninterrupted[name][0]["bbox"]["AP"] for name in models
+    }
+
+
+def interrupted(folder: Path, finished: int, **options) -> Path:
     """The file of a run that was stopped after so many images."""
     with pytest.MonkeyPatch.context() as patch:
         appending, records = Journal.append, []
@@ -250,7 +266,7 @@ def interrupted(folder: Path, finished: int) -> Path:
 
         patch.setattr(Journal, "append", append)
         with pytest.raises(KeyboardInterrupt):
-            run(folder)
+            run(folder, **options)
     return next(folder.glob("journal/*/*.msgpack"))
 
 
@@ -312,7 +328,7 @@ def test_other_settings_start_anew_and_say_why(tmp_path, caplog):
     settings = {"weights": "a", "environment": {"threads": 2, "device": "cpu"}, "plans": {"expedited": {"start": 3}}}
     kept = Journal(tmp_path, settings, resume=False)
     with kept:
-        kept.append({"image_id": "first"})
+        kept.append({"image_ids": ["first"]})
     assert Journal(tmp_path, settings, resume=True).done == {"first"} and not caplog.text
     changed = {**settings, "environment": {"threads": 1, "device": "cpu"}, "plans": {"expedited": {"start": 4}}}
     assert not Journal(tmp_path, changed, resume=True).done
@@ -386,10 +402,10 @@ def test_several_evaluators_are_all_restored(tmp_path):
     kept = Journal(tmp_path, {}, resume=False)
     with kept:
         prediction = {"image_id": 1, "instances": [{"image_id": 1, "score": 0.1 + 0.2}]}
-        models = {"unmodified": {"run": [1.0] * 6, "peak_memory_mb": 1.0, "evaluators": [prediction, None]}}
-        kept.append({"image_id": 1, "models": models, "gflops": {"unmodified": 2.0}})
+        models = {"unmodified": {"run": [1.0] * 6, "peak_memory_mb": 1.0, "evaluators": [[prediction, None]]}}
+        kept.append({"image_ids": [1], "models": models, "gflops": {"unmodified": 2.0}, "padded": 0})
     from hourglass.evaluation.compare import _read
 
     finished, gflops = _read(Journal(tmp_path, {}, resume=True), both)
     assert one._predictions == [prediction] and two._predictions == [] and gflops == {"unmodified": 2.0}
-    assert finished[1]["unmodified"].run.total == 1.0
+    assert finished[0].image_ids == [1] and finished[0].models["unmodified"].run.total == 1.0

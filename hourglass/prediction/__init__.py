@@ -1,0 +1,1 @@
+"""Predictions on images and videos that are not a data set's: read, drawn and written."""

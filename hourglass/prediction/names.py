@@ -1,0 +1,73 @@
+"""The names and the ids of a model's classes, as far as its data set is known here."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from detectron2.data import Metadata
+
+from hourglass.errors import InputError
+
+
+class Names(NamedTuple):
+    """
+    Of classes by the model's number, from 0.
+
+    Attributes:
+        things, stuff: the names.
+        thing_ids, stuff_ids: the categories' ids in the data set.
+    """
+
+    things: Mapping[int, str]
+    stuff: Mapping[int, str]
+    thing_ids: Mapping[int, int]
+    stuff_ids: Mapping[int, int]
+
+    @classmethod
+    def of(cls, metadata: Metadata) -> "Names":
+        """Those that Detectron2's metadata have, or the data set's JSON where that has not been read yet."""
+        things, stuff = (_known(metadata, f"{kind}_classes") or [] for kind in ("thing", "stuff"))
+        ids = {kind: _known(metadata, f"{kind}_dataset_id_to_contiguous_id") or {} for kind in ("thing", "stuff")}
+        if not things and not stuff:
+            path = _known(metadata, "json_file")
+            if isinstance(path, str | os.PathLike) and os.path.isfile(path):
+                with open(path, encoding="utf-8") as file:
+                    categories = sorted(json.load(file).get("categories", []), key=lambda category: category["id"])
+                things = [category["name"] for category in categories]
+                ids["thing"] = {category["id"]: i for i, category in enumerate(categories)}
+        return cls(
+            dict(enumerate(things)),
+            dict(enumerate(stuff)),
+            {number: id for id, number in ids["thing"].items()},
+            {number: id for id, number in ids["stuff"].items()},
+        )
+
+    @property
+    def known(self) -> bool:
+        return bool(self.things or self.stuff)
+
+    def name(self, number: int, thing: bool = True) -> str:
+        """Of a class; its number where it has no name."""
+        return (self.things if thing else self.stuff).get(number, f"class {number}")
+
+    def category_id(self, number: int, thing: bool = True) -> int:
+        """The data set's id; where it is not known, that of categories that are counted from 1."""
+        return (self.thing_ids if thing else self.stuff_ids).get(number, number + 1)
+
+    def categories(self) -> list[dict[str, Any]]:
+        """As COCO's JSONs list them."""
+        found = {}
+        for thing, names in ((False, self.stuff), (True, self.things)):
+            for number, name in names.items():
+                id = self.category_id(number, thing)
+                # Panoptic data sets may count their things among the stuff too.
+                found[id] = {"id": id, "name": name, "isthing": int(thing)}
+        return [found[id] for id in sorted(found)]
+
+
+def _known(metadata: Metadata, key: str) -> Any:
+    try:
+        return metadata.get(key)
+    except (InputError, OSError):  # it is read from the data set, which is not there
+        return None

@@ -1,0 +1,179 @@
+"""A model of a LazyConfig, expedited, called on images as they are."""
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any, overload
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import convert_PIL_to_numpy
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from torch import nn
+
+from hourglass.checkpoint import load_checkpoint
+from hourglass.data.loading import check_square
+from hourglass.data.opening import square_side
+from hourglass.encoders import Plan, expedite
+from hourglass.errors import InputError
+from hourglass.launch import build
+from hourglass.reduction.selection import RANDOM
+
+logger = logging.getLogger(__name__)
+
+
+class Predictor:
+    """
+    Detectron2's ``DefaultPredictor`` for a LazyConfig, its model under the config's plan.
+
+        predictor = hourglass.Predictor(cfg)
+        output = predictor(cv2.imread("image.jpg"))
+        outputs = predictor([cv2.imread("image.jpg"), cv2.imread("other.jpg")])
+
+    The model is built and its weights are loaded as ``train_net.py`` does it; images are prepared as by the config's
+    mapper for tests: its ``augmentations`` and its ``image_format``.
+
+    Args:
+        cfg: a LazyConfig with ``model`` and ``dataloader.test.mapper``. Of what it may have besides, these are read:
+            ``plan`` (without it the model runs as the config builds it, expedited where that says so),
+            ``train.init_checkpoint``, ``train.allow_partial_checkpoint``, ``train.device`` ("cuda", "cpu" or "auto",
+            which is CUDA where there is one) and ``evaluation.dtype`` ("float32", or "bfloat16" by autocast).
+
+    Attributes:
+        model: the expedited model, in evaluation mode.
+        plan: that it runs under; None where the config has none.
+        metadata: Detectron2's, of the data set that the config is evaluated on.
+
+    Raises:
+        InputError: for a config without these nodes, a plan that the model cannot follow, a checkpoint that does not
+            fit, and a device that is not there.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        for key in ("model", "dataloader.test.mapper"):
+            if not isinstance(cfg, DictConfig) or not isinstance(OmegaConf.select(cfg, key), DictConfig):
+                raise InputError(f"Predictor takes a LazyConfig with {key}: configs/demo/vitdet.py is an example")
+        cfg = copy.deepcopy(cfg)
+        self.device = _device(OmegaConf.select(cfg, "train.device", default="auto"))
+        dtype = OmegaConf.select(cfg, "evaluation.dtype", default="float32")
+        if dtype not in ("float32", "bfloat16"):
+            raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {dtype!r}')
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.plan: Plan | None = build(cfg, "plan") if isinstance(cfg.get("plan"), DictConfig) else None
+        self._unmodified: nn.Module = build(cfg, "model").to(self.device)
+        # Refuses a plan that does not fit before the weights are read.
+        self.model = (self._unmodified if self.plan is None else expedite(self._unmodified, self.plan)).eval()
+        checkpoint = OmegaConf.select(cfg, "train.init_checkpoint", default="")
+        if checkpoint:
+            partial = OmegaConf.select(cfg, "train.allow_partial_checkpoint", default=False)
+            load_checkpoint(self._unmodified, checkpoint, partial)
+        else:
+            logger.warning("train.init_checkpoint is empty, the weights are random")
+        if getattr(getattr(self.plan, "reducer", None), "selectors", None) == RANDOM:
+            logger.warning('plan.reducer.selectors is "%s", what they select is random', RANDOM)
+        mapper = instantiate(cfg.dataloader.test.mapper)
+        if not hasattr(mapper, "augmentations") or not isinstance(getattr(mapper, "image_format", None), str):
+            raise InputError(
+                f"Predictor takes a mapper with augmentations and an image_format, as Detectron2's DatasetMapper has "
+                f"them, got {type(mapper).__name__} in dataloader.test.mapper"
+            )
+        augmentations = mapper.augmentations
+        listed = isinstance(augmentations, T.Augmentation)
+        self.augmentations = augmentations if listed else T.AugmentationList(augmentations)
+        self.image_format: str = mapper.image_format
+        self.metadata: Metadata = _metadata(OmegaConf.select(cfg, "dataloader.test.dataset.names"))
+        self._square = square_side(self._unmodified)
+
+    def unmodified(self) -> "Predictor":
+        """A predictor of the same weights, without the plan."""
+        other = copy.copy(self)
+        other.plan = Plan()
+        other.model = expedite(self._unmodified, other.plan).eval()
+        return other
+
+    @overload
+    def __call__(self, image: np.ndarray) -> dict[str, Any]: ...
+
+    @overload
+    def __call__(self, image: Sequence[np.ndarray]) -> list[dict[str, Any]]: ...
+
+    def __call__(self, image: np.ndarray | Sequence[np.ndarray]) -> dict[str, Any] | list[dict[str, Any]]:
+        """
+        Args:
+            image: (H, W, 3) uint8 in BGR, as OpenCV reads it; or a list of some, of any sizes, which the model runs as
+                one batch. It may pad the smaller ones of a batch further than it would alone.
+
+        Returns:
+            the model's output of the image, such as ``instances``, ``panoptic_seg`` and ``sem_seg`` at the image's
+            size; of a list, a list of them.
+
+        Raises:
+            InputError: for what is no such image, and one that is too large for the model's square.
+        """
+        if isinstance(image, np.ndarray):
+            return self.run([self.prepare(image)])[0]
+        if not isinstance(image, Sequence) or isinstance(image, str):
+            raise InputError(f"Predictor takes an image (H, W, 3) of uint8 or a list of them, got {_kind(image)}")
+        return self.run([self.prepare(each) for each in image])
+
+    def prepare(self, image: np.ndarray, name: str | None = None) -> dict[str, Any]:
+        """
+        What the model takes of an image.
+
+        Args:
+            image: (H, W, 3) uint8 in BGR.
+            name: of the image, for messages.
+
+        Returns:
+            ``image`` (C, H', W') uint8 in the config's format, and ``height`` and ``width`` of the output.
+        """
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(f"Predictor takes images (H, W, 3) of uint8 in BGR, got {_kind(image)}")
+        height, width = image.shape[:2]
+        if not height or not width:
+            raise InputError(f"Predictor takes images with at least one pixel, got one of {height} x {width}")
+        values = image
+        if self.image_format != "BGR":
+            rgb = np.ascontiguousarray(image[:, :, ::-1])
+            values = (
+                rgb if self.image_format == "RGB" else convert_PIL_to_numpy(Image.fromarray(rgb), self.image_format)
+            )
+        inputs = T.AugInput(values)
+        self.augmentations(inputs)
+        pixels = np.ascontiguousarray(inputs.image.transpose(2, 0, 1))
+        if self._square:
+            check_square(tuple(pixels.shape[-2:]), self._square, name or "of the predictor")
+        return {"image": torch.as_tensor(pixels), "height": height, "width": width}
+
+    def run(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The model's outputs of what :meth:`prepare` gave, as one batch."""
+        if not inputs:
+            return []
+        with torch.no_grad(), torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(inputs)
+
+
+def _device(name: Any) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cuda", "cpu"):
+        raise InputError(f'train.device takes "cuda", "cpu" or "auto", got {name!r}')
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
+    return name
+
+
+def _metadata(names: Any) -> Metadata:
+    if not isinstance(names, str) and names:
+        names = names[0]
+    return MetadataCatalog.get(names or "__unnamed__")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array {value.shape} of {value.dtype}"
+    return f"a {type(value).__name__}"

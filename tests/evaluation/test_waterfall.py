@@ -1,0 +1,122 @@
+"""The table of what makes a model faster."""
+
+import csv
+import json
+from functools import partial
+
+import pytest
+import torch
+
+from hourglass import InputError, Plan, TokenClustering
+from hourglass.evaluation import compare, waterfall
+from tests.evaluation.test_compare import Drawn, Several, in_batches, rows, tiny_vit
+
+PLAN = Plan(TokenClustering((5, 4)), 1)
+NAMES = [
+    "unmodified",
+    "fast attention",
+    "bfloat16",
+    "compiled",
+    "plan",
+    "fast attention, bfloat16",
+    "fast attention, bfloat16, compiled",
+    "plan, bfloat16",
+    "all: plan, bfloat16, compiled",
+]
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """What torch compiles with: graphs as they are, without a compiler of C++."""
+    calls: list = []
+
+    def count(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compiling, backend=count))
+    yield calls
+    torch._dynamo.reset()
+
+
+def made(plan: Plan = PLAN, steps=None):
+    torch.manual_seed(0)
+    model = Several(tiny_vit()).eval()
+    steps = waterfall.steps(plan) if steps is None else steps
+    views = [step.view(model) for step in steps]
+    batches = in_batches(4, 2)
+    trials = waterfall.attempt(steps, views, batches[:1], "cpu")
+    subjects = {
+        step.name: step.subject(view, Drawn([4.0, 2.0, 6.0, 8.0]))
+        for step, view, trial in zip(steps, views, trials)
+        if not trial.problem
+    }
+    comparison = compare(subjects, batches, warmup=1)
+    return waterfall.to_json(steps, trials, comparison, plan, dataset="scenes", device="cpu"), views, batches
+
+
+def test_each_part_alone_and_all_of_them_together(backend, tmp_path):
+    document, views, batches = made()
+    assert [row["name"] for row in document["rows"]] == NAMES
+    assert document["images"] == 4 and document["batch_size"] == 2
+    # Compiled once each, in the first runs: hooks that tell the time do not compile it anew.
+    assert len(backend) == 3
+    for row in document["rows"]:
+        assert row["problem"] is None and row["accuracy"] == {"bbox.AP": 5.0}
+        assert 0 < row["latency_ms"]["encoder"]["median"] < row["latency_ms"]["total"]["median"]
+        assert row["retention"]["bbox.AP"] == {"ratio": 1, "low": 1, "high": 1}
+    flags = {row["name"]: (row["attention"], row["dtype"], row["compiled"], row["plan"]) for row in document["rows"]}
+    assert flags["unmodified"] == ("plain", "float32", False, False)
+    assert flags["all: plan, bfloat16, compiled"] == ("fast", "bfloat16", True, True)
+    with torch.no_grad():
+        found = {name: view(batches[0])[0]["mean"] for name, view in zip(NAMES, views)}
+    torch.testing.assert_close(found["compiled"], found["unmodified"])
+    assert found["plan"] != found["unmodified"]
+
+    waterfall.write_waterfall(document, tmp_path)
+    assert json.loads((tmp_path / "waterfall.json").read_text()) == document
+    with open(tmp_path / "waterfall.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["name"] for line in lines] == NAMES
+    assert float(lines[4]["images_per_second"]) == document["rows"][4]["images_per_second"]
+    table = rows(waterfall.to_table(document, "github"))
+    assert [line[0] for line in table] == NAMES and table[0][1:3] == ["5.0", ""]
+    assert table[4][1:3] == ["5.0", "100.0 % (100.0-100.0)"]
+    assert "box AP (maxDets 7) kept" in (tmp_path / "waterfall.md").read_text()
+
+
+def test_what_cannot_run_is_a_row_that_says_so(monkeypatch, tmp_path):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here\nset CXX")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    document, *_ = made()
+    torch._dynamo.reset()
+    problems = {row["name"]: row["problem"] for row in document["rows"] if row["problem"]}
+    assert list(problems) == [name for name in NAMES if "compiled" in name]
+    assert all("RuntimeError: no compiler here" in problem for problem in problems.values())
+    table = rows(waterfall.to_table(document, "github"))
+    assert table[3][1] == "-" and table[3][-1].startswith("cannot run here: RuntimeError") and table[0][-1] == ""
+    waterfall.write_waterfall(document, tmp_path)
+    assert "no compiler here" in (tmp_path / "waterfall.csv").read_text()
+
+
+def test_a_plan_that_leaves_no_token_out_has_no_rows():
+    names = [step.name for step in waterfall.steps(Plan(attention="fast"))]
+    assert names == [name for name in NAMES if "plan" not in name]
+    assert "plan" in [step.name for step in waterfall.steps(Plan(keys=2))]
+
+
+def test_what_the_unmodified_model_or_the_images_are_to_blame_for_is_no_row():
+    model = Several(tiny_vit()).eval()
+    steps = waterfall.steps(PLAN)[:2]
+    with pytest.raises(KeyError):
+        waterfall.attempt(steps, [model, model], [[{"no image": 1}]], "cpu")
+
+    def refuse(*_):
+        raise InputError("an image that is too large")
+
+    model.register_forward_pre_hook(refuse)
+    with pytest.raises(InputError, match="too large"):
+        waterfall.attempt(steps[1:], [model], in_batches(2, 2), "cpu")
