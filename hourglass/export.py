@@ -236,6 +236,17 @@ def check_format(format: str, whole_model: bool = False, dynamic: bool = False) 
             raise InputError("--format aoti takes a C++ compiler, and finds none: install g++, or set CXX") from error
 
 
+def check_path(path: str | os.PathLike, format: str) -> None:
+    """
+    Raises:
+        InputError: for a file that has not the format's ending, or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != FORMATS[format]:
+        raise InputError(f"a file of {format} ends with {FORMATS[format]}, got {str(path)!r}")
+    check_folder("--output", path.parent)
+
+
 def export(program: Program, format: str, path: str | os.PathLike, images: Sequence[Tensor]) -> list[Difference]:
     """
     Write a program, load it in the format's own runtime and compare it with the eager model.
@@ -254,9 +265,7 @@ def export(program: Program, format: str, path: str | os.PathLike, images: Seque
             :data:`TOLERANCE`.
     """
     path = Path(path)
-    if path.suffix != FORMATS[format]:
-        raise InputError(f"a file of {format} ends with {FORMATS[format]}, got {str(path)!r}")
-    check_folder("--output", path.parent)
+    check_path(path, format)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name

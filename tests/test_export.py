@@ -7,13 +7,16 @@ each encoder.
 """
 
 import functools
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import hourglass
+import projects.demo
 from hourglass import (
     AveragePooling,
     BipartiteMatching,
@@ -22,6 +25,7 @@ from hourglass import (
     Plan,
     SkipBlocks,
     TokenClustering,
+    launch,
 )
 from hourglass import export as exporting
 from hourglass.export import FORMATS, check_format, encoder_program, export, image_sizes, resized
@@ -237,3 +241,66 @@ def test_a_file_ends_as_its_format_says(tmp_path):
     program = encoder_program(view("vit", "unmodified"), image(64, 64))
     with pytest.raises(InputError, match=r"a file of onnx ends with .onnx, got"):
         export(program, "onnx", tmp_path / "encoder.pt", [image(64, 64)])
+
+
+# Small enough for a test, as in tests/test_train_net.py.
+SMALL = [
+    "model.backbone.net.patch_size=32",
+    "model.backbone.net.window_size=8",
+    "model.proposal_generator.anchor_generator.strides=[32,64]",
+    "model.roi_heads.box_pooler.scales=[0.03125,0.015625]",
+    "model.proposal_generator.in_features=[p5,p6]",
+    "model.roi_heads.box_in_features=[p5,p6]",
+    "plan.reducer.grid=[5,5]",
+    "dataloader.test.num_workers=0",
+    "train.init_checkpoint=",
+]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """``tools/export.py``, in this process, with few images to draw."""
+    path = Path(__file__).parents[1] / "tools" / "export.py"
+    spec = importlib.util.spec_from_file_location("export_command", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(tmp_path_factory.mktemp("datasets")))
+        patch.setitem(projects.demo.DEMO_IMAGES, "val", 3)
+        patch.setattr(sys, "path", list(sys.path))
+        spec.loader.exec_module(module)
+
+        def run(*arguments: str) -> None:
+            with launch.one_line():
+                module.main(module.parse([*arguments, *SMALL]))
+
+        yield run
+
+
+@pytest.mark.parametrize("part", ["encoder", "model"])
+def test_the_command_exports_the_demo(part, command, tmp_path, capsys):
+    output = tmp_path / "new folder" / f"{part}.ts"
+    command("--format", "torchscript", "--output", str(output), *(["--model"] if part == "model" else []))
+    said = capsys.readouterr().out
+    assert f"exporting the {part} as torchscript for images of 512 x 512" in said
+    rows = [line.split("|") for line in said.splitlines() if "512 x 512 |" in line]
+    assert len(rows) == 3 and all(float(row[3]) <= 1e-3 for row in rows)
+    x = torch.zeros(1, 3, 512, 512) if part == "encoder" else torch.zeros(3, 512, 512, dtype=torch.uint8)
+    found = torch.jit.load(output)(x)
+    assert found["last_feat"].shape == (1, 128, 16, 16) if part == "encoder" else len(found) == 5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--format", "onnx", "--model"], "--model takes torchscript, got onnx"),
+        (["--format", "torchscript", "--size", "0", "64"], "--size takes height and width in pixels, got 0 64"),
+        (["--format", "torchscript", "evaluation.dtype=bfloat16"], "programs are exported in float32"),
+        (["--format", "torchscript", "--output", "encoder.pt"], "a file of torchscript ends with .ts"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, message, command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(*arguments)
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line

@@ -18,6 +18,7 @@ import hourglass  # first: it mends Detectron2 0.6
 
 # isort: split
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from hourglass.checkpoint import load_checkpoint
@@ -27,7 +28,9 @@ from hourglass.errors import InputError
 from hourglass.export import (
     FORMATS,
     TOLERANCE,
+    Program,
     check_format,
+    check_path,
     encoder_inputs,
     encoder_program,
     export,
@@ -36,7 +39,6 @@ from hourglass.export import (
     resized,
     to_table,
 )
-from hourglass.files import check_folder
 from hourglass.launch import DEMO, build, load_config, one_line
 
 IMAGES = 3
@@ -69,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"programs are exported in float32, got evaluation.dtype={cfg.evaluation.dtype}")
     part = "model" if args.model else "encoder"
     output = args.output or os.path.join(cfg.train.output_dir, part + FORMATS[args.format])
-    check_folder("--output", os.path.dirname(output) or ".")
+    check_path(output, args.format)
     plan = build(cfg, "plan")
     model = build(cfg, "model").to(cfg.train.device).eval()
     expedited = hourglass.expedite(model, plan).eval()
@@ -89,14 +91,14 @@ def main(args: argparse.Namespace) -> None:
     print(f"differences are shares of the output's scale, at most {TOLERANCE:g}; written to {output}", flush=True)
 
 
-def describe_size(program) -> str:
+def describe_size(program: Program) -> str:
     height, width = program.inputs[0].shape[-2:]
     if program.step is None:
         return f"images of {height} x {width}"
     return f"images whose height and width are multiples of {program.step}, from {2 * program.step}"
 
 
-def read_images(cfg, model: torch.nn.Module, whole_model: bool, size: list[int] | None) -> list[Tensor]:
+def read_images(cfg: DictConfig, model: torch.nn.Module, whole_model: bool, size: list[int] | None) -> list[Tensor]:
     """
     What the program is compared on, of one size: images of the config's test set, as the encoder or the whole model
     gets them; noise, with a warning, where there are none.
