@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hourglass.operators import needs_gradient
+from hourglass.operators import is_exporting, is_symbolic, needs_gradient
 
 # Scores of a chunk on CPUs: in float32 2 MiB, which a core's cache holds next to keys and values.
 CHUNK = 1 << 19
+# The same in an exported program, which has each chunk's steps one after the other: 8 MiB, of fewer steps.
+EXPORTED_CHUNK = CHUNK * 4
 
 
 def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def resize_table(table: Tensor, extent: int) -> Tensor:
         (2 * extent - 1, C)
     """
     rows = 2 * extent - 1
-    if table.shape[0] == rows:
+    if not is_symbolic(rows) and table.shape[0] == rows:  # to the same size, resizing is the identity
         return table
     return F.interpolate(table.T[None], size=rows, mode="linear", align_corners=False)[0].T
 
@@ -269,6 +271,8 @@ def attend_windows(
 
 
 def _in_chunks(*tensors: Tensor) -> bool:
+    if is_symbolic(*(size for tensor in tensors for size in tensor.shape)):
+        return False  # how many chunks is not known
     # A trace, by which operations are counted, has those of the formula on any device.
     return not needs_gradient(*tensors) and (tensors[0].device.type == "cpu" or torch.jit.is_tracing())
 
@@ -295,26 +299,45 @@ def _attend_in_chunks(
     """
     batch, heads, number, channels = v.shape
     length = q.shape[2]
-    chunk = CHUNK * 64 if torch.jit.is_tracing() else CHUNK  # a trace of fewer steps
-    out = q.new_empty(batch, length, heads, channels)
+    chunk = CHUNK
+    if torch.jit.is_tracing():
+        chunk = CHUNK * 64  # a trace of fewer steps
+    elif is_exporting():
+        chunk = EXPORTED_CHUNK
     queries = max(1, min(length, chunk // number))
     heads_at_once = max(1, min(heads, chunk // (queries * number)))
     images_at_once = max(1, min(batch, chunk // (heads_at_once * queries * number))) if heads_at_once == heads else 1
+
+    def attend_to(b: slice, n: slice, keys: Tensor, values: Tensor, i: slice) -> Tensor:
+        part = q[b, n, i]
+        shape = part.shape[:3]
+        part = part.reshape(-1, *part.shape[2:])
+        if start is None:
+            scores = torch.bmm(part, keys)
+        else:
+            scores = start(b, n, i).view(*part.shape[:2], number).baddbmm_(part, keys)
+        return torch.bmm(torch.softmax(scores, -1), values).view(*shape, channels)
+
+    # A program has no memory to write to: it joins what it has.
+    out = None if is_exporting() else q.new_empty(batch, length, heads, channels)
+    of_images = []
     for b in _slices(batch, images_at_once):
+        of_heads = []
         for n in _slices(heads, heads_at_once):
             keys = k[b, n].reshape(-1, number, k.shape[3]).transpose(1, 2)
             values = v[b, n].reshape(-1, number, channels)
+            of_queries = []
             for i in _slices(length, queries):
-                part = q[b, n, i]
-                shape = part.shape[:3]
-                part = part.reshape(-1, *part.shape[2:])
-                if start is None:
-                    scores = torch.bmm(part, keys)
+                mixed = attend_to(b, n, keys, values, i)
+                if out is None:
+                    of_queries.append(mixed)
                 else:
-                    scores = start(b, n, i).view(*part.shape[:2], number).baddbmm_(part, keys)
-                mixed = torch.bmm(torch.softmax(scores, -1), values)
-                out[b, i, n] = mixed.view(*shape, channels).transpose(1, 2)
-    return out.transpose(1, 2)
+                    out[b, i, n] = mixed.transpose(1, 2)
+            of_heads.append(of_queries)
+        of_images.append(of_heads)
+    if out is not None:
+        return out.transpose(1, 2)
+    return torch.cat([torch.cat([torch.cat(parts, dim=2) for parts in each], dim=1) for each in of_images])
 
 
 def _slices(length: int, step: int) -> list[slice]:
@@ -354,11 +377,11 @@ def _attend_folded(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """Torch's fused attention without a scale, for values (B, N, L, C) of fewer channels than queries and keys."""
     channels, wide = v.shape[-1], q.shape[-1]
-    aligned = -wide % 8
+    aligned = 0 if is_symbolic(wide) else -wide % 8
     if aligned:
         q, k = F.pad(q, (0, aligned)), F.pad(k, (0, aligned))
     # Flash attention takes values as wide as keys, up to 256; memory-efficient attention, which CUDA has too, any.
-    if not q.is_cuda or (q.dtype != torch.float32 and wide + aligned <= 256 and bias is None):
+    if (not q.is_cuda and not is_exporting()) or (q.dtype != torch.float32 and wide + aligned <= 256 and bias is None):
         v = F.pad(v, (0, wide + aligned - channels))
     return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)[..., :channels]
 

@@ -5,6 +5,7 @@ Importing this module mends what Detectron2 0.6 needs on current releases of Pil
 imported without its compiled extension. Where nothing is missing, nothing is changed.
 """
 
+import importlib
 import os
 import sys
 from types import ModuleType
@@ -87,6 +88,29 @@ def size_divisibility(encoder: nn.Module) -> int:
     """What an encoder's images are padded to multiples of; 0: nothing."""
     # On the main branch, SwinTransformer's own property reads an attribute that is spelt otherwise.
     return getattr(encoder, "size_divisibility", getattr(encoder, "_size_devisibility", 0))
+
+
+def tracing_adapter() -> type:
+    """Detectron2's ``TracingAdapter``. The 0.6 release's ``detectron2.export`` asks for Caffe2 first."""
+    import detectron2
+
+    try:
+        from detectron2.export import TracingAdapter
+
+        return TracingAdapter
+    except ImportError:
+        name = "detectron2.export"
+        package = ModuleType(name)
+        package.__path__ = [os.path.join(path, "export") for path in detectron2.__path__]
+        before = sys.modules.get(name)
+        sys.modules[name] = package
+        try:
+            return importlib.import_module(f"{name}.flatten").TracingAdapter
+        finally:  # who imports the package learns what it lacks
+            if before is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = before
 
 
 def init_process_group(device: str) -> None:

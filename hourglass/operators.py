@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ def operator(
     one step and does not look inside: the function may loop over and choose by sizes as it likes, without a graph
     break and without a new compilation for each size of image.
 
-    Operators have no backward pass. Where a gradient is asked for, and under ``torch.jit.trace``, by which
-    operations are counted, the function is run as it is.
+    Operators have no backward pass. Where a gradient is asked for, the function is run as it is; so it is under
+    ``torch.jit.trace``, by which operations are counted, and ``torch.export``, whose programs are to run without this
+    package.
 
     Args:
         arguments: as a schema of torch's, such as "Tensor tokens, int heads".
@@ -44,13 +46,30 @@ def operator(
 
         @functools.wraps(function)
         def call(*values) -> Tensor:
-            if needs_gradient(*values) or torch.jit.is_tracing():
+            if needs_gradient(*values) or torch.jit.is_tracing() or is_exporting():
                 return function(*values)
             return getattr(torch.ops.hourglass, name)(*values)
 
         return call
 
     return decorate
+
+
+def is_exporting() -> bool:
+    """
+    Whether ``torch.export`` is at work, for ONNX too: what it is shown is to be operators of torch's own, functional,
+    and few.
+    """
+    return getattr(torch.compiler, "is_exporting", _never)()  # new in torch 2.7
+
+
+def is_symbolic(*sizes: Any) -> bool:
+    """Whether one of the sizes is left open, as in a program for images of many sizes."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def _never() -> bool:
+    return False
 
 
 def needs_gradient(*values) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hourglass.checks import check_choice, check_count
 from hourglass.contexts import without_autocast
 from hourglass.errors import InputError
-from hourglass.operators import operator
+from hourglass.operators import is_exporting, is_symbolic, operator
 from hourglass.reduction.neighborhoods import PART, at_home, neighborhoods
 from hourglass.reduction.pooling import average_pool
 from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction
@@ -75,8 +75,8 @@ def _cluster(tokens: Tensor, h: int, w: int, iterations: int, neighborhood: int,
                     tiles, near.patches(blocks, part), near.patches(norms, part), near.reach(part), temperature
                 )
                 affinity = scores.softmax(-1) * near.real(part)
-                near.add_patches(sizes, affinity.sum(-2)[..., None], part)
-            near.add_patches(sums, affinity.transpose(-2, -1) @ tiles, part)
+                sizes = near.add_patches(sizes, affinity.sum(-2)[..., None], part)
+            sums = near.add_patches(sums, affinity.transpose(-2, -1) @ tiles, part)
         sizes = near.unblock(sizes)
         centers = torch.where(sizes > EMPTY, near.unblock(sums) / sizes.clamp(min=EMPTY), centers)
     return torch.cat([centers, sizes], dim=-1)
@@ -149,6 +149,9 @@ def gather_mixture(refined: Tensor, nearest: Tensor, shares: Tensor) -> Tensor:
     """
     batch, h, w, channels = refined.shape
     of_image = torch.arange(batch, device=refined.device)[:, None, None, None] * (h * w)
+    if is_exporting():  # ONNX has no such operator
+        rows = refined.reshape(-1, channels)[(nearest + of_image).flatten(0, 2)]
+        return (shares.to(refined.dtype).flatten(0, 2)[:, None] @ rows).view(*nearest.shape[:3], channels)
     mixed = F.embedding_bag(
         (nearest + of_image).flatten(0, 2),
         refined.reshape(-1, channels),
@@ -163,7 +166,8 @@ def _mix_all(tokens: Tensor, centers: Tensor, refined: Tensor, temperature: Tens
     tiles, patches, features = (x.flatten(1, 2)[:, None] for x in (tokens, centers, refined))
     norms = patches.square().sum(-1)[:, :, None]
     mixed = []
-    for part in tiles.split(max(1, PAIRS // (patches.shape[0] * patches.shape[2])), dim=2):
+    pairs = patches.shape[0] * patches.shape[2]
+    for part in [tiles] if is_symbolic(pairs, tiles.shape[2]) else tiles.split(max(1, PAIRS // pairs), dim=2):
         with torch.no_grad():
             scores = _products(part, patches, norms) * temperature
             shares = _shares(part, scores, temperature, k, weights)
@@ -230,11 +234,14 @@ def auto_temperature(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 @operator("Tensor tokens, SymInt h, SymInt w", lambda tokens, h, w: [tokens.shape[0], 1, 1, 1])
 def _auto_temperature(tokens: Tensor, h: int, w: int) -> Tensor:
     centers, size = average_pool(tokens, (h, w)), map_size(tokens)
-    rows = max(1, PART // (tokens.shape[0] * size[1] * tokens.shape[3])) if tokens.device.type == "cpu" else size[0]
-    total = tokens.new_zeros(len(tokens))
-    for first in range(0, size[0], rows):
-        part = tokens[:, first : first + rows]
-        total = total + (part - at_home(centers, size, slice(first, first + rows))).square().sum((1, 2, 3))
+    if tokens.device.type == "cpu" and not is_exporting():
+        rows = max(1, PART // (tokens.shape[0] * size[1] * tokens.shape[3]))
+        parts = [slice(first, first + rows) for first in range(0, size[0], rows)]
+    else:
+        parts = [slice(None)]
+    total = tokens.new_zeros(tokens.shape[0])
+    for part in parts:
+        total = total + (tokens[:, part] - at_home(centers, size, part)).square().sum((1, 2, 3))
     return AUTO_TEMPERATURE / (total / (size[0] * size[1])).clamp(min=1e-12)[:, None, None, None]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from hourglass.checks import check_choice, check_count
 from hourglass.contexts import without_autocast
 from hourglass.errors import InputError
-from hourglass.operators import operator
+from hourglass.operators import is_symbolic, operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
 from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction
 from hourglass.reduction.windows import grid_positions, map_size
@@ -42,8 +42,8 @@ def standardize(tokens: Tensor, spatial: float) -> Tensor:
 def _density_peaks(features: Tensor, n: int, k: int) -> Tensor:
     """:func:`density_peaks`, both results beside each other."""
     length = features.shape[1]
-    images = max(1, PAIRS // length**2)
-    return torch.cat([_peaks_of_images(part, int(n), k) for part in features.split(images)])
+    parts = [features] if is_symbolic(*features.shape) else features.split(max(1, PAIRS // length**2))
+    return torch.cat([_peaks_of_images(part, int(n), k) for part in parts])
 
 
 def density_peaks(features: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def _peaks_of_images(features: Tensor, n: int, k: int) -> Tensor:
     every = torch.arange(length, device=features.device).expand(batch, -1)
     if n == length:
         return torch.cat([every, every], dim=1)
-    rows = every[0].split(max(1, PAIRS // (batch * length)))
+    rows = [every[0]] if is_symbolic(batch, length) else every[0].split(max(1, PAIRS // (batch * length)))
     distances = [_squared_distances(features, features, rows[0])] if len(rows) == 1 else None
 
     def of(i: int) -> Tensor:

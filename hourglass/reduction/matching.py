@@ -10,7 +10,7 @@ from torch import Tensor
 from hourglass.checks import check_choice
 from hourglass.contexts import without_autocast
 from hourglass.errors import InputError
-from hourglass.operators import operator
+from hourglass.operators import is_symbolic, operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
 from hourglass.reduction.reducer import PAIRS, RESTORE, MergingReducer, Reduction
 
@@ -40,7 +40,8 @@ def _bipartite_matching(metric: Tensor, r: int, class_token: bool) -> Tensor:
         return torch.arange(length, device=metric.device).expand(batch, -1)
     metric = F.normalize(metric, dim=-1)
     a, b = metric[:, ::2], metric[:, 1::2].transpose(1, 2)
-    best = [(part @ b).max(dim=-1) for part in a.split(max(1, PAIRS // (batch * b.shape[2])), dim=1)]
+    parts = [a] if is_symbolic(batch, length) else a.split(max(1, PAIRS // (batch * b.shape[2])), dim=1)
+    best = [(part @ b).max(dim=-1) for part in parts]
     score, partner = (torch.cat(values, dim=1) for values in zip(*best))
     if class_token:
         score[:, 0] = -torch.inf

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hourglass.operators import is_exporting, is_symbolic
+
 # Numbers of a tensor that tiles are worked on in, on CPUs: 16 MiB of them stay in memory that the process has already.
 PART = 1 << 22
 
@@ -38,10 +40,17 @@ class _Axis(NamedTuple):
 def _axis(length: int, cells: int, radius: int, device: torch.device) -> _Axis:
     # Patches of two tiles' length hold the tile and radius cells on both sides where a tile has 2 * radius cells.
     tile = max(4, 2 * radius)
-    if cells <= 3 * tile:  # so few that meeting all is no more work
+    if cells <= 3 * tile or is_symbolic(length):  # so few that meeting all is no more work
         tile, tiles, blocks, before = cells, 1, 1, 0
     else:
         tiles, blocks, before = -(-cells // tile), 2, radius
+
+    if tiles == 1:
+        home = _home(length, cells, device)
+        gather = torch.arange(length, device=device)
+        reach = (torch.arange(cells, device=device) - home[:, None]).abs() <= radius
+        real = torch.ones(1, length, dtype=torch.bool, device=device)
+        return _Axis(cells, tile, tiles, blocks, before, [0, length], gather[None], gather, real, reach[None])
 
     # Token i is at home before cell c where i * cells < c * length.
     bounds = [min(length, -(-t * tile * length // cells)) for t in range(tiles + 1)]
@@ -100,7 +109,7 @@ class Neighborhoods:
     def parts(self, tokens: Tensor) -> list[slice]:
         """The rows of tiles in parts, for a map (B, H, W, C)."""
         rows, columns = self._rows, self._columns
-        if tokens.device.type != "cpu":
+        if tokens.device.type != "cpu" or is_exporting():
             return [slice(0, rows.tiles)]
         per_row = tokens.shape[0] * columns.tiles * max(self._reach.shape[1:]) * tokens.shape[3]
         step = max(1, PART // per_row)
@@ -159,24 +168,41 @@ class Neighborhoods:
         """The centres that each tile's tokens may meet, 0 beyond the grid: (B, T, m, C)."""
         rows, columns = self._rows, self._columns
         batch, channels, count = blocks.shape[0], blocks.shape[-1], part.stop - part.start
+        if rows.blocks == columns.blocks == 1:
+            return blocks.reshape(batch, 1, -1, channels)
+        if is_exporting():  # a program has no memory to write to
+            of_rows = [[self._block(blocks, part, i, j) for j in range(columns.blocks)] for i in range(rows.blocks)]
+            patches = torch.stack([torch.stack(of_row, dim=4) for of_row in of_rows], dim=3)
+            return patches.view(batch, count * columns.tiles, -1, channels)
         patches = blocks.new_empty(
             batch, count, columns.tiles, rows.blocks, rows.tile, columns.blocks, columns.tile, channels
         )
         for i in range(rows.blocks):
             for j in range(columns.blocks):
-                taken = blocks[:, part.start + i : part.stop + i, :, j : j + columns.tiles]
-                patches[:, :, :, i, :, j] = taken.transpose(2, 3)
+                patches[:, :, :, i, :, j] = self._block(blocks, part, i, j)
         return patches.view(batch, count * columns.tiles, -1, channels)
 
-    def add_patches(self, blocks: Tensor, patches: Tensor, part: slice) -> None:
-        """Add what tiles have for each centre (B, T, m, C) to the blocks, in place."""
+    def add_patches(self, blocks: Tensor, patches: Tensor, part: slice) -> Tensor:
+        """
+        The blocks and what tiles have for each centre (B, T, m, C), added up: in place, unless a program is exported.
+        """
         rows, columns = self._rows, self._columns
         batch, _, _, channels = patches.shape
         patches = patches.view(batch, -1, columns.tiles, rows.blocks, rows.tile, columns.blocks, columns.tile, channels)
         for i in range(rows.blocks):
             for j in range(columns.blocks):
-                taken = blocks[:, part.start + i : part.stop + i, :, j : j + columns.tiles]
-                taken += patches[:, :, :, i, :, j].transpose(2, 3)
+                more = patches[:, :, :, i, :, j].transpose(2, 3)
+                if is_exporting():
+                    around = (0, 0, 0, 0, j, columns.blocks - 1 - j, 0, 0, i, rows.blocks - 1 - i)
+                    blocks = blocks + F.pad(more, around)
+                else:
+                    taken = blocks[:, part.start + i : part.stop + i, :, j : j + columns.tiles]
+                    taken += more
+        return blocks
+
+    def _block(self, blocks: Tensor, part: slice, i: int, j: int) -> Tensor:
+        """Of each tile's patch, the block in row i and column j: (B, tiles of rows, tiles of columns, ...)."""
+        return blocks[:, part.start + i : part.stop + i, :, j : j + self._columns.tiles].transpose(2, 3)
 
 
 def _padded(axis: _Axis) -> int:
@@ -194,8 +220,14 @@ def at_home(centers: Tensor, size: tuple[int, int], part: slice = slice(None)) -
     return centers[:, rows[part]][:, :, columns]
 
 
-@lru_cache(maxsize=64)
 def neighborhoods(size: tuple[int, int], grid: tuple[int, int], radius: int, device: torch.device) -> Neighborhoods:
     """A :class:`Neighborhoods`, made once: it depends on sizes alone."""
+    if is_exporting():  # its tensors are the program's, and hold no values
+        return Neighborhoods(size, grid, radius, device)
+    return _neighborhoods(size, grid, radius, device)
+
+
+@lru_cache(maxsize=64)
+def _neighborhoods(size: tuple[int, int], grid: tuple[int, int], radius: int, device: torch.device) -> Neighborhoods:
     with torch.inference_mode(False), torch.no_grad():
         return Neighborhoods(size, grid, radius, device)

@@ -1,10 +1,11 @@
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hourglass.checks import check_choice
-from hourglass.operators import operator
+from hourglass.operators import is_exporting, operator
 from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction
 from hourglass.reduction.windows import map_size
 
@@ -16,7 +17,19 @@ def average_pool(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @operator("Tensor tokens, SymInt h, SymInt w", lambda tokens, h, w: [tokens.shape[0], h, w, tokens.shape[3]])
 def _average_pool(tokens: Tensor, h: int, w: int) -> Tensor:
+    if is_exporting():  # ONNX has no such operator
+        rows, columns = (_shares(length, cells, tokens) for length, cells in zip(tokens.shape[1:3], (h, w)))
+        pooled = rows @ tokens.flatten(2)  # (B, h, W * C)
+        return columns @ pooled.unflatten(2, (tokens.shape[2], tokens.shape[3]))
     return F.adaptive_avg_pool2d(tokens.permute(0, 3, 1, 2), (h, w)).permute(0, 2, 3, 1)
+
+
+def _shares(length: int, cells: int, like: Tensor) -> Tensor:
+    """(cells, length) what each cell's mean has of each token: as much of all from its first to its last."""
+    cell, token = torch.arange(cells, device=like.device)[:, None], torch.arange(length, device=like.device)
+    first, end = cell * length // cells, ((cell + 1) * length + cells - 1) // cells
+    inside = ((token >= first) & (token < end)).to(like.dtype)
+    return inside / (end - first)
 
 
 class AveragePooling(GridReducer):

@@ -94,8 +94,12 @@ def _in_map(positions: Tensor, rows: list[int], columns: list[int], window: int)
     """
     starts = []
     for axis in (rows, columns):
-        sides = torch.tensor([side for n, side in zip(axis[::2], axis[1::2]) for _ in range(n)])
-        starts.append((window * torch.arange(len(sides))).repeat_interleave(sides).to(positions.device))
+        first, of_strips = 0, []
+        for n, side in zip(axis[::2], axis[1::2]):
+            of_windows = window * (first + torch.arange(n, device=positions.device))
+            of_strips.append(of_windows[:, None].expand(-1, side).flatten())
+            first = first + n
+        starts.append(torch.cat(of_strips))
     return positions + torch.stack(torch.meshgrid(*starts, indexing="ij"), dim=-1)
 
 

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hourglass.operators import operator
+from hourglass.operators import is_exporting, operator
 
 
 def map_size(tokens: Tensor) -> tuple[int, int]:
-    """(H, W) of a map (B, H, W, C), as plain numbers under tracing too."""
+    """(H, W) of a map (B, H, W, C), as plain numbers under tracing too; an exported program may leave them open."""
+    if is_exporting():
+        return tokens.shape[1], tokens.shape[2]
     return int(tokens.shape[1]), int(tokens.shape[2])
 
 
@@ -82,6 +84,8 @@ def window_of(
     """
     if window is not None:
         return window, (window_size / window[0], window_size / window[1])
+    if size == full:
+        return (window_size, window_size), (1.0, 1.0)
     step = (full[0] / size[0], full[1] / size[1])
     rows, columns = (max(1, round(window_size / apart)) for apart in step)
     return (rows, columns), step

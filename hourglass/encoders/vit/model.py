@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from hourglass.attention import attend, read_table
+from hourglass.operators import is_symbolic
 from hourglass.reduction.windows import map_size, partition, unpartition
 
 
@@ -68,7 +69,8 @@ def absolute_positions(pos_embed: Tensor, has_cls_token: bool, size: tuple[int, 
     grid = pos_embed[:, 1:] if has_cls_token else pos_embed
     side = math.isqrt(grid.shape[1])
     grid = grid.reshape(1, side, side, -1)
-    if (side, side) != tuple(size):
+    # To the same size, which an open one may turn out to be, it is the identity.
+    if is_symbolic(*size) or (side, side) != tuple(size):
         grid = F.interpolate(grid.permute(0, 3, 1, 2), size=size, mode="bicubic", align_corners=False)
         grid = grid.permute(0, 2, 3, 1)
     return grid

@@ -244,7 +244,7 @@ class _Reach(NamedTuple):
 
 def _reach(size: tuple[int, int], full: tuple[int, int], window_size: int, window: tuple[int, int] | None) -> _Reach:
     if window_size == 0:
-        return _Reach(size, full, (full[0] / size[0], full[1] / size[1]))
+        return _Reach(size, full, (1.0, 1.0) if size == full else (full[0] / size[0], full[1] / size[1]))
     window, step = window_of(size, full, window_size, window)
     return _Reach(window, (window_size, window_size), step)
 

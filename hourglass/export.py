@@ -1,0 +1,510 @@
+"""
+Encoders and models as programs for other runtimes: written, loaded again in the format's own runtime, and compared with
+the eager model.
+
+Formats: TorchScript by tracing, ``torch.export``'s program, ONNX, and AOTInductor's package. Under export the operators
+of this package (:mod:`hourglass.operators`) are run as they are, so that a program is of torch's own operators, and
+loads without this package.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from hourglass.checks import check_choice
+from hourglass.compat import tracing_adapter
+from hourglass.contexts import evaluating
+from hourglass.encoders.contract import as_map
+from hourglass.encoders.hourglass import Hourglass
+from hourglass.encoders.registry import family_of, find_encoder
+from hourglass.encoders.sharing import unmodified
+from hourglass.errors import InputError, reason
+from hourglass.files import check_folder
+from hourglass.reduction.reducer import GridReducer, Reducer, SelectingReducer
+from hourglass.version import __version__
+
+#: Format -> what its files end with.
+FORMATS = {"torchscript": ".ts", "torch.export": ".pt2", "onnx": ".onnx", "aoti": ".pt2"}
+#: Largest difference from the eager model, as a share of the output's scale.
+TOLERANCE = 1e-3
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+# A protocol buffer holds 2 GB: weights of more go into a file beside it.
+LARGEST_PROTOBUF = 1_800_000_000
+# Timed runs of each image, by turns.
+RUNS = 3
+
+#: A program in its runtime: tensors -> the outputs, in the eager model's order.
+Runtime = Callable[..., list[Tensor]]
+
+
+@dataclass(eq=False)
+class Program:
+    """
+    What is exported.
+
+    Attributes:
+        module: tensors -> a dictionary or tuple of tensors.
+        inputs: an example of what it takes.
+        outputs: the names of what it returns.
+        step: what the image's height and width may be multiples of; None: the program is for the example's size.
+        about: what it is, as plain values: it is written into the file.
+    """
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    outputs: list[str]
+    step: int | None
+    about: dict[str, Any]
+
+    @cached_property
+    def captured(self) -> torch.export.ExportedProgram:
+        """The program as ``torch.export`` has it, which ONNX and AOTInductor start from."""
+        shapes = None
+        if self.step is not None:
+            rows, columns = (torch.export.Dim(name, min=2) for name in ("rows", "columns"))
+            shapes = ({2: self.step * rows, 3: self.step * columns},)
+        with evaluating(self.module), torch.no_grad():
+            return torch.export.export(self.module, self.inputs, dynamic_shapes=shapes, strict=False)
+
+
+class Difference(NamedTuple):
+    """
+    An exported program beside the eager model, on one image.
+
+    Attributes:
+        size: (height, width) of the image.
+        largest: difference of any output, as a share of that output's largest value. Infinite where shapes differ or
+            values are not finite.
+        eager, exported: milliseconds, the median of some runs.
+    """
+
+    size: tuple[int, int]
+    largest: float
+    eager: float
+    exported: float
+
+
+class _Encoder(nn.Module):
+    """An encoder, (B, C, height, width) -> its maps by name."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return _by_name(self.encoder(image))
+
+
+def _by_name(outputs: Any) -> dict[str, Tensor]:
+    if isinstance(outputs, Mapping):
+        return dict(outputs)
+    several = list(outputs) if isinstance(outputs, Sequence) else [outputs]
+    return {f"feature{i}" if len(several) > 1 else "feature": each for i, each in enumerate(several)}
+
+
+def encoder_program(model: nn.Module, image: Tensor, dynamic: bool = False) -> Program:
+    """
+    The encoder of a model, with its plan.
+
+    Args:
+        model: holds, or is, the encoder, in evaluation mode.
+        image: (1, C, height, width), normalised and padded as the encoder gets it.
+        dynamic: for images of any height and width that are whole windows, in place of the example's alone.
+
+    Raises:
+        InputError: for a plan that cannot be exported so.
+    """
+    encoder = find_encoder(model)[1]
+    plan = encoder.plan.describe() if isinstance(encoder, Hourglass) else {}
+    refuse_reducers(encoder, dynamic)
+    step = _step(encoder, image) if dynamic else None
+    if step is not None and any(side % step for side in image.shape[-2:]):
+        raise InputError(
+            f"dynamic sizes of this encoder and plan are multiples of {step} pixels, whole windows, got an image of "
+            f"{image.shape[-2]} x {image.shape[-1]}"
+        )
+    with evaluating(encoder), torch.no_grad():
+        outputs = list(_by_name(encoder(image)))
+    about = {"hourglass": __version__, "part": "encoder", "plan": plan, "image": list(image.shape), "step": step}
+    return Program(_Encoder(encoder).eval(), (image,), outputs, step, about)
+
+
+def model_program(model: nn.Module, image: Tensor) -> Program:
+    """
+    A whole model, by Detectron2's ``TracingAdapter``: an image (C, height, width), as the model takes it, to what it
+    finds, as tensors in that adapter's order. Detections are in the image's pixels, their masks of 28 x 28, say, not
+    pasted into it.
+
+    Raises:
+        InputError: for a model whose output is more than tensors.
+    """
+    refuse_reducers(find_encoder(model)[1], dynamic=False)
+    with evaluating(model), torch.no_grad():
+        try:
+            adapter = tracing_adapter()(model, [{"image": image}], _infer).eval()
+            outputs = adapter(image)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{type(model).__name__} returns more than tensors, which cannot be traced ({reason(error)}): export its "
+                "encoder"
+            ) from error
+    about = {"hourglass": __version__, "part": "model", "image": list(image.shape)}
+    return Program(adapter, (image,), [f"output{i}" for i in range(len(outputs))], None, about)
+
+
+def _infer(model: Any, inputs: list[dict[str, Tensor]]) -> Any:
+    # Without pasting masks and scaling boxes to another size, which the runtime's user does.
+    return model.inference(inputs, do_postprocess=False)[0] if hasattr(model, "roi_heads") else model(inputs)
+
+
+def refuse_reducers(encoder: nn.Module, dynamic: bool) -> None:
+    """
+    Raises:
+        InputError: for a plan whose reducer chooses by the data how many tokens run and, with ``dynamic``, for one
+            whose tokens are as many as the image's size says.
+    """
+    reducer = getattr(encoder, "reducer", None) if isinstance(encoder, Hourglass) else None
+    if reducer is None:
+        return
+    for module in reducer.modules():
+        if isinstance(module, SelectingReducer):
+            raise InputError(
+                f"{type(module).__name__} selects another number of tokens for each image, and a program's steps do "
+                "not branch on data: take another reducer"
+            )
+    plan = encoder.plan
+    if dynamic and plan.scope == "map":
+        if isinstance(plan.reducer, GridReducer) and not all(isinstance(side, int) for side in plan.reducer.grid):
+            raise InputError(
+                f"dynamic sizes take a grid of rows and columns under scope 'map', got the share {plan.reducer.grid}"
+            )
+        family, planned = family_of(encoder), encoder._planned
+        blocks = [block for stage in family.stages_of(unmodified(encoder)) for block in stage]
+        if isinstance(plan.reducer, GridReducer) and any(family.window_size(blocks[i]) for i in planned):
+            raise InputError(
+                "dynamic sizes take scope 'window' where planned blocks have windows: under scope 'map' windows would "
+                "be of another size for each image"
+            )
+
+
+def check_format(format: str, whole_model: bool = False, dynamic: bool = False) -> None:
+    """
+    Raises:
+        InputError: for a format that is not known or cannot take this, and packages or compilers that it lacks.
+    """
+    check_choice("--format", format, tuple(FORMATS))
+    if whole_model and format != "torchscript":
+        raise InputError(
+            f"--model takes torchscript, got {format}: Detectron2's heads branch on data, which a trace alone follows"
+        )
+    if whole_model and dynamic:
+        raise InputError("--model takes one image size: --dynamic is for the encoder")
+    if dynamic and format == "torchscript":
+        raise InputError("--dynamic takes torch.export, onnx or aoti: a trace (torchscript) is of one image size")
+    if format != "torchscript" and not hasattr(torch.compiler, "is_exporting"):
+        raise InputError(f"--format {format} takes torch 2.7 or newer, got {torch.__version__}")
+    if format == "onnx":
+        missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise InputError(
+                f"--format onnx takes {', '.join(missing)}, not installed: pip install {' '.join(missing)}"
+            )
+    if format == "aoti":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception as error:
+            raise InputError("--format aoti takes a C++ compiler, and finds none: install g++, or set CXX") from error
+
+
+def check_path(path: str | os.PathLike, format: str) -> None:
+    """
+    Raises:
+        InputError: for a file that has not the format's ending, or cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != FORMATS[format]:
+        raise InputError(f"a file of {format} ends with {FORMATS[format]}, got {str(path)!r}")
+    check_folder("--output", path.parent)
+
+
+def export(program: Program, format: str, path: str | os.PathLike, images: Sequence[Tensor]) -> list[Difference]:
+    """
+    Write a program, load it in the format's own runtime and compare it with the eager model.
+
+    Args:
+        program: from :func:`encoder_program` or :func:`model_program`.
+        format: one of :data:`FORMATS`.
+        path: of the file. It is written whole, and only if the program is right: else what was there stays.
+        images: that are compared on, like the program's input.
+
+    Returns:
+        the differences, one of each image.
+
+    Raises:
+        InputError: for a program that cannot be exported, or differs from the eager model by more than
+            :data:`TOLERANCE`.
+    """
+    path = Path(path)
+    check_path(path, format)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        file = Path(folder) / path.name
+        with evaluating(program.module), torch.no_grad(), _quiet():
+            try:
+                _WRITERS[format](program, file)
+                differences = compare(program, load(file, format, program.outputs), images)
+            except InputError:
+                raise
+            except Exception as error:  # whatever an exporter may raise
+                raise InputError(f"{_name(program)} cannot be exported as {format} ({reason(error)[:300]})") from error
+        largest = max(difference.largest for difference in differences)
+        if not largest <= TOLERANCE:
+            raise InputError(
+                f"{_name(program)} as {format} differs from the eager model by {largest:.2g} of the output's scale, "
+                f"over {TOLERANCE:g}: not written to {path}"
+            )
+        for each in sorted(Path(folder).iterdir(), key=lambda each: each == file):  # what the file refers to first
+            os.replace(each, path.parent / each.name)
+    return differences
+
+
+def load(path: str | os.PathLike, format: str, outputs: Sequence[str]) -> Runtime:
+    """
+    A program's file in the format's own runtime: ``torch.jit.load``, ``torch.export.load``, onnxruntime, or
+    ``torch._inductor.aoti_load_package``.
+
+    Args:
+        outputs: names of what it returns, in the order in which it is asked for.
+    """
+    if format == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        providers = onnxruntime.get_available_providers()
+        kept = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in providers]
+        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=kept)
+        names = [each.name for each in session.get_inputs()]
+
+        def run(*inputs: Tensor) -> list[Tensor]:
+            feed = {name: each.cpu().numpy() for name, each in zip(names, inputs)}
+            return [torch.from_numpy(each) for each in session.run(list(outputs), feed)]
+
+        return run
+    if format == "torchscript":
+        module: Any = torch.jit.load(path)
+    elif format == "torch.export":
+        module = torch.export.load(path).module()
+    else:
+        module = torch._inductor.aoti_load_package(os.fspath(path))
+    return lambda *inputs: _listed(module(*inputs), outputs)
+
+
+def compare(program: Program, run: Runtime, images: Sequence[Tensor]) -> list[Difference]:
+    """An exported program beside the eager model on some images: by how much they differ, and the time of both."""
+    differences = []
+    for image in images:
+        expected = _listed(program.module(image), program.outputs)
+        largest = max(_difference(*pair) for pair in zip(run(image), expected))
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(RUNS):
+            for each, spent in zip((program.module, run), times):
+                _synchronize(image)
+                start = time.perf_counter()
+                each(image)
+                _synchronize(image)
+                spent.append(1000 * (time.perf_counter() - start))
+        size = (int(image.shape[-2]), int(image.shape[-1]))
+        differences.append(Difference(size, largest, *map(statistics.median, times)))
+    return differences
+
+
+def to_table(differences: Sequence[Difference], format: str) -> str:
+    """The differences as a table, a row for each image."""
+    rows = [
+        [i, f"{each.size[0]} x {each.size[1]}", f"{each.largest:.1e}", f"{each.eager:.1f}", f"{each.exported:.1f}"]
+        for i, each in enumerate(differences, start=1)
+    ]
+    headers = ["image", "size", "largest difference", "eager, ms", f"{format}, ms"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=("right",) * 5)
+
+
+def encoder_inputs(model: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
+    """What a model's encoder gets, (1, C, height, width) each, for inputs of the model."""
+    found: list[Tensor] = []
+
+    class Reached(Exception):
+        pass
+
+    def stop(_: nn.Module, arguments: tuple) -> None:
+        found.append(arguments[0].detach().clone())
+        raise Reached
+
+    handle = find_encoder(model)[1].register_forward_pre_hook(stop)
+    try:
+        with evaluating(model), torch.no_grad():
+            for each in inputs:
+                try:
+                    model(each)
+                except Reached:
+                    continue
+    finally:
+        handle.remove()
+    return found
+
+
+def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(..., C, height, width) -> (..., C, *size), of the same type."""
+    batched = image if image.dim() == 4 else image[None]
+    scaled = F.interpolate(batched.float(), size=size, mode="bilinear", align_corners=False).to(image.dtype)
+    return scaled if image.dim() == 4 else scaled[0]
+
+
+def image_sizes(program: Program, count: int) -> list[tuple[int, int]]:
+    """(height, width) of images to compare a program on: of its example or, if it takes several, around it."""
+    height, width = program.inputs[0].shape[-2:]
+    if program.step is None:
+        return [(height, width)] * count
+    step = program.step
+    sizes = [(height, width), (height + step, width), (max(2 * step, height - step), width + step)]
+    return [sizes[i % len(sizes)] for i in range(count)]
+
+
+def _write_torchscript(program: Program, path: Path) -> None:
+    traced = torch.jit.trace(program.module, program.inputs, strict=False, check_trace=False)
+    torch.jit.save(traced, path, _extra_files={"hourglass.json": json.dumps(program.about)})
+
+
+def _write_exported(program: Program, path: Path) -> None:
+    torch.export.save(program.captured, path, extra_files={"hourglass.json": json.dumps(program.about)})
+
+
+def _write_onnx(program: Program, path: Path) -> None:
+    exported = torch.onnx.export(
+        program.captured,
+        dynamo=True,
+        verbose=False,
+        input_names=["image"],
+        output_names=program.outputs,
+        custom_translation_table=_translations(),
+    )
+    assert exported is not None
+    exported.model.metadata_props["hourglass"] = json.dumps(program.about)
+    weights = sum(each.numel() * each.element_size() for each in program.module.state_dict().values())
+    exported.save(path, external_data=weights > LARGEST_PROTOBUF)
+
+
+def _write_aoti(program: Program, path: Path) -> None:
+    metadata = {"hourglass": json.dumps(program.about)}
+    with torch._inductor.config.patch({"aot_inductor.metadata": metadata}):
+        torch._inductor.aoti_compile_and_package(program.captured, package_path=os.fspath(path))
+
+
+_WRITERS: dict[str, Callable[[Program, Path], None]] = {
+    "torchscript": _write_torchscript,
+    "torch.export": _write_exported,
+    "onnx": _write_onnx,
+    "aoti": _write_aoti,
+}
+
+
+def _translations() -> dict[Any, Callable]:
+    """ONNX forms of what torch's exporter has none for."""
+    from onnxscript import opset18 as op
+
+    def sort_stable(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        # Of equal values ONNX's TopK has that of the lower index first.
+        size = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]), axis=0)
+        return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+
+    return {torch.ops.aten.sort.stable: sort_stable}
+
+
+def _step(encoder: nn.Module, image: Tensor) -> int:
+    """What a side of an image is a multiple of, in pixels, where all maps are in whole windows."""
+    encoder = unmodified(encoder)
+    family, steps = family_of(encoder), [1]
+    with evaluating(encoder), torch.no_grad():
+        stages = family.stages_of(encoder)
+        rows: dict[nn.Module, int] = {}
+
+        def look(block: nn.Module, given: tuple) -> None:
+            rows[block] = as_map(given[0], block).shape[1]
+
+        handles = [stage[0].register_forward_pre_hook(look) for stage in stages]
+        try:
+            encoder(image)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for stage in stages:
+            stride = image.shape[-2] // rows[stage[0]]
+            steps += [stride * max(1, family.window_size(block)) for block in stage]
+    return math.lcm(*steps)
+
+
+def _listed(outputs: Any, names: Sequence[str]) -> list[Tensor]:
+    return [outputs[name] for name in names] if isinstance(outputs, Mapping) else list(outputs)
+
+
+def _difference(exported: Tensor, eager: Tensor) -> float:
+    """The largest difference as a share of the largest eager value."""
+    if exported.shape != eager.shape:
+        return math.inf
+    if eager.numel() == 0:
+        return 0.0
+    exported, eager = exported.detach().cpu().double(), eager.detach().cpu().double()
+    if not (exported.isfinite().all() and eager.isfinite().all()):
+        return math.inf
+    largest, scale = float((exported - eager).abs().max()), float(eager.abs().max())
+    return largest / scale if scale > 0 else largest
+
+
+def _name(program: Program) -> str:
+    """What an error says was to be exported."""
+    encoder = find_encoder(program.module)[1]
+    plan = getattr(encoder, "plan", None)
+    reducer: Reducer | None = getattr(plan, "reducer", None)
+    under = "" if reducer is None else f" under {type(reducer).__name__}"
+    return f"the {program.about['part']} ({type(encoder).__name__}{under})"
+
+
+def _synchronize(image: Tensor) -> None:
+    if image.is_cuda:
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def _quiet():
+    """Without what exporters tell their own developers."""
+    import logging
+
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,306 @@
+"""
+Exported programs equal the eager encoder, in their own runtimes.
+
+Every encoder x reducer is tested in TorchScript at one size, and in torch.export and ONNX at two sizes where it takes
+several. AOTInductor compiles C++, which takes longest: it is tested on the reducer with most operators of its own, for
+each encoder.
+"""
+
+import functools
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hourglass
+import projects.demo
+from hourglass import (
+    AveragePooling,
+    BipartiteMatching,
+    DensityPeaks,
+    InputError,
+    Plan,
+    SkipBlocks,
+    TokenClustering,
+    launch,
+)
+from hourglass import export as exporting
+from hourglass.export import FORMATS, check_format, encoder_program, export, image_sizes, resized
+from tests.encoders.test_hourglass_swin import tiny_swin
+from tests.encoders.test_hourglass_vit import tiny_vit
+from tests.encoders.test_reducers import selection
+
+# Maps of whole windows; in pixels.
+FIXED = {"vit": (64, 96), "global vit": (40, 56), "swin": (48, 96)}
+ENCODERS = {
+    "vit": lambda: tiny_vit(depth=3),
+    "global vit": lambda: tiny_vit(window_block_indexes=(), depth=3),
+    "swin": lambda: tiny_swin(depths=(1, 2), num_heads=(1, 2), out_indices=(0, 1)),
+}
+# Of blocks 1 and 2: the ViT's first is windowed, its second global; the Swin's are its second stage.
+PLANS = {
+    "unmodified": Plan(),
+    "fast attention": Plan(attention="fast"),
+    "clustering": Plan(TokenClustering((5, 5)), 1, 3),
+    "clustering in windows": Plan(TokenClustering(0.6), 1, 3, scope="window"),
+    "clustering as published": Plan(TokenClustering(0.6), 1, 3, scope="window", published=True),
+    "peaks": Plan(DensityPeaks((3, 4)), 1, 3),
+    "peaks in windows": Plan(DensityPeaks(0.6), 1, 3, scope="window"),
+    "matching": Plan(BipartiteMatching(0.2), 1, 3),
+    "matching in windows": Plan(BipartiteMatching(0.2), 1, 3, scope="window"),
+    "pooling": Plan(AveragePooling((5, 4)), 1, 3),
+    "pooled keys": Plan(keys=2),
+    "blocks left out": Plan(SkipBlocks(), 1, 3),
+}
+CASES = [
+    *((encoder, name, True) for encoder in ("vit", "swin") for name in ("unmodified", "fast attention")),
+    *((encoder, f"{name} in windows", True) for encoder in ("vit", "swin") for name in ("clustering", "peaks")),
+    ("vit", "matching in windows", True),
+    ("vit", "pooled keys", False),
+    ("vit", "clustering", False),
+    ("vit", "pooling", False),
+    ("swin", "clustering", False),
+    ("swin", "pooling", False),
+    ("swin", "clustering as published", False),
+    ("swin", "blocks left out", True),
+    ("global vit", "clustering", True),
+    ("global vit", "pooling", True),
+    ("global vit", "peaks", True),
+    ("global vit", "matching", False),
+]
+
+
+@functools.cache
+def view(encoder: str, plan: str) -> torch.nn.Module:
+    return hourglass.expedite(ENCODERS[encoder](), PLANS[plan]).eval()
+
+
+def image(height: int, width: int) -> torch.Tensor:
+    return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def program_of(encoder: str, plan: str, dynamic: bool) -> exporting.Program:
+    """Captured once for the formats that start from it."""
+    height, width = (2 * side if dynamic else side for side in FIXED[encoder])
+    return encoder_program(view(encoder, plan), image(height, width), dynamic)
+
+
+def exported(encoder: str, plan: str, format: str, dynamic: bool, folder: Path) -> list:
+    """The differences, with one image of each size."""
+    program = program_of(encoder, plan, dynamic)
+    images = [resized(program.inputs[0], size) for size in image_sizes(program, 2 if dynamic else 1)]
+    return export(program, format, folder / f"encoder{FORMATS[format]}", images)
+
+
+@pytest.mark.parametrize("format", ["torchscript", "torch.export", "onnx"])
+@pytest.mark.parametrize("encoder, plan, dynamic", CASES, ids=[f"{each[0]}-{each[1]}" for each in CASES])
+def test_the_program_is_the_eager_encoder(encoder, plan, dynamic, format, tmp_path):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime", reason="the export extra is not installed")
+    dynamic = dynamic and format != "torchscript"
+    differences = exported(encoder, plan, format, dynamic, tmp_path)
+    assert len({each.size for each in differences}) == (2 if dynamic else 1)
+    largest = max(each.largest for each in differences)
+    print(f"| {encoder} | {plan} | {format} | {'two sizes' if dynamic else 'one size'} | {largest:.0e} |")  # pytest -rP
+    assert largest < 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == [f"encoder{FORMATS[format]}"]
+
+
+@pytest.mark.parametrize("encoder", ["vit", "swin"])
+def test_aoti_is_the_eager_encoder(encoder, tmp_path):
+    try:
+        check_format("aoti")
+    except InputError as error:
+        pytest.skip(str(error))
+    differences = exported(encoder, "clustering in windows", "aoti", False, tmp_path)
+    assert max(each.largest for each in differences) < 1e-4
+
+
+def test_chunks_of_an_exported_program_are_those_of_attention(monkeypatch, tmp_path):
+    """As on large maps."""
+    monkeypatch.setattr("hourglass.attention.EXPORTED_CHUNK", 256)
+    assert exported("vit", "fast attention", "torch.export", False, tmp_path)[0].largest < 1e-5
+
+
+def test_tiled_neighbourhoods_are_exported(tmp_path):
+    """A grid of so many centres that it is cut into tiles."""
+    expedited = hourglass.expedite(ENCODERS["global vit"](), Plan(TokenClustering((26, 27)), 1, 3))
+    program = encoder_program(expedited, image(256, 240))
+    assert export(program, "torch.export", tmp_path / "encoder.pt2", [image(256, 240)])[0].largest < 1e-5
+
+
+def test_a_program_needs_nothing_of_this_package():
+    program = encoder_program(view("vit", "clustering in windows"), image(64, 64))
+    graph = program.captured.graph
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert targets and not any("hourglass" in target for target in targets)
+
+
+def test_exporting_leaves_the_eager_encoder_as_it_was():
+    expedited, x = view("vit", "clustering"), image(72, 56)
+    torch.export.export(expedited, (x,), strict=False)  # the first run of this size
+    out = expedited(x)["last_feat"]
+    assert type(out) is torch.Tensor and torch.equal(out, expedited(x)["last_feat"])
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    program = encoder_program(view("vit", "blocks left out"), image(64, 64))
+    export(program, "torchscript", tmp_path / "encoder.ts", [image(64, 64)])
+    said = {"hourglass.json": ""}
+    torch.jit.load(tmp_path / "encoder.ts", _extra_files=said)
+    about = json.loads(said["hourglass.json"])
+    assert about["plan"]["reducer"]["name"] == "SkipBlocks" and about["image"] == [1, 3, 64, 64]
+
+
+def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
+    def wrong(program, path):
+        with torch.no_grad():
+            module = torch.nn.Module()
+            module.forward = lambda image: {"last_feat": program.module(image)["last_feat"] * 1.01}
+            torch.jit.save(torch.jit.trace(module.forward, program.inputs, strict=False), path)
+
+    monkeypatch.setitem(exporting._WRITERS, "torchscript", wrong)
+    program = encoder_program(view("vit", "unmodified"), image(64, 64))
+    (tmp_path / "encoder.ts").write_text("what was there")
+    with pytest.raises(InputError, match="differs from the eager model by 0.01 of the output's scale.*not written"):
+        export(program, "torchscript", tmp_path / "encoder.ts", [image(64, 64)])
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("encoder.ts", "what was there")]
+
+
+def test_what_is_not_finite_or_of_another_shape_differs():
+    assert exporting._difference(torch.tensor([1.0, torch.nan]), torch.ones(2)) == float("inf")
+    assert exporting._difference(torch.ones(3), torch.ones(2)) == float("inf")
+    assert exporting._difference(torch.tensor([2.0, 4.0]), torch.tensor([2.0, 5.0])) == pytest.approx(0.2)
+    assert exporting._difference(torch.zeros(0), torch.zeros(0)) == 0
+
+
+def test_a_reducer_that_branches_on_data_is_refused_by_name():
+    expedited = hourglass.expedite(tiny_vit(), Plan(selection().float(), 1, 4))
+    with pytest.raises(InputError, match="TokenSelection selects another number of tokens for each image"):
+        encoder_program(expedited, image(64, 64))
+
+
+class Loudest(hourglass.Reducer):
+    """Keeps the rows whose mean is above that of all."""
+
+    def forward(self, tokens):
+        rows = (tokens.mean((0, 2, 3)) > tokens.mean()).nonzero()[:, 0].tolist()
+        return hourglass.Reduction(tokens[:, rows], None, None, lambda refined: tokens.index_copy(1, rows, refined))
+
+
+def test_a_reducer_of_ones_own_that_branches_on_data_is_refused_by_name(tmp_path):
+    expedited = hourglass.expedite(tiny_vit(window_block_indexes=()), Plan(Loudest(), 1, 2))
+    program = exporting.Program(
+        exporting._Encoder(expedited).eval(), (image(64, 64),), ["last_feat"], None, {"part": "encoder"}
+    )
+    with pytest.raises(
+        InputError, match=r"the encoder \(HourglassViT under Loudest\) cannot be exported as torch.export"
+    ):
+        export(program, "torch.export", tmp_path / "encoder.pt2", [image(64, 64)])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "plan, size, message",
+    [
+        (Plan(TokenClustering((5, 5)), 1, 3), (64, 64), "dynamic sizes take scope 'window'"),
+        (Plan(TokenClustering(0.5), 2, 3), (64, 64), "dynamic sizes take a grid of rows and columns"),
+        (Plan(attention="fast"), (64, 72), "multiples of 32 pixels, whole windows, got an image of 64 x 72"),
+    ],
+)
+def test_what_has_no_dynamic_sizes_is_refused(plan, size, message):
+    with pytest.raises(InputError, match=message):
+        encoder_program(hourglass.expedite(tiny_vit(), plan), image(*size), dynamic=True)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("caffe2",), "--format takes 'torchscript'"),
+        (("onnx", True), "--model takes torchscript, got onnx"),
+        (("torchscript", True, True), "--model takes one image size"),
+        (("torchscript", False, True), "--dynamic takes torch.export, onnx or aoti"),
+    ],
+)
+def test_what_a_format_does_not_take_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        check_format(*arguments)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(exporting, "ONNX_PACKAGES", ("torch", "no_such_package"))
+    with pytest.raises(InputError, match="no_such_package, not installed: pip install no_such_package"):
+        check_format("onnx")
+
+
+def test_a_file_ends_as_its_format_says(tmp_path):
+    program = encoder_program(view("vit", "unmodified"), image(64, 64))
+    with pytest.raises(InputError, match=r"a file of onnx ends with .onnx, got"):
+        export(program, "onnx", tmp_path / "encoder.pt", [image(64, 64)])
+
+
+# Small enough for a test, as in tests/test_train_net.py.
+SMALL = [
+    "model.backbone.net.patch_size=32",
+    "model.backbone.net.window_size=8",
+    "model.proposal_generator.anchor_generator.strides=[32,64]",
+    "model.roi_heads.box_pooler.scales=[0.03125,0.015625]",
+    "model.proposal_generator.in_features=[p5,p6]",
+    "model.roi_heads.box_in_features=[p5,p6]",
+    "plan.reducer.grid=[5,5]",
+    "dataloader.test.num_workers=0",
+    "train.init_checkpoint=",
+]
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """``tools/export.py``, in this process, with few images to draw."""
+    path = Path(__file__).parents[1] / "tools" / "export.py"
+    spec = importlib.util.spec_from_file_location("export_command", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(tmp_path_factory.mktemp("datasets")))
+        patch.setitem(projects.demo.DEMO_IMAGES, "val", 3)
+        patch.setattr(sys, "path", list(sys.path))
+        spec.loader.exec_module(module)
+
+        def run(*arguments: str) -> None:
+            with launch.one_line():
+                module.main(module.parse([*arguments, *SMALL]))
+
+        yield run
+
+
+@pytest.mark.parametrize("part", ["encoder", "model"])
+def test_the_command_exports_the_demo(part, command, tmp_path, capsys):
+    output = tmp_path / "new folder" / f"{part}.ts"
+    command("--format", "torchscript", "--output", str(output), *(["--model"] if part == "model" else []))
+    said = capsys.readouterr().out
+    assert f"exporting the {part} as torchscript for images of 512 x 512" in said
+    rows = [line.split("|") for line in said.splitlines() if "512 x 512 |" in line]
+    assert len(rows) == 3 and all(float(row[3]) <= 1e-3 for row in rows)
+    x = torch.zeros(1, 3, 512, 512) if part == "encoder" else torch.zeros(3, 512, 512, dtype=torch.uint8)
+    found = torch.jit.load(output)(x)
+    assert found["last_feat"].shape == (1, 128, 16, 16) if part == "encoder" else len(found) == 5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--format", "onnx", "--model"], "--model takes torchscript, got onnx"),
+        (["--format", "torchscript", "--size", "0", "64"], "--size takes height and width in pixels, got 0 64"),
+        (["--format", "torchscript", "evaluation.dtype=bfloat16"], "programs are exported in float32"),
+        (["--format", "torchscript", "--output", "encoder.pt"], "a file of torchscript ends with .ts"),
+    ],
+)
+def test_bad_input_gets_one_line(arguments, message, command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(*arguments)
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
