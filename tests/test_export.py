@@ -21,6 +21,7 @@ from hourglass import (
     AveragePooling,
     BipartiteMatching,
     DensityPeaks,
+    GridMerging,
     InputError,
     Plan,
     SkipBlocks,
@@ -52,6 +53,8 @@ PLANS = {
     "matching": Plan(BipartiteMatching(0.2), 1, 3),
     "matching in windows": Plan(BipartiteMatching(0.2), 1, 3, scope="window"),
     "pooling": Plan(AveragePooling((5, 4)), 1, 3),
+    "merging": Plan(GridMerging((5, 4)), 1, 3),
+    "merging in windows": Plan(GridMerging(0.6), 1, 3, scope="window"),
     "pooled keys": Plan(keys=2),
     "blocks left out": Plan(SkipBlocks(), 1, 3),
 }
@@ -70,6 +73,9 @@ CASES = [
     ("global vit", "pooling", True),
     ("global vit", "peaks", True),
     ("global vit", "matching", False),
+    ("global vit", "merging", False),
+    ("vit", "merging in windows", False),
+    ("swin", "merging in windows", False),
 ]
 
 
