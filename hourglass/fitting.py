@@ -246,7 +246,7 @@ class Fit(NamedTuple):
         return error / reduce(add, images).variance
 
     def share_of(self, image: Moments) -> float:
-        """Of the correction, that an image gets (:meth:`~hourglass.reduction.calibrated.Correction.share`)."""
+        """Of the correction, that an image gets (:class:`~hourglass.reduction.calibrated.Guard`)."""
         if "whitening" not in self.tensors:
             return 1.0
         (moments,), root = image.images, self.tensors["whitening"]

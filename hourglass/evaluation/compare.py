@@ -29,7 +29,7 @@ from hourglass.data.opening import square_side
 from hourglass.errors import InputError
 from hourglass.evaluation.agreement import OutputRecorder, agreement
 from hourglass.evaluation.cost import PeakMemory, count_gflops
-from hourglass.evaluation.faults import describe_gaps, describe_weights, find_faults
+from hourglass.evaluation.faults import describe_corrections, describe_gaps, describe_weights, find_faults
 from hourglass.evaluation.figures import by_class, reported
 from hourglass.evaluation.instances import complete_accuracy
 from hourglass.evaluation.journal import Journal, dump, members, restore
@@ -249,6 +249,7 @@ def compare(
             warnings=(
                 *broken[name],
                 *find_faults(model, members(evaluator), runs["finite"], in_list, runs["images"].max()),
+                *describe_corrections(runs["corrected"], runs["images"].max()),
                 *describe_gaps(accuracy[name], classes),
                 *padding,
             ),

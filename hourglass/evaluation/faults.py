@@ -51,6 +51,26 @@ def find_faults(
     return lines
 
 
+def describe_corrections(corrected: np.ndarray, batch_size: int = 1) -> list[str]:
+    """
+    Args:
+        corrected: (batches,) share of a calibrated plan's correction that they got.
+        batch_size: of the batches.
+
+    Returns:
+        a line, if some got less than all.
+    """
+    less = corrected < 1
+    if not less.any():
+        return []
+    units = "images" if batch_size == 1 else "batches"
+    return [
+        f"the calibration is held back in {less.sum()} of {len(corrected)} {units}, unlike those that it was fitted to "
+        f"({100 * corrected[less].mean():.0f} % of the correction is applied there): calibrate on images like "
+        "these"
+    ]
+
+
 def describe_gaps(accuracy: dict[str, dict[str, float]], classes: dict[str, dict[str, Any]]) -> list[str]:
     """
     Args:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hourglass.reduction import Reducer, Reduction
+from hourglass.reduction.calibrated import Guard
 
 
 class Clock:
@@ -53,6 +54,7 @@ class Run(NamedTuple):
         preprocessing: milliseconds from the input dictionaries to the encoder's first start.
         finite: whether the encoder's output was.
         images: of the batch.
+        corrected: share of its plan's calibrated correction that an image got, in the mean; 1 without a calibration.
     """
 
     total: float
@@ -64,6 +66,7 @@ class Run(NamedTuple):
     preprocessing: float = 0.0
     finite: bool = True
     images: int = 1
+    corrected: float = 1.0
 
     @property
     def rest(self) -> float:
@@ -90,6 +93,7 @@ class Stopwatch:
         self._each_block = False
         self._size = 0
         self._sums: list[torch.Tensor] = []
+        self._shares: list[torch.Tensor] = []
         # Other models may be views of the same modules, which then have the hooks too.
         self._running = False
         #: The encoder's input in the last run.
@@ -100,6 +104,8 @@ class Stopwatch:
         ]
         reducers: list[str] = []
         for name, module in encoder.named_modules() if inside else ():
+            if isinstance(module, Guard):
+                self._handles.append(module.register_forward_hook(self._guarded))
             # A reducer may call others, whose time is in its own.
             if isinstance(module, Reducer) and not any(name.startswith(f"{outer}.") for outer in reducers):
                 reducers.append(name)
@@ -113,6 +119,7 @@ class Stopwatch:
             spans.clear()
         self._tokens.clear()
         self._sums.clear()
+        self._shares.clear()
         self._clock.synchronize()
         start, mark = time.perf_counter(), self._clock.mark()
         self._running = True
@@ -130,7 +137,10 @@ class Stopwatch:
         full, middle = (sum(float(count) for count in counts) for counts in zip(*self._tokens or [(0, 0)]))
         calls = (max(1, len(self._tokens)) if self._each_block else 1) * len(inputs)
         full, middle, size = full / calls, middle / calls, self._size / len(inputs)
-        return outputs, Run(total, encoder, reduction, full, middle, size, preprocessing, finite, len(inputs))
+        corrected = float(torch.cat(self._shares).mean()) if self._shares else 1.0
+        return outputs, Run(
+            total, encoder, reduction, full, middle, size, preprocessing, finite, len(inputs), corrected
+        )
 
     def close(self) -> None:
         for handle in self._handles:
@@ -157,6 +167,10 @@ class Stopwatch:
         # What is not finite reaches the smallest output too; its sum costs least, and is read when the device is done.
         smallest = min(maps, key=torch.Tensor.numel)
         self._sums.append(smallest.sum(dtype=torch.float32))
+
+    def _guarded(self, module: nn.Module, inputs: tuple, share: torch.Tensor) -> None:
+        if self._running:
+            self._shares.append(share.flatten().float())
 
     def _reducer_starts(self, module: nn.Module, inputs: tuple) -> None:
         if not self._running:

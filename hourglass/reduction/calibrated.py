@@ -36,26 +36,48 @@ def sample(tokens: Tensor) -> Tensor:
     return tokens[:, :: max(1, h // SIDE), :: max(1, w // SIDE)].flatten(1, 2)
 
 
+class Guard(nn.Module):
+    """
+    Tells how much of a correction an image gets.
+
+    Args:
+        whitening: (C, C), of reduced tokens, such that the sum of squares is 1 in the mean over the farthest image that
+            was seen.
+    """
+
+    whitening: Tensor
+
+    def __init__(self, whitening: Tensor):
+        super().__init__()
+        self.register_buffer("whitening", whitening)
+
+    def forward(self, reduced: Tensor) -> Tensor:
+        """(B, h, w, C), an image's reduced tokens -> (B, 1, 1, 1), its share, from 0 to 1."""
+        novelty = (sample(reduced) @ self.whitening.to(reduced.dtype)).square().sum(-1).mean(1)
+        return (2 - novelty).clamp(0, 1)[:, None, None, None].to(reduced.dtype)
+
+
 class Correction(nn.Module):
     """
     The maps of one stage, of r = C channels, or of fewer that a last one brings back to C.
 
     Args:
         tensors: "tokens" (C, r), which a token x is multiplied with; "reduced" and "refined" (C, r), which c and c'
-            are; "constant" (C,); "last" (r, C); "whitening" (C, C), W. All but "tokens" and "constant" may be missing.
+            are; "constant" (C,); "last" (r, C); "whitening" (C, C), of the :class:`Guard`. All but "tokens" and
+            "constant" may be missing.
     """
 
     constant: Tensor
-    whitening: Tensor | None
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         super().__init__()
-        for name in (*MAPS, "constant", "last", "whitening"):
+        for name in (*MAPS, "constant", "last"):
             self.register_buffer(name, tensors.get(name))
+        self.guard = Guard(tensors["whitening"]) if "whitening" in tensors else None
 
     def forward(self, tokens: Tensor, reduction: Reduction, refined: Tensor) -> Tensor:
         """(B, H, W, C), its reduction, and the reduced tokens refined (B, h, w, C) -> (B, H, W, C)"""
-        share = self.share(reduction.tokens)
+        share = None if self.guard is None else self.guard(reduction.tokens)
         if refined.numel() > 0:
             of_refined = self._product("refined", refined, share)
             of_reduced = self._product("reduced", reduction.tokens, share)
@@ -65,13 +87,6 @@ class Correction(nn.Module):
         assert correction is not None
         constant = self.constant.to(correction.dtype)
         return reduction.restore(refined) + (correction + (constant if share is None else share * constant))
-
-    def share(self, reduced: Tensor) -> Tensor | None:
-        """Of the correction, that an image gets by its reduced tokens (B, h, w, C): (B, 1, 1, 1); None: all of it."""
-        if self.whitening is None:
-            return None
-        novelty = (sample(reduced) @ self.whitening.to(reduced.dtype)).square().sum(-1).mean(1)
-        return (2 - novelty).clamp(0, 1)[:, None, None, None].to(reduced.dtype)
 
     def _product(self, name: str, tokens: Tensor, share: Tensor | None) -> Tensor | None:
         matrix, last = getattr(self, name), self.last

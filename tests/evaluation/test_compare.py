@@ -18,7 +18,7 @@ from detectron2.evaluation import (
 from detectron2.structures import ImageList
 from torch import nn
 
-from hourglass import InputError, Plan, SkipBlocks, TokenClustering, expedite
+from hourglass import AveragePooling, InputError, Plan, SkipBlocks, TokenClustering, calibrate, expedite
 from hourglass.evaluation import (
     Subject,
     compare,
@@ -254,6 +254,22 @@ def test_outputs_that_are_not_finite_are_said_by_model():
     comparison = compare(compared, images(3), warmup=0)
     assert comparison.models["expedited"].runs["finite"].tolist() == [True, False, False]
     assert comparison.warnings() == ["expedited: the encoder's output is not finite in 2 of 3 images"]
+
+
+def test_a_calibration_that_is_held_back_is_said():
+    """One of the images that it was fitted to, and one that is far brighter."""
+    model = Detector(tiny_vit()).eval()
+    plan = Plan(AveragePooling((4, 4)), 1)
+    seen = images(6)
+    plan = plan.calibrated(calibrate(model, plan, seen))
+    view = expedite(model, plan)
+    compared = {"expedited": Subject(view, view.encoder, Recorder())}
+    known, strange = seen[:2]
+    strange[0]["image"] = 60 * strange[0]["image"].float()
+    comparison = compare(compared, [known, strange], warmup=0)
+    assert comparison.models["expedited"].runs["corrected"].tolist() == [1.0, 0.0]
+    (line,) = comparison.warnings()
+    assert "the calibration is held back in 1 of 2 images" in line and "(0 % of the correction is applied there)" in line
 
 
 def test_weights_that_are_not_finite_are_said_before_and_after(caplog):
