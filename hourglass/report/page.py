@@ -384,6 +384,8 @@ def _tokens(material: Material, record: dict[str, Any], folder: Path) -> dict[st
             what = f"each cell with thin borders is one of the {tokens.running} tokens that {blocks} leave, merged"
     elif tokens.selected is not None:
         what = f"the bright ones are the {tokens.running} tokens that block {start} runs on"
+        if tokens.window:  # whose attention runs on all
+            what = f"the bright ones are the {tokens.running} tokens that the MLP of block {start} runs on"
     elif tokens.running == 0:
         what = f"{blocks} are left out"
     else:
