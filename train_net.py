@@ -40,6 +40,7 @@ from hourglass.data.opening import load_test, open_test
 from hourglass.launch import DEMO, build, load_config, one_line, refuse
 from hourglass.overrides import is_override
 from hourglass.reduction.selection import RANDOM
+from hourglass.report import check_report
 from hourglass.search.goal import Goal
 from hourglass.training import check_training, train
 
@@ -82,6 +83,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--agreement", action="store_true", help="also how far models find what the unmodified one does; no labels"
     )
+    parser.add_argument("--report", action="store_true", help="also report/index.html, a page of what the plan changes")
     parser.add_argument("--images", metavar="FOLDER", help="run on a folder of images without labels")
     parser.add_argument("--only", choices=("unmodified", "expedited"), help="run one of the models")
     parser.add_argument("--by-class", action="store_true", help="also tables by class, largest loss first")
@@ -100,8 +102,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(arguments)
     if args.only and args.control:
         parser.error("--only runs one of the models, without --control")
-    if args.only and args.agreement:
-        parser.error("--only runs one of the models: --agreement takes two")
+    if args.only and (args.agreement or args.report):
+        parser.error("--only runs one of the models: --agreement and --report take two")
+    if args.report and not args.eval_only:
+        parser.error("--report is of a comparison: it takes --eval-only")
     if args.images and not (args.eval_only or args.calibrate or args.search or args.waterfall):
         parser.error("--images have no labels: they are for --eval-only, --waterfall, --calibrate and --search")
     if args.calibrate + args.eval_only + (args.search is not None) > 1:
@@ -128,6 +132,8 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.overrides)
     if args.predict is not None:
         sys.exit(predict(cfg, paths=args.predict, output=args.output, compare=args.compare, score=args.score))
+    if args.report:
+        check_report(cfg.train.output_dir)
     if args.images:
         take_folder(cfg, args.images)
     if args.calibrate:
@@ -144,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
     if cfg.train.init_checkpoint:
         load_checkpoint(model, cfg.train.init_checkpoint, cfg.train.allow_partial_checkpoint)
     agreement = args.agreement or bool(args.images and not args.only)
-    options = Options(agreement, args.control, args.only, args.by_class, args.resume, journal=args.eval_only)
+    options = Options(agreement, args.control, args.only, args.by_class, args.resume, args.eval_only, args.report)
     if args.eval_only or args.waterfall or args.calibrate or goal is not None:
         if not cfg.train.init_checkpoint:
             warn("train.init_checkpoint is empty, the weights are random")

@@ -3,22 +3,25 @@ What ``train_net.py`` does beside training: comparing a model with itself on few
 and searching for one.
 """
 
+import contextlib
 import copy
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 from torch import nn
 
+from hourglass.data.images import read_image
 from hourglass.data.opening import (
     FIT_IMAGES,
     load_test,
@@ -31,8 +34,17 @@ from hourglass.data.unlabelled import register_folder
 from hourglass.encoders import Plan, expedite, find_encoder
 from hourglass.encoders.calibration import Calibration
 from hourglass.errors import InputError
-from hourglass.evaluation import Subject, compare, to_json, to_text, waterfall, write_report
-from hourglass.evaluation.agreement import recording
+from hourglass.evaluation import (
+    Comparison,
+    InstanceEvaluator,
+    Subject,
+    compare,
+    to_json,
+    to_text,
+    waterfall,
+    write_report,
+)
+from hourglass.evaluation.agreement import OutputRecorder, recording
 from hourglass.evaluation.environment import describe_environment
 from hourglass.evaluation.journal import (
     digest,
@@ -46,12 +58,15 @@ from hourglass.evaluation.journal import (
 from hourglass.files import write_whole
 from hourglass.fitting import calibrate
 from hourglass.launch import build_evaluator
+from hourglass.report import FAINT
 from hourglass.search.goal import Goal
 from hourglass.search.measured import Measured
 from hourglass.search.report import describe as describe_search
 from hourglass.search.report import draw, to_table, write_plan
 from hourglass.search.run import Found, Images, Search
 
+# COCO's small, medium and large objects.
+SIDES = (32, 96)
 # Images of a search, where search.images says nothing.
 SEARCH_IMAGES = 128
 # Batches in which a second size of images is looked for, before a compiled model is timed.
@@ -69,6 +84,7 @@ class Options(NamedTuple):
         by_class: also tables by class.
         resume: go on from the images that the output folder has.
         journal: whether finished images are kept there.
+        report: also a page that shows what the plan changes.
     """
 
     agreement: bool = False
@@ -77,6 +93,7 @@ class Options(NamedTuple):
     by_class: bool = False
     resume: bool = False
     journal: bool = False
+    report: bool = False
 
 
 def run_comparison(cfg: DictConfig, model: nn.Module, plan: Plan, options: Options) -> dict[str, Any]:
@@ -93,8 +110,13 @@ def run_comparison(cfg: DictConfig, model: nn.Module, plan: Plan, options: Optio
     for name, its_plan in plans.items():
         view = expedite(model, its_plan)
         evaluator = build_evaluator(cfg, name)
-        if options.agreement:
-            evaluator = recording(members(evaluator))
+        reported = options.report and name in ("unmodified", "expedited")
+        if reported:
+            keep_sizes(members(evaluator))
+        if options.agreement or reported:
+            # What the page does not look at need not be kept.
+            lowest = 0.0 if options.agreement else FAINT * cfg.evaluation.report.score
+            evaluator = recording(members(evaluator), options.agreement, lowest)
         subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
     journal = open_journal(cfg, subjects, plans, records, options.resume) if options.journal else None
     remaining = records if journal is None else [each for each in records if each["image_id"] not in journal.done]
@@ -120,6 +142,9 @@ def run_comparison(cfg: DictConfig, model: nn.Module, plan: Plan, options: Optio
         warn(line)
     write_report(document, cfg.train.output_dir, options.by_class)
     print(f"written to {os.path.join(cfg.train.output_dir, 'comparison.json')}, .csv and .md", flush=True)
+    if options.report:
+        page = make_page(cfg, model, plan, subjects, comparison, document, records)
+        print(f"written to {page}, for a browser", flush=True)
     if journal is not None:
         journal.remove()
     return document
@@ -201,9 +226,64 @@ def predict(cfg: DictConfig, **asked: Any) -> int:
     return run_prediction(cfg, Asked(**asked))
 
 
+def keep_sizes(evaluators: Sequence[DatasetEvaluator]) -> None:
+    """Let evaluators that can keep what AP by COCO's sizes is made of, unless they have other sizes."""
+    for evaluator in evaluators:
+        if isinstance(evaluator, InstanceEvaluator) and not evaluator.sides:
+            evaluator.set_sides(SIDES)
+            evaluator.reset()
+
+
+def make_page(
+    cfg: DictConfig,
+    model: nn.Module,
+    plan: Plan,
+    subjects: dict[str, Subject],
+    comparison: Comparison,
+    document: dict[str, Any],
+    records: list[dict[str, Any]],
+) -> Path:
+    """Write the report of a comparison that has run; returns the path of its page."""
+    from hourglass.report.page import Material, write_page
+    from hourglass.report.tokens import Tokens, find_tokens
+
+    pair = [members(subjects[name].evaluator) for name in ("unmodified", "expedited")]
+    first, other = (each for evaluators in pair for each in evaluators if isinstance(each, OutputRecorder))
+
+    def read(record: dict[str, Any]) -> np.ndarray:
+        return read_image(record["file_name"], "RGB", cfg.dataloader.image_scaling)
+
+    def find(record: dict[str, Any]) -> Tokens | None:
+        (inputs,) = next(iter(load_test(cfg, model, [record])))
+        dtype = getattr(torch, cfg.evaluation.dtype)
+        with torch.autocast(cfg.train.device, dtype, enabled=dtype != torch.float32):
+            return find_tokens(subjects["expedited"].model, plan, inputs)
+
+    material = Material(
+        document,
+        comparison,
+        (pair[0], pair[1]),
+        (first, other),
+        records,
+        MetadataCatalog.get(cfg.dataloader.test.dataset.names),
+        read,
+        find,
+        cfg.evaluation.report.score,
+        cfg.evaluation.report.images,
+    )
+    return write_page(cfg.train.output_dir, material)
+
+
 def take_folder(cfg: DictConfig, folder: str) -> None:
     """Let a config run on a folder of images without labels, in the place of its data sets."""
     name = register_folder(folder)
+    labelled = cfg.dataloader.test.dataset.get("names")
+    if isinstance(labelled, str) and labelled in DatasetCatalog.list():
+        # The model's classes keep their names where these are known without the data.
+        for key in ("thing_classes", "stuff_classes"):
+            with contextlib.suppress(InputError, OSError):
+                if (names := MetadataCatalog.get(labelled).get(key)) is not None:
+                    MetadataCatalog.get(name).set(**{key: list(names)})
     cfg.dataloader.test.dataset.names = name
     cfg.dataloader.evaluator = []
     cfg.search.dataset = name

@@ -1,7 +1,10 @@
 """Files that are written whole, and folders that can be written to."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hourglass.errors import InputError
@@ -50,3 +53,24 @@ def write_together(folder: str | os.PathLike, texts: dict[str, str]) -> None:
                 else:
                     (folder / name).unlink()
             raise
+
+
+@contextmanager
+def write_whole_folder(path: Path) -> Iterator[Path]:
+    """
+    A folder to write into, which takes the place of the one at ``path`` at the end: whole or, after an error, not at
+    all.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        new, old = Path(scratch) / path.name, Path(scratch) / "old"
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)

@@ -67,6 +67,10 @@ def check_options(train: DictConfig, evaluation: DictConfig, search: DictConfig)
     check_count("evaluation.batch_size", evaluation.batch_size, 1)
     if evaluation.max_images is not None:
         check_count("evaluation.max_images", evaluation.max_images, 1)
+    score = evaluation.report.score
+    if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+        raise InputError(f"evaluation.report.score takes a number from 0 to 1, got {score!r}")
+    check_count("evaluation.report.images", evaluation.report.images, 0)
     if search.images is not None:
         check_count("search.images", search.images, 2)
     if search.dataset is not None:

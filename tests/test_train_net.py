@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from hourglass import InputError, TokenClustering, launch
 from hourglass.evaluation.journal import read_records
 from hourglass.search.options import Option
 from hourglass.training import check_training
+from tests.report.test_page import check_page
 
 ROOT = Path(__file__).parent.parent
 # Small enough for a test: 256 tokens, of which the plan keeps 100.
@@ -245,6 +247,69 @@ def test_batches_have_the_figures_of_one_image_at_a_time(tmp_path):
         assert found[size]["images"] == 5 and found[size]["batch_size"] == size
     figures = [content["models"]["expedited"]["accuracy"] for content in found.values()]
     assert figures[0]["segm"]["AP"] > 20 and figures[0] == figures[1] == figures[2]
+
+
+def test_a_report(tmp_path, capsys, monkeypatch):
+    """Of the shipped weights: it adds up, what it names is there, and an interrupted run gives the same one."""
+    plan = ["plan.reducer.grid=[6,6]", "plan.start=2", "plan.stop=6"]  # it changes something
+    few = ["--eval-only", "--report", *plan, "evaluation.max_images=3", "evaluation.warmup=0"]
+    run(*few, f"train.output_dir={tmp_path}")
+    printed = capsys.readouterr().out
+    page = tmp_path / "report" / "index.html"
+    assert f"written to {page}" in printed and "agreement" not in printed
+    check_page(page)
+    text = page.read_text()
+    for model in ("unmodified", "expedited"):
+        (count, parts) = re.search(rf"The {model} model has (\d+): ([^.]*)\.", text).groups()
+        assert sum(map(int, re.findall(r"\d+", parts))) == int(count) > 0
+    assert (tmp_path / "report" / "tokens.jpg").exists() and "windows of 16 x 16 tokens" in text
+    assert "under 32" in text and "mask AP by class" in text
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hourglass.commands.make_page", interrupt)
+        with pytest.raises(SystemExit):
+            run(*few, f"train.output_dir={tmp_path}")
+    shutil.rmtree(tmp_path / "report")
+    run(*few, "--resume", f"train.output_dir={tmp_path}")  # nothing is run again
+    losses = [re.findall(r"The (?:un|exp)\w+ model has [^.]*", each) for each in (text, page.read_text())]
+    assert losses[0] == losses[1] and not (tmp_path / "journal").exists()
+
+
+def test_a_report_of_a_folder_without_labels(tmp_path, capsys):
+    folder = tmp_path / "images"
+    projects.demo.write_demo(folder, {"val": 2})
+    few = ["--eval-only", "--report", "evaluation.warmup=0", f"train.output_dir={tmp_path / 'out'}"]
+    run(*few, "--images", str(folder / "val"), "plan.reducer.grid=[6,6]", "evaluation.report.score=0.1")
+    check_page(tmp_path / "out" / "report" / "index.html")
+    text = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert "agreement, mask AP" in text and "right before" not in text
+    assert any(f"<td>{name}</td>" in text for name in projects.demo.THINGS)  # classes keep their names
+
+
+def test_a_report_of_panoptic_segments(tmp_path):
+    options = [*PANOPTIC_UNTRAINED, f"train.output_dir={tmp_path}", "evaluation.report.images=2"]
+    run("--eval-only", "--report", *options, "plan.reducer.grid=[2,2]", "evaluation.max_images=1")
+    check_page(tmp_path / "report" / "index.html")
+    text = (tmp_path / "report" / "index.html").read_text()
+    assert "What the plan changes: instances" in text and "What the plan changes: panoptic segments" in text
+
+
+def test_a_report_refuses_before_anything_runs(tmp_path, capsys, monkeypatch):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "notes.txt").write_text("mine")
+    assert "which is none that it made" in refusal(capsys, "--eval-only", "--report", f"train.output_dir={tmp_path}")
+    score = refusal(capsys, "--eval-only", "--report", "evaluation.report.score=2")
+    assert "evaluation.report.score takes a number from 0 to 1, got 2" in score
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    line = refusal(capsys, "--eval-only", "--report", f"train.output_dir={tmp_path / 'other'}")
+    assert line == "error: --report needs jinja2: pip install jinja2"
+    for arguments in (["--report"], ["--eval-only", "--report", "--only", "expedited"]):
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments)
+        assert stopped.value.code == 2
 
 
 def test_one_task_at_a_time(capsys):

@@ -38,4 +38,6 @@ evaluation = dict(
     warmup=3,
     # "float32" or "bfloat16": the precision of both models, by autocast.
     dtype="float32",
+    # Of the page of --report: detections of at least this score are looked at, and so many images shown.
+    report=dict(score=0.5, images=24),
 )

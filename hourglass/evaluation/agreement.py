@@ -54,10 +54,14 @@ class OutputRecorder(DatasetEvaluator):
 
     Args:
         max_detections: of an image, those with the highest scores.
+        compared: whether a comparison is to tell how far it agrees with the first model's.
+        lowest: detections of a lower score are not kept.
     """
 
-    def __init__(self, max_detections: int = 100):
+    def __init__(self, max_detections: int = 100, compared: bool = True, lowest: float = 0.0):
         self.max_detections = max_detections
+        self.compared = compared
+        self.lowest = lowest
         self.reset()
 
     def reset(self) -> None:
@@ -66,7 +70,7 @@ class OutputRecorder(DatasetEvaluator):
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         for input, output in zip(inputs, outputs):
-            self.outputs[input["image_id"]] = _kept(output)
+            self.outputs[input["image_id"]] = _kept(output, self.lowest)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Nothing; the main process has the outputs of all afterwards."""
@@ -97,16 +101,22 @@ class OutputRecorder(DatasetEvaluator):
         self.outputs[image_id] = kept
 
 
-def recording(evaluators: Sequence[DatasetEvaluator]) -> DatasetEvaluators:
-    """These evaluators, and one that keeps the outputs, of as many detections as the first of them takes."""
+def recording(evaluators: Sequence[DatasetEvaluator], compared: bool = True, lowest: float = 0.0) -> DatasetEvaluators:
+    """
+    These evaluators, and an :class:`OutputRecorder`, of as many detections as the first of them takes; the others as
+    there.
+    """
     limits = [each.max_detections for each in evaluators if hasattr(each, "max_detections")]
-    return DatasetEvaluators([*evaluators, OutputRecorder(*limits[:1])])
+    return DatasetEvaluators([*evaluators, OutputRecorder(limits[0] if limits else 100, compared, lowest)])
 
 
-def _kept(output: dict[str, Any]) -> dict[str, Any]:
+def _kept(output: dict[str, Any], lowest: float) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     if "instances" in output:
-        found = output["instances"].to("cpu")
+        found = output["instances"]
+        if lowest > 0:
+            found = found[found.scores >= lowest]
+        found = found.to("cpu")
         kept["size"] = tuple(found.image_size)
         kept["scores"], kept["classes"] = found.scores.numpy().astype(float), found.pred_classes.numpy().astype(int)
         if found.has("pred_boxes"):

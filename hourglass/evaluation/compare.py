@@ -457,7 +457,7 @@ def _agreement(subjects: dict[str, Subject], image_ids: list) -> dict[str, dict[
         name: recorder
         for name, subject in subjects.items()
         for recorder in members(subject.evaluator)
-        if isinstance(recorder, OutputRecorder)
+        if isinstance(recorder, OutputRecorder) and recorder.compared
     }
     first, *others = subjects
     if first not in recorders:

@@ -77,17 +77,27 @@ class InstanceEvaluator(COCOEvaluator):
     _tasks: Any  # Detectron2's, a sequence or None
 
     def __init__(self, *args: Any, sides: Sequence[float] = (), **options: Any):
-        if list(sides) != sorted(set(sides)) or any(side <= 0 for side in sides):
-            raise InputError(f"sides takes growing numbers of pixels over 0, got {list(sides)}")
+        self.set_sides(sides)
         super().__init__(*args, **options)
         # Detectron2 gives COCO the limits 1, 10 and this one, of which COCO then takes the highest.
         check_count("max_dets_per_image", self.max_detections, 10)
         self._use_fast_impl = False
-        limits = [0, *sides, 1e5]
-        self._areas = {} if not sides else {size: (size[0] ** 2, size[1] ** 2) for size in zip(limits, limits[1:])}
         self._classes = name_classes(
             {id: str(each.get("name", id)) for id, each in sorted(self._coco_api.cats.items())}
         )
+
+    def set_sides(self, sides: Sequence[float]) -> None:
+        """
+        Set the argument `sides`, before :meth:`reset`.
+
+        Raises:
+            InputError: for sides that do not grow.
+        """
+        if list(sides) != sorted(set(sides)) or any(side <= 0 for side in sides):
+            raise InputError(f"sides takes growing numbers of pixels over 0, got {list(sides)}")
+        self.sides = tuple(sides)
+        limits = [0, *sides, 1e5]
+        self._areas = {} if not sides else {size: (size[0] ** 2, size[1] ** 2) for size in zip(limits, limits[1:])}
 
     @property
     def max_detections(self) -> int:
@@ -291,10 +301,12 @@ def read_matches(coco_eval: Any, area: tuple[float, float] | None = None) -> lis
     # Of each category, each range of areas and each image, in this order; the first range is of all.
     known = np.empty(len(coco_eval.evalImgs), dtype=object)
     known[:] = coco_eval.evalImgs
-    known = known.reshape(-1, len(params.areaRng), images)[:, 0]
+    ranges = [tuple(each) for each in params.areaRng]
+    evaluated = 0 if area is None else ranges.index(area) if area in ranges else None
+    known = known.reshape(-1, len(params.areaRng), images)[:, evaluated or 0]
     categories = []
     for category, results in zip(params.catIds, known):
-        if area is not None:
+        if evaluated is None:
             results = [coco_eval.evaluateImg(image, category, area, most) for image in params.imgIds]
         objects = np.array([0 if one is None else int(np.sum(one["gtIgnore"] == 0)) for one in results])
         if not objects.any():

@@ -211,9 +211,11 @@ def open_journal(
     config = {"model": cfg.model, "test": cfg.dataloader.test, "evaluator": cfg.dataloader.evaluator}
     config = {name: to_plain(node) for name, node in {**config, "evaluation": cfg.evaluation}.items()}
     config["test"].pop("num_workers", None)  # images are the same, and they are read before the clock starts
+    config["evaluation"].get("report", {}).pop("images", None)  # are chosen afterwards
     config["image_scaling"] = cfg.dataloader.get("image_scaling", "full")
     settings = {
         "weights": digest_weights(models),
+        "evaluators": {name: [type(each).__name__ for each in members(subjects[name].evaluator)] for name in subjects},
         "plans": {name: plan.describe() for name, plan in plans.items()},
         "data": digest_data(records),
         "config": config,

@@ -27,7 +27,7 @@ from hourglass.encoders import find_encoder
 from hourglass.files import check_folder
 from hourglass.launch import build, load_config, one_line
 from hourglass.reduction import Reducer, Reduction
-from hourglass.reduction.windows import map_size
+from hourglass.report.tokens import draw_clusters, find_clusters
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "nuclei" / "vitdet.py"
@@ -40,7 +40,7 @@ IMAGES = [
 ]
 SCALE = 2  # pixels of a picture for one of the model's input
 GAP = 12
-YELLOW, WHITE = (255, 220, 0), (255, 255, 255)
+YELLOW = (255, 220, 0)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,32 +53,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", default="output/nuclei/pictures", metavar="FOLDER", help="of the PNGs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, as train_net.py takes them")
     return parser.parse_intermixed_args(arguments)
-
-
-def find_clusters(reduced: Tensor, reduction: Reduction) -> Tensor:
-    """
-    Which token of the smaller map each token gets most of its result from: restoring is linear in what the blocks
-    changed, so that changing one token of the smaller map at a time shows where it goes.
-
-    Args:
-        reduced: (1, H, W, C), what was reduced.
-        reduction: to h x w tokens.
-
-    Returns:
-        (H, W) int64, in [0, h * w).
-    """
-    height, width = map_size(reduction.tokens)
-    channels = reduced.shape[-1]
-    still = reduction.restore(reduction.tokens)
-    shares = []
-    for first in range(0, height * width, channels):
-        # A channel for each of the next tokens.
-        change = torch.zeros(height * width, channels)
-        count = min(channels, height * width - first)
-        change[first + torch.arange(count), torch.arange(count)] = 1
-        moved = reduction.restore(reduction.tokens + change.view(1, height, width, channels))
-        shares.append((moved - still)[0, ..., :count])
-    return torch.cat(shares, dim=-1).argmax(dim=-1)
 
 
 class Clusters:
@@ -103,17 +77,6 @@ def outline(picture: np.ndarray, masks: list[np.ndarray]) -> np.ndarray:
         mask = cv2.resize(mask.astype(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_LINEAR)
         contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(picture, contours, -1, YELLOW, 2)
-    return picture
-
-
-def draw_clusters(picture: np.ndarray, labels: np.ndarray, patch: int) -> np.ndarray:
-    """The picture with the borders between tokens of different clusters; a token is ``patch`` pixels a side."""
-    cells = np.kron(labels, np.ones((patch, patch), labels.dtype))[: picture.shape[0], : picture.shape[1]]
-    border = np.zeros(cells.shape, bool)
-    border[:, 1:] |= cells[:, 1:] != cells[:, :-1]
-    border[1:] |= cells[1:] != cells[:-1]
-    picture = picture.copy()
-    picture[border] = (0.5 * picture[border] + 0.5 * np.array(WHITE)).astype(np.uint8)
     return picture
 
 

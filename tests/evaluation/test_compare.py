@@ -269,7 +269,9 @@ def test_a_calibration_that_is_held_back_is_said():
     comparison = compare(compared, [known, strange], warmup=0)
     assert comparison.models["expedited"].runs["corrected"].tolist() == [1.0, 0.0]
     (line,) = comparison.warnings()
-    assert "the calibration is held back in 1 of 2 images" in line and "(0 % of the correction is applied there)" in line
+    assert (
+        "the calibration is held back in 1 of 2 images" in line and "(0 % of the correction is applied there)" in line
+    )
 
 
 def test_weights_that_are_not_finite_are_said_before_and_after(caplog):

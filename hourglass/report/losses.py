@@ -1,0 +1,548 @@
+"""
+What a plan changes, detection by detection: what the expedited model finds, matched with what the unmodified one does.
+
+Letters: N detections (or segments) of the unmodified model in an image, M of the expedited one, T objects.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from detectron2.data import Metadata
+from detectron2.structures import BoxMode
+from PIL import Image
+from pycocotools import mask as rle
+from tqdm import tqdm
+
+from hourglass.data.panoptic import read_panoptic_png, segment_ids
+from hourglass.errors import InputError
+from hourglass.evaluation.agreement import OutputRecorder
+from hourglass.report import FAINT
+
+#: What becomes of a detection. Each of the unmodified model's is one of the first four, each of the expedited one's one
+#: of the first three or of the last two.
+KINDS = ("kept", "moved", "class changed", "lost", "duplicate", "new")
+KEPT, MOVED, CLASS, LOST, DUPLICATE, NEW = range(len(KINDS))
+OF_FIRST = (KEPT, MOVED, CLASS, LOST)
+OF_OTHER = (KEPT, MOVED, CLASS, DUPLICATE, NEW)
+
+#: Detections with at least this score are looked at.
+SCORE = 0.5
+# From which IoU on a detection is the same; moved; the same with another class, or right.
+SAME, NEAR, HALF = 0.75, 0.25, 0.5
+#: A detection that the truth says is wrong, right, or neither, as it lies in a crowd or where there is no truth.
+WRONG, RIGHT, IGNORED = 0, 1, -1
+
+
+class Segments(NamedTuple):
+    """
+    A map of segments that do not overlap, as runs of pixels of one segment, row after row: of many thousand pixels a
+    few are looked at.
+
+    Attributes:
+        starts: (R,) where each run starts; the first at 0.
+        segments: (R,) int64, the number of its segment, counted from 1; 0: none.
+        size: (height, width) of the map.
+        number: how many segments there are.
+    """
+
+    starts: np.ndarray
+    segments: np.ndarray
+    size: tuple[int, int]
+    number: int
+
+    def mask(self, number: int) -> np.ndarray:
+        """(H, W) uint8 of a segment, counted from 0."""
+        ends = np.append(self.starts[1:], int(np.prod(self.size)))
+        return np.repeat((self.segments == number + 1).astype(np.uint8), ends - self.starts).reshape(self.size)
+
+
+class Found(NamedTuple):
+    """
+    What a model finds in an image, or what there is.
+
+    Attributes:
+        classes: (N,) int.
+        scores: (N,); 1 for segments and objects.
+        shapes: N masks as COCO's RLE, (N, 4) boxes (left, top, width, height), or segments.
+        size: (height, width) of the image in pixels.
+    """
+
+    classes: np.ndarray
+    scores: np.ndarray
+    shapes: list[dict[str, Any]] | np.ndarray | Segments
+    size: tuple[int, int]
+
+    def over(self, score: float) -> "Found":
+        """Those of at least this score; segments have none, and stay."""
+        if isinstance(self.shapes, Segments):
+            return self
+        chosen = np.flatnonzero(self.scores >= score)
+        shapes = self.shapes[chosen] if isinstance(self.shapes, np.ndarray) else [self.shapes[i] for i in chosen]
+        return Found(self.classes[chosen], self.scores[chosen], shapes, self.size)
+
+
+class Truth(NamedTuple):
+    """
+    Attributes:
+        objects: T of them.
+        crowd: (T,) whether each is a crowd.
+    """
+
+    objects: Found
+    crowd: np.ndarray
+
+
+class Overlap(NamedTuple):
+    """
+    Of N shapes with M others.
+
+    Attributes:
+        iou: (N, M) intersection over union.
+        share: (N, M) the share of each of the M that lies on each of the N.
+    """
+
+    iou: np.ndarray
+    share: np.ndarray
+
+
+def overlap(first: Found, other: Found) -> Overlap:
+    """Of two models' detections in one image, of one type of shape."""
+    if isinstance(first.shapes, Segments):
+        assert isinstance(other.shapes, Segments)
+        joint = _joint(first.shapes, other.shapes)
+        area, other_area = joint.sum(1)[1:, None], joint.sum(0)[None, 1:]
+        common = joint[1:, 1:]
+        return Overlap(common / np.maximum(area + other_area - common, 1), common / np.maximum(other_area, 1))
+    if not len(first.classes) or not len(other.classes):
+        nothing = np.zeros((len(first.classes), len(other.classes)))
+        return Overlap(nothing, nothing)
+    iou = rle.iou(first.shapes, other.shapes, [0] * len(other.classes))
+    share = rle.iou(other.shapes, first.shapes, [1] * len(first.classes)).T
+    return Overlap(np.asarray(iou), np.nan_to_num(share))
+
+
+def _joint(first: Segments, other: Segments) -> np.ndarray:
+    """(1 + N, 1 + M) pixels that segments have in common; row and column 0 are of no segment."""
+    if first.size != other.size:
+        sizes = " and ".join(" x ".join(map(str, each.size)) for each in (first, other))
+        raise InputError(f"maps of segments of one image have one size, got {sizes}")
+    either = np.zeros(int(np.prod(first.size)), bool)
+    either[first.starts] = either[other.starts] = True
+    starts = np.flatnonzero(either)
+    rows, columns = (each.segments[np.searchsorted(each.starts, starts, "right") - 1] for each in (first, other))
+    width, shape = other.number + 1, (first.number + 1, other.number + 1)
+    lengths = np.diff(starts, append=len(either))
+    return np.bincount(rows * width + columns, lengths, minlength=int(np.prod(shape))).reshape(shape)
+
+
+class Changes(NamedTuple):
+    """
+    What became of the detections in an image.
+
+    Attributes:
+        first: (N,) of :data:`OF_FIRST`, the kind of each of the unmodified model's.
+        other: (M,) of :data:`OF_OTHER`, of each of the expedited model's.
+        partner: (N,) number of the expedited model's detection that is the same, moved or of another class; -1: lost.
+    """
+
+    first: np.ndarray
+    other: np.ndarray
+    partner: np.ndarray
+
+
+def match(first: Found, other: Found, overlaps: Overlap) -> Changes:
+    """
+    Match each detection of the unmodified model with at most one of the expedited model's.
+
+    Kept are those of one class with an IoU of at least 0.75. Of the others, those of highest IoU first, are moved those
+    of one class with an IoU of at least 0.25, and those of two classes with at least 0.5 have their class changed. An
+    unmatched one of the unmodified model is lost. One of the expedited model is a duplicate where it has an IoU of at
+    least 0.5 with one that is matched, or lies to more than half on one that is, and has its class; else it is new.
+
+    Args:
+        first, other: of one image.
+        overlaps: of the two.
+    """
+    same = first.classes[:, None] == other.classes
+    kinds, other_kinds = np.full(len(first.classes), LOST), np.full(len(other.classes), NEW)
+    partner = np.full(len(first.classes), -1)
+    iou = overlaps.iou
+    near = np.where(same, iou >= NEAR, iou >= HALF)
+    for candidates in (same & (iou >= SAME), near):
+        pairs = np.argwhere(candidates)
+        for i, j in pairs[np.argsort(-iou[candidates], kind="stable")]:
+            if kinds[i] != LOST or other_kinds[j] != NEW:
+                continue
+            kind = CLASS if not same[i, j] else KEPT if iou[i, j] >= SAME else MOVED
+            kinds[i] = other_kinds[j] = kind
+            partner[i] = j
+    again = (iou >= HALF) | same & (overlaps.share > HALF)
+    other_kinds[(other_kinds == NEW) & again[kinds != LOST].any(axis=0)] = DUPLICATE
+    return Changes(kinds, other_kinds, partner)
+
+
+def check(found: Found, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Which detections are right: as COCO has it at an IoU of 0.5, those of higher scores first, and as panoptic quality
+    has it for segments.
+
+    Returns:
+        (N,) of :data:`WRONG`, :data:`RIGHT` and :data:`IGNORED`; (T,) whether each object is found.
+    """
+    objects = truth.objects
+    same = found.classes[:, None] == objects.classes
+    if isinstance(found.shapes, Segments):
+        assert isinstance(objects.shapes, Segments)
+        joint = _joint(found.shapes, objects.shapes)
+        area, common = joint.sum(1)[1:], joint[1:, 1:]
+        union = area[:, None] - joint[1:, :1] + joint.sum(0)[1:] - common
+        pairs = same & ~truth.crowd & (common / np.maximum(union, 1) > HALF)
+        in_crowd = (common * (same & truth.crowd)).sum(1)
+        ignored = (joint[1:, 0] + in_crowd) / np.maximum(area, 1) > HALF
+        verdict = np.where(pairs.any(axis=1), RIGHT, np.where(ignored, IGNORED, WRONG))
+        return verdict, pairs.any(axis=0)
+    verdict, taken = np.full(len(found.classes), WRONG), np.zeros(len(objects.classes), bool)
+    if not len(verdict) or not len(taken):
+        return verdict, taken
+    iou = np.asarray(rle.iou(found.shapes, objects.shapes, truth.crowd.astype(int).tolist()))
+    possible = np.where(same & (iou >= HALF), iou, 0)
+    for i in np.argsort(-found.scores, kind="stable"):
+        free = np.where(taken | truth.crowd, 0, possible[i])
+        if free.any():
+            taken[free.argmax()] = True
+            verdict[i] = RIGHT
+        elif possible[i][truth.crowd].any():
+            verdict[i] = IGNORED
+    return verdict, taken
+
+
+class Examined(NamedTuple):
+    """
+    One image.
+
+    Attributes:
+        first, other: what the unmodified and the expedited model find, over the score.
+        changes: between them.
+        right: whether each of both is right, see :func:`check`; None without labels.
+        truth: None without labels.
+        seen: (T,) whether each model found each object.
+        faint: how many of the lost ones the expedited model has with a lower score, at least a fifth as high, and how
+            many of the new ones the unmodified model has.
+    """
+
+    first: Found
+    other: Found
+    changes: Changes
+    right: tuple[np.ndarray, np.ndarray] | None
+    truth: Truth | None
+    seen: tuple[np.ndarray, np.ndarray] | None
+    faint: tuple[int, int]
+
+    @property
+    def changed(self) -> int:
+        """How many detections are not kept; a pair counts once."""
+        return int((self.changes.first != KEPT).sum() + np.isin(self.changes.other, (DUPLICATE, NEW)).sum())
+
+
+class _Reading(NamedTuple):
+    """How an image's output and its truth are read: both are told whether masks are compared, else boxes."""
+
+    found: Callable[[dict[str, Any], bool], Found]
+    truth: Callable[[dict[str, Any], tuple[int, int], bool], Truth | None]
+
+
+class Task:
+    """
+    One type of output of both models, on the same images.
+
+    Args:
+        name: "instances", "panoptic segments" or "classes of pixels".
+        first, other: what the unmodified and the expedited model gave.
+        records: image id -> the data set's record.
+        metadata: of the data set.
+        score: detections of at least this score are looked at.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        first: OutputRecorder,
+        other: OutputRecorder,
+        records: dict[Any, dict[str, Any]],
+        metadata: Metadata,
+        score: float = SCORE,
+    ):
+        self.name, self.first, self.other = name, first, other
+        self.records, self.metadata, self.score = records, metadata, score
+        ignored = partial(_true_semantic, ignored=metadata.get("ignore_label", 255))
+        self._read, self._read_truth = {
+            "instances": _Reading(_instances, _true_instances),
+            "panoptic segments": _Reading(_panoptic, _true_panoptic),
+            "classes of pixels": _Reading(_semantic, ignored),
+        }[name]
+
+    def class_name(self, number: int) -> str:
+        """What a class is called."""
+        if self.name == "instances":
+            return _named(self.metadata.get("thing_classes"), number)
+        # Twice the id, and 1 more for a thing.
+        names = self.metadata.get("thing_classes" if number % 2 else "stuff_classes")
+        return _named(names, number // 2)
+
+    def examine(self, image_id: Any) -> Examined:
+        """
+        Match both models' output on an image, and read its labels where there are some.
+
+        Raises:
+            InputError: for labels that cannot be read, or are of another size.
+        """
+        kept = [recorder.outputs[image_id] for recorder in (self.first, self.other)]
+        masks = all("segm" in each for each in kept)
+        record = self.records[image_id]
+        if self.name == "instances":
+            annotations = record.get("annotations", [])
+            # Boxes are compared where there is no mask of some object; Mask2Former's are empty.
+            boxes = all("bbox" in each and (each["bbox"][:, 2:].any() or not len(each["bbox"])) for each in kept)
+            masks = masks and not (boxes and not all(each.get("segmentation") for each in annotations))
+        all_first, all_other = (self._read(each, masks) for each in kept)
+        first, other = all_first.over(self.score), all_other.over(self.score)
+        changes = match(first, other, overlap(first, other))
+        truth = self._read_truth(record, first.size, masks)
+        right = seen = None
+        if truth is not None:
+            verdicts = [check(found, truth) for found in (first, other)]
+            right = verdicts[0][0], verdicts[1][0]
+            seen = verdicts[0][1], verdicts[1][1]
+        faint = (
+            _count_faint(first, changes.first == LOST, all_other, self.score),
+            _count_faint(other, changes.other == NEW, all_first, self.score),
+        )
+        return Examined(first, other, changes, right, truth, seen, faint)
+
+
+def find_tasks(
+    first: OutputRecorder,
+    other: OutputRecorder,
+    records: Sequence[dict[str, Any]],
+    metadata: Metadata,
+    score: float = SCORE,
+) -> list[Task]:
+    """What both models gave of every image; classes of pixels where there are no segments."""
+    by_id = {record["image_id"]: record for record in records}
+    pairs = [(first.outputs[each], other.outputs[each]) for each in by_id]
+
+    def has(*keys: str) -> bool:
+        return all(any(key in kept for key in keys) for pair in pairs for kept in pair)
+
+    names = []
+    if has("bbox") or has("segm"):
+        names.append("instances")
+    if has("panoptic_seg"):
+        names.append("panoptic segments")
+    elif has("sem_seg"):
+        names.append("classes of pixels")
+    return [Task(name, first, other, by_id, metadata, score) for name in names]
+
+
+class Losses(NamedTuple):
+    """
+    What a plan changes over all images.
+
+    Attributes:
+        counts: class -> (kinds, 3): how many of each of :data:`KINDS`, and how many of these are right in the
+            unmodified and in the expedited model's output. A pair is counted once, under the unmodified model's class.
+        first, other: how many detections there are.
+        faint: see :class:`Examined`.
+        objects: how many there are, and how many the unmodified and the expedited model find; None without labels.
+        changed: image id -> how many detections are not kept.
+    """
+
+    counts: dict[int, np.ndarray]
+    first: int
+    other: int
+    faint: tuple[int, int]
+    objects: tuple[int, int, int] | None
+    changed: dict[Any, int]
+
+    @property
+    def total(self) -> np.ndarray:
+        """(kinds, 3) over all classes."""
+        return sum(self.counts.values(), np.zeros((len(KINDS), 3), int))
+
+    def worst(self, count: int) -> list[Any]:
+        """The ids of so many images with most changes, those with one at least."""
+        order = sorted(self.changed, key=lambda each: -self.changed[each])
+        return [each for each in order[:count] if self.changed[each]]
+
+
+def find_losses(task: Task) -> Losses:
+    """
+    Count what becomes of the detections, image by image: no image's pixels are read, and nothing of an image is kept
+    but counts.
+
+    Args:
+        task: whose images are counted.
+    """
+    counts: dict[int, np.ndarray] = defaultdict(lambda: np.zeros((len(KINDS), 3), int))
+    numbers, changed = np.zeros(7, int), {}
+    labelled = False
+    ids = list(task.records)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # files are waited for, and decoded
+        results = pool.map(lambda image_id: _count(task.examine(image_id)), ids)
+        for image_id, result in zip(ids, tqdm(results, desc=f"matching {task.name}", unit="image", total=len(ids))):
+            for number, each in result.counts.items():
+                counts[number] += each
+            numbers += result.numbers
+            changed[image_id] = result.changed
+            labelled |= result.labelled
+    first, other, lost_faint, new_faint, *objects = numbers.tolist()
+    total, found, found_by_other = objects
+    return Losses(
+        dict(counts),
+        first,
+        other,
+        (lost_faint, new_faint),
+        (total, found, found_by_other) if labelled else None,
+        changed,
+    )
+
+
+class _Counted(NamedTuple):
+    counts: dict[int, np.ndarray]
+    numbers: np.ndarray
+    changed: int
+    labelled: bool
+
+
+def _count(image: Examined) -> _Counted:
+    changes, counts = image.changes, {}
+    nothing = np.zeros(len(image.first.classes), int), np.zeros(len(image.other.classes), int)
+    right_first, right_other = ((each == RIGHT).astype(int) for each in image.right or nothing)
+    alone = np.flatnonzero(np.isin(changes.other, (DUPLICATE, NEW)))
+    paired = changes.partner >= 0
+    right_after = np.zeros(len(right_first), int)
+    right_after[paired] = right_other[changes.partner[paired]]
+    rows = np.concatenate(
+        [
+            np.stack([image.first.classes, changes.first, right_first, right_after], axis=1),
+            np.stack([image.other.classes, changes.other, np.zeros_like(right_other), right_other], axis=1)[alone],
+        ]
+    ).astype(int)
+    for number in np.unique(rows[:, 0]).tolist():
+        its = rows[rows[:, 0] == number]
+        count = counts[number] = np.zeros((len(KINDS), 3), int)
+        np.add.at(count, its[:, 1], np.pad(its[:, 2:], ((0, 0), (1, 0)), constant_values=1))
+    objects = [0, 0, 0]
+    if image.truth is not None and image.seen is not None:
+        objects = [int((~image.truth.crowd).sum()), *(int((each & ~image.truth.crowd).sum()) for each in image.seen)]
+    numbers = [len(image.first.classes), len(image.other.classes), *image.faint, *objects]
+    return _Counted(counts, np.array(numbers), image.changed, image.truth is not None)
+
+
+def _count_faint(found: Found, chosen: np.ndarray, all_of_other: Found, score: float) -> int:
+    """How many of the chosen detections the other model has with a score that is too low."""
+    if isinstance(found.shapes, Segments) or not chosen.any():
+        return 0
+    number = np.flatnonzero(chosen)
+    shapes = found.shapes[number] if isinstance(found.shapes, np.ndarray) else [found.shapes[i] for i in number]
+    lacking = Found(found.classes[number], found.scores[number], shapes, found.size)
+    same = (lacking.classes[:, None] == all_of_other.classes) & _is_faint(all_of_other.scores, score)
+    return int((same & (overlap(lacking, all_of_other).iou >= HALF)).any(axis=1).sum())
+
+
+def _is_faint(scores: np.ndarray, score: float) -> np.ndarray:
+    return (scores < score) & (scores >= FAINT * score)
+
+
+def _named(names: Sequence[str] | None, number: int) -> str:
+    return names[number] if names is not None and 0 <= number < len(names) else f"class {number}"
+
+
+# --- what the models gave -------------------------------------------------------------------------------------------
+
+
+def _instances(kept: dict[str, Any], masks: bool) -> Found:
+    return Found(kept["classes"], kept["scores"], kept["segm"] if masks else kept["bbox"], kept["size"])
+
+
+def _panoptic(kept: dict[str, Any], masks: bool) -> Found:
+    ids, info = kept["panoptic_seg"]
+    return _segments(ids.read(), [each["id"] for each in info], [each["category_id"] for each in info])
+
+
+def _semantic(kept: dict[str, Any], masks: bool) -> Found:
+    classes, count = kept["sem_seg"]
+    return _of_classes(classes.read(), count)
+
+
+def _segments(ids: np.ndarray, known: Sequence[int], classes: Sequence[int]) -> Found:
+    """Of a map of ids, of which those that are not known are of no segment."""
+    order = np.argsort(np.array(known, int))
+    ordered = np.array(known, int)[order]
+    flat = np.ascontiguousarray(ids).ravel()
+    starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
+    values = flat[starts]
+    numbers = np.zeros(len(starts), np.int64)
+    if len(ordered):
+        place = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
+        numbers = np.where(ordered[place] == values, order[place] + 1, 0)
+    segments = Segments(starts, numbers, ids.shape, len(known))
+    return Found(np.array(classes, int), np.ones(len(known)), segments, ids.shape)
+
+
+def _of_classes(pixels: np.ndarray, count: int) -> Found:
+    """A segment for each class that is there, as of stuff; others are of none."""
+    present = np.flatnonzero(np.bincount(pixels[pixels < count].ravel(), minlength=1))
+    return _segments(pixels, present.tolist(), (2 * present).tolist())
+
+
+# --- the truth ------------------------------------------------------------------------------------------------------
+
+
+def _true_instances(record: dict[str, Any], size: tuple[int, int], masks: bool) -> Truth | None:
+    if "annotations" not in record:
+        return None
+    annotations = record["annotations"]
+    if masks and not all(each.get("segmentation") for each in annotations):
+        return None
+    shapes: Any
+    if masks:
+        shapes = [_run_lengths(each["segmentation"], size) for each in annotations]
+    else:
+        boxes = [BoxMode.convert(list(each["bbox"]), each["bbox_mode"], BoxMode.XYWH_ABS) for each in annotations]
+        shapes = np.array(boxes, float).reshape(-1, 4)
+    classes = np.array([each["category_id"] for each in annotations], int)
+    crowd = np.array([bool(each.get("iscrowd", 0)) for each in annotations], bool)
+    return Truth(Found(classes, np.ones(len(classes)), shapes, size), crowd)
+
+
+def _run_lengths(mask: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """An annotation's polygons or RLE as compressed RLE."""
+    if isinstance(mask, dict):
+        return rle.frPyObjects(mask, *size) if isinstance(mask["counts"], list) else mask
+    return rle.merge(rle.frPyObjects(mask, *size))
+
+
+def _true_panoptic(record: dict[str, Any], size: tuple[int, int], masks: bool) -> Truth | None:
+    if "pan_seg_file_name" not in record or "segments_info" not in record:
+        return None
+    info = record["segments_info"]
+    classes = [2 * each["category_id"] + int(bool(each.get("isthing", True))) for each in info]
+    ids = segment_ids(read_panoptic_png(record["pan_seg_file_name"]))
+    crowd = np.array([bool(each.get("iscrowd", 0)) for each in info], bool)
+    return Truth(_segments(ids, [each["id"] for each in info], classes), crowd)
+
+
+def _true_semantic(record: dict[str, Any], size: tuple[int, int], masks: bool, ignored: int) -> Truth | None:
+    if "sem_seg_file_name" not in record:
+        return None
+    with Image.open(record["sem_seg_file_name"]) as image:
+        classes = np.array(image).astype(np.int64)
+    classes = np.where(classes == ignored, 1 << 16, classes)
+    found = _of_classes(classes, 1 << 16)
+    return Truth(found, np.zeros(len(found.classes), bool))

@@ -1,0 +1,58 @@
+"""What a plan's blocks run on, over an image."""
+
+import numpy as np
+import pytest
+import torch
+
+from hourglass import AveragePooling, BipartiteMatching, DensityPeaks, Plan, SkipBlocks, TokenClustering, expedite
+from hourglass.reduction.scope import EachWindow
+from hourglass.report.tokens import Tokens, draw_tokens, find_clusters, find_clusters_in_windows, find_tokens
+from tests.evaluation.test_timing import Detector, tiny_vit
+
+
+@pytest.mark.parametrize("size", [(16, 16), (20, 13)])
+@pytest.mark.parametrize("reducer", [TokenClustering((3, 4)), AveragePooling((3, 2)), DensityPeaks((3, 3))])
+def test_clusters_in_windows_are_those_of_one_token_at_a_time(reducer, size):
+    torch.manual_seed(0)
+    tokens = torch.randn(1, *size, 7)
+    each = EachWindow(reducer, 8)
+    reduction = each(tokens)
+    assert torch.equal(find_clusters_in_windows(tokens, reduction, each), find_clusters(tokens, reduction))
+
+
+def seen(plan: Plan) -> Tokens | None:
+    torch.manual_seed(0)
+    view = expedite(Detector(tiny_vit()), plan).eval()
+    return find_tokens(view, plan, {"image": torch.rand(3, 64, 48)})
+
+
+def test_tokens_of_plans():
+    assert seen(Plan()) is None
+    clusters = seen(Plan(TokenClustering((3, 2)), 1))
+    assert clusters.full == clusters.labels.shape and clusters.running == 6
+    assert set(np.unique(clusters.labels)) <= set(range(6)) and clusters.blocks[0] == 1
+    assert clusters.size == (64, 48)
+    assert [cell * side for cell, side in zip(clusters.cell, clusters.full)] == [64, 48]
+    skipped = seen(Plan(SkipBlocks(), 1))
+    assert skipped.labels is None and skipped.running == 0
+
+
+def test_merged_tokens_are_those_after_the_last_block():
+    merged = seen(Plan(BipartiteMatching(0.25), 1, scope="window"))
+    assert merged.merged and merged.running == len(np.unique(merged.labels)) < merged.labels.size
+
+
+def test_pictures_of_tokens():
+    image = np.full((64, 96, 3), 100, np.uint8)
+    labels = np.arange(24).reshape(4, 6)
+    given = Tokens((4, 6), labels, False, None, 2, (16.0, 16.0), (64, 96), 24, (0, 1))
+    drawn = draw_tokens(image, given)
+    assert drawn.shape[1] == 800
+    orange = (drawn == (255, 120, 0)).all(axis=2)
+    step = 800 / 6
+    assert orange[:, round(2 * step)].mean() > 0.9 and not orange[: round(step), : round(step)].any()
+    assert (drawn[:, round(step)] != 100).any(axis=1).mean() > 0.9  # a border
+    selected = np.zeros((4, 6), bool)
+    selected[0] = True
+    dark = draw_tokens(image, given._replace(labels=None, selected=selected, window=0))
+    assert (dark[: int(step) - 1] == 100).all() and (dark[int(step) + 1 :] < 50).all()
