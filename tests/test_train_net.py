@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.logger import setup_logger
@@ -166,10 +167,15 @@ def test_a_search(tmp_path, monkeypatch, capsys):
     run("--search", "speed=1.2", "labels=none", *found_in)
     printed = capsys.readouterr().out
     assert "going on from" in printed and "agreement alone" in printed and "mask AP kept" not in printed
-    run("--search", "speed=1000", *found_in)
+    # A config that leaves evaluation and search at their defaults.
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "mine.py").write_text("from .configs.demo.vitdet import dataloader, model, plan, train\n")
+    mine = ["--config-file", str(tmp_path / "mine.py"), "search.dataset=hourglass_demo_search"]
+    run("--search", "speed=1000", *mine, *found_in, "evaluation.warmup=0")
     printed = capsys.readouterr().out
     assert "going on from" in printed and "fast attention alone, which changes nothing" in printed
-    assert "attention='fast'" in (tmp_path / "plan.py").read_text()
+    cfg = LazyConfig.load(str(tmp_path / "plan.py"))
+    assert cfg.plan.attention == "fast" and cfg.evaluation.warmup == 0 and cfg.search.images is None
 
 
 @pytest.mark.parametrize(

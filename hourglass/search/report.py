@@ -110,7 +110,7 @@ def write_plan(path: Path, plan: Plan, base: str, overrides: Sequence[str], name
         plan: the answer.
         base: the config that was searched for.
         overrides: of it, such as "model.roi_heads.num_classes=3".
-        names: what the base exports.
+        names: what the base exports, or has by default.
         about: first line of the config.
     """
     relative = os.path.relpath(os.path.abspath(base), path.parent.absolute())
@@ -137,13 +137,11 @@ def write_plan(path: Path, plan: Plan, base: str, overrides: Sequence[str], name
 from pathlib import Path
 
 from detectron2.config import LazyCall as L
-from detectron2.config import LazyConfig
 
 from hourglass import {", ".join(sorted(imports))}
-from hourglass.overrides import apply_overrides
+from hourglass.launch import load_config
 
-_base = LazyConfig.load(str(Path(__file__).parent / {relative!r}))
-apply_overrides(_base, {list(overrides)!r})
+_base = load_config(str(Path(__file__).parent / {relative!r}), {list(overrides)!r})
 {", ".join(exported)} = (_base[name] for name in {exported!r})
 
 plan = L(Plan)(
