@@ -201,8 +201,8 @@ def refuse_reducers(encoder: nn.Module, dynamic: bool) -> None:
     blocks = [block for stage in family.stages_of(unmodified(encoder)) for block in stage]
     if any(family.window_size(blocks[i]) for i in plan.blocks(len(blocks))):
         raise InputError(
-            "dynamic sizes take scope 'window' where planned blocks have windows: under scope 'map' windows would be of "
-            "another size for each image"
+            "dynamic sizes take scope 'window' where planned blocks have windows: under scope 'map' windows would be "
+            "of another size for each image"
         )
 
 
@@ -277,7 +277,7 @@ def export(program: Program, format: str, path: str | os.PathLike, images: Seque
             except InputError:
                 raise
             except Exception as error:  # whatever an exporter may raise
-                raise InputError(f"{_name(program)} cannot be exported as {format} ({reason(error)[:300]})") from error
+                raise InputError(f"{_name(program)} cannot be exported as {format} ({_cause(error)})") from error
         largest = max(difference.largest for difference in differences)
         if not largest <= TOLERANCE:
             raise InputError(
@@ -496,6 +496,13 @@ def _name(program: Program) -> str:
     reducer: Reducer | None = getattr(plan, "reducer", None)
     under = "" if reducer is None else f" under {type(reducer).__name__}"
     return f"the {program.about['part']} ({type(encoder).__name__}{under})"
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong first, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return reason(error)[:300]
 
 
 def _synchronize(image: Tensor) -> None:

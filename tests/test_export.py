@@ -65,7 +65,7 @@ CASES = [
 ]
 SEVERAL_SIZES = [
     ("vit", "clustering in windows", "onnx"),
-    ("swin", "fast attention", "onnx"),
+    ("swin", "fast attention", "torch.export"),
     ("swin", "clustering in windows", "torch.export"),
     ("vit", "peaks in windows", "torch.export"),
     ("vit", "matching in windows", "torch.export"),
