@@ -32,6 +32,7 @@ from hourglass.compat import tracing_adapter
 from hourglass.contexts import evaluating
 from hourglass.encoders.contract import as_map
 from hourglass.encoders.hourglass import Hourglass
+from hourglass.encoders.plan import Plan
 from hourglass.encoders.registry import family_of, find_encoder
 from hourglass.encoders.sharing import unmodified
 from hourglass.errors import InputError, reason
@@ -163,7 +164,7 @@ def model_program(model: nn.Module, image: Tensor) -> Program:
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"{type(model).__name__} returns more than tensors, which cannot be traced ({reason(error)}): export its "
+                f"{type(model).__name__} returns more than tensors, which a trace cannot ({reason(error)}): export its "
                 "encoder"
             ) from error
     about = {"hourglass": __version__, "part": "model", "image": list(image.shape)}
@@ -181,28 +182,28 @@ def refuse_reducers(encoder: nn.Module, dynamic: bool) -> None:
         InputError: for a plan whose reducer chooses by the data how many tokens run and, with ``dynamic``, for one
             whose tokens are as many as the image's size says.
     """
-    reducer = getattr(encoder, "reducer", None) if isinstance(encoder, Hourglass) else None
-    if reducer is None:
+    plan: Plan | None = encoder.plan if isinstance(encoder, Hourglass) else None
+    if plan is None or plan.reducer is None:
         return
-    for module in reducer.modules():
-        if isinstance(module, SelectingReducer):
-            raise InputError(
-                f"{type(module).__name__} selects another number of tokens for each image, and a program's steps do "
-                "not branch on data: take another reducer"
-            )
-    plan = encoder.plan
-    if dynamic and plan.scope == "map":
-        if isinstance(plan.reducer, GridReducer) and not all(isinstance(side, int) for side in plan.reducer.grid):
-            raise InputError(
-                f"dynamic sizes take a grid of rows and columns under scope 'map', got the share {plan.reducer.grid}"
-            )
-        family, planned = family_of(encoder), encoder._planned
-        blocks = [block for stage in family.stages_of(unmodified(encoder)) for block in stage]
-        if isinstance(plan.reducer, GridReducer) and any(family.window_size(blocks[i]) for i in planned):
-            raise InputError(
-                "dynamic sizes take scope 'window' where planned blocks have windows: under scope 'map' windows would "
-                "be of another size for each image"
-            )
+    reducer = plan.reducer
+    if isinstance(reducer, SelectingReducer):
+        raise InputError(
+            f"{type(reducer).__name__} selects another number of tokens for each image, and a program's steps do not "
+            "branch on data: take another reducer"
+        )
+    if not dynamic or plan.scope == "window" or not isinstance(reducer, GridReducer):
+        return
+    if not all(isinstance(side, int) for side in reducer.grid):
+        raise InputError(
+            f"dynamic sizes take a grid of rows and columns under scope 'map', got the share {reducer.grid}"
+        )
+    family = family_of(encoder)
+    blocks = [block for stage in family.stages_of(unmodified(encoder)) for block in stage]
+    if any(family.window_size(blocks[i]) for i in plan.blocks(len(blocks))):
+        raise InputError(
+            "dynamic sizes take scope 'window' where planned blocks have windows: under scope 'map' windows would be "
+            "of another size for each image"
+        )
 
 
 def check_format(format: str, whole_model: bool = False, dynamic: bool = False) -> None:
@@ -276,7 +277,7 @@ def export(program: Program, format: str, path: str | os.PathLike, images: Seque
             except InputError:
                 raise
             except Exception as error:  # whatever an exporter may raise
-                raise InputError(f"{_name(program)} cannot be exported as {format} ({reason(error)[:300]})") from error
+                raise InputError(f"{_name(program)} cannot be exported as {format} ({_cause(error)})") from error
         largest = max(difference.largest for difference in differences)
         if not largest <= TOLERANCE:
             raise InputError(
@@ -323,13 +324,18 @@ def load(path: str | os.PathLike, format: str, outputs: Sequence[str]) -> Runtim
 
 def compare(program: Program, run: Runtime, images: Sequence[Tensor]) -> list[Difference]:
     """An exported program beside the eager model on some images: by how much they differ, and the time of both."""
+
+    def eager(image: Tensor) -> list[Tensor]:
+        return _listed(program.module(image), program.outputs)
+
     differences = []
     for image in images:
-        expected = _listed(program.module(image), program.outputs)
-        largest = max(_difference(*pair) for pair in zip(run(image), expected))
+        expected, found = eager(image), run(image)
+        same = len(found) == len(expected)
+        largest = max(_difference(*pair) for pair in zip(found, expected)) if same else math.inf
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(RUNS):
-            for each, spent in zip((program.module, run), times):
+            for each, spent in zip((eager, run), times):
                 _synchronize(image)
                 start = time.perf_counter()
                 each(image)
@@ -431,7 +437,9 @@ _WRITERS: dict[str, Callable[[Program, Path], None]] = {
 
 def _translations() -> dict[Any, Callable]:
     """ONNX forms of what torch's exporter has none for."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # whose types take constants of their own alone
 
     def sort_stable(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
         # Of equal values ONNX's TopK has that of the lower index first.
@@ -488,6 +496,13 @@ def _name(program: Program) -> str:
     reducer: Reducer | None = getattr(plan, "reducer", None)
     under = "" if reducer is None else f" under {type(reducer).__name__}"
     return f"the {program.about['part']} ({type(encoder).__name__}{under})"
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong first, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return reason(error)[:300]
 
 
 def _synchronize(image: Tensor) -> None:

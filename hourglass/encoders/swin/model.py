@@ -166,7 +166,7 @@ class PatchEmbed(nn.Module):
     lambda image, multiple: [*image.shape[:2], *(-(-side // multiple) * multiple for side in image.shape[2:])],
 )
 def _pad_image(image: Tensor, multiple: int) -> Tensor:
-    height, width = int(image.shape[2]), int(image.shape[3])
+    height, width = map_size(image.permute(0, 2, 3, 1))
     return F.pad(image, (0, -width % multiple, 0, -height % multiple))
 
 
