@@ -65,6 +65,7 @@ class Program:
         outputs: the names of what it returns.
         step: what the image's height and width may be multiples of; None: the program is for the example's size.
         about: what it is, as plain values: it is written into the file.
+        least: how many steps a side has at least.
     """
 
     module: nn.Module
@@ -72,13 +73,14 @@ class Program:
     outputs: list[str]
     step: int | None
     about: dict[str, Any]
+    least: int = 2
 
     @cached_property
     def captured(self) -> torch.export.ExportedProgram:
         """The program as ``torch.export`` has it, which ONNX and AOTInductor start from."""
         shapes = None
         if self.step is not None:
-            rows, columns = (torch.export.Dim(name, min=2) for name in ("rows", "columns"))
+            rows, columns = (torch.export.Dim(name, min=self.least) for name in ("rows", "columns"))
             shapes = ({2: self.step * rows, 3: self.step * columns},)
         with evaluating(self.module), torch.no_grad():
             return torch.export.export(self.module, self.inputs, dynamic_shapes=shapes, strict=False)
@@ -135,15 +137,17 @@ def encoder_program(model: nn.Module, image: Tensor, dynamic: bool = False) -> P
     plan = encoder.plan.describe() if isinstance(encoder, Hourglass) else {}
     refuse_reducers(encoder, dynamic)
     step = _step(encoder, image) if dynamic else None
-    if step is not None and any(side % step for side in image.shape[-2:]):
+    # Of shifted windows the last row and column are masked: the program has them, those between, and no other kinds.
+    least = 3 if dynamic and _shifts(encoder) else 2
+    if step is not None and any(side % step or side < least * step for side in image.shape[-2:]):
         raise InputError(
-            f"dynamic sizes of this encoder and plan are multiples of {step} pixels, whole windows, got an image of "
-            f"{image.shape[-2]} x {image.shape[-1]}"
+            f"dynamic sizes of this encoder and plan are multiples of {step} pixels, whole windows, from "
+            f"{least * step}, got an image of {image.shape[-2]} x {image.shape[-1]}"
         )
     with evaluating(encoder), torch.no_grad():
         outputs = list(_by_name(encoder(image)))
     about = {"hourglass": __version__, "part": "encoder", "plan": plan, "image": list(image.shape), "step": step}
-    return Program(_Encoder(encoder).eval(), (image,), outputs, step, about)
+    return Program(_Encoder(encoder).eval(), (image,), outputs, step, about, least)
 
 
 def model_program(model: nn.Module, image: Tensor) -> Program:
@@ -393,7 +397,7 @@ def image_sizes(program: Program, count: int) -> list[tuple[int, int]]:
     if program.step is None:
         return [(height, width)] * count
     step = program.step
-    sizes = [(height, width), (height + step, width), (max(2 * step, height - step), width + step)]
+    sizes = [(height, width), (height + step, width), (max(program.least * step, height - step), width + step)]
     return [sizes[i % len(sizes)] for i in range(count)]
 
 
@@ -470,6 +474,12 @@ def _step(encoder: nn.Module, image: Tensor) -> int:
             stride = image.shape[-2] // rows[stage[0]]
             steps += [stride * max(1, family.window_size(block)) for block in stage]
     return math.lcm(*steps)
+
+
+def _shifts(encoder: nn.Module) -> bool:
+    """Whether windows of some blocks are shifted."""
+    family = family_of(encoder)
+    return any(family.shifted(block) for stage in family.stages_of(unmodified(encoder)) for block in stage)
 
 
 def _listed(outputs: Any, names: Sequence[str]) -> list[Tensor]:

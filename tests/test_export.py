@@ -6,6 +6,7 @@ part that covers each step: programs for several sizes, and AOTInductor, which c
 operators of its own.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -36,6 +37,7 @@ from tests.encoders.test_reducers import selection
 
 # Maps of whole windows; in pixels.
 FIXED = {"vit": (64, 96), "global vit": (40, 56), "swin": (48, 96)}
+SEVERAL = {"vit": (64, 96), "global vit": (80, 112), "swin": (144, 192)}
 ENCODERS = {
     "vit": lambda: tiny_vit(depth=3),
     "global vit": lambda: tiny_vit(window_block_indexes=(), depth=3),
@@ -91,8 +93,7 @@ def image(height: int, width: int) -> torch.Tensor:
 @functools.cache
 def program_of(encoder: str, plan: str, dynamic: bool) -> exporting.Program:
     """Captured once for the formats that start from it."""
-    height, width = (2 * side if dynamic else side for side in FIXED[encoder])
-    return encoder_program(view(encoder, plan), image(height, width), dynamic)
+    return encoder_program(view(encoder, plan), image(*(SEVERAL if dynamic else FIXED)[encoder]), dynamic)
 
 
 def exported(encoder: str, plan: str, format: str, dynamic: bool, folder: Path) -> list:
@@ -170,13 +171,18 @@ def test_the_file_says_what_it_is(tmp_path):
     assert about["plan"]["reducer"]["name"] == "SkipBlocks" and about["image"] == [1, 3, 64, 64]
 
 
-def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
-    def wrong(program, path):
-        with torch.no_grad():
-            module = torch.nn.Module()
-            module.forward = lambda image: {"last_feat": program.module(image)["last_feat"] * 1.01}
-            torch.jit.save(torch.jit.trace(module.forward, program.inputs, strict=False), path)
+class Louder(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.module = module
 
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: 1.01 * each for name, each in self.module(x).items()}
+
+
+def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
+    right = exporting._WRITERS["torchscript"]
+    wrong = lambda program, path: right(dataclasses.replace(program, module=Louder(program.module)), path)  # noqa: E731
     monkeypatch.setitem(exporting._WRITERS, "torchscript", wrong)
     program = encoder_program(view("vit", "unmodified"), image(64, 64))
     (tmp_path / "encoder.ts").write_text("what was there")
@@ -223,7 +229,7 @@ def test_a_reducer_of_ones_own_that_branches_on_data_is_refused_by_name(tmp_path
     [
         (Plan(TokenClustering((5, 5)), 1, 3), (64, 64), "dynamic sizes take scope 'window'"),
         (Plan(TokenClustering(0.5), 2, 3), (64, 64), "dynamic sizes take a grid of rows and columns"),
-        (Plan(attention="fast"), (64, 72), "multiples of 32 pixels, whole windows, got an image of 64 x 72"),
+        (Plan(attention="fast"), (64, 72), "multiples of 32 pixels, whole windows, from 64, got an image of 64 x 72"),
     ],
 )
 def test_what_has_no_dynamic_sizes_is_refused(plan, size, message):

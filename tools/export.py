@@ -95,7 +95,7 @@ def describe_size(program: Program) -> str:
     height, width = program.inputs[0].shape[-2:]
     if program.step is None:
         return f"images of {height} x {width}"
-    return f"images whose height and width are multiples of {program.step}, from {2 * program.step}"
+    return f"images whose height and width are multiples of {program.step}, from {program.least * program.step}"
 
 
 def read_images(cfg: DictConfig, model: torch.nn.Module, whole_model: bool, size: list[int] | None) -> list[Tensor]:
