@@ -21,6 +21,7 @@ from detectron2.utils.env import seed_all_rng
 from omegaconf import DictConfig
 from torch import nn
 
+from hourglass import waterfall
 from hourglass.data.images import read_image
 from hourglass.data.opening import (
     FIT_IMAGES,
@@ -41,7 +42,6 @@ from hourglass.evaluation import (
     compare,
     to_json,
     to_text,
-    waterfall,
     write_report,
 )
 from hourglass.evaluation.agreement import OutputRecorder, recording

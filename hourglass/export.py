@@ -37,7 +37,7 @@ from hourglass.encoders.registry import family_of, find_encoder
 from hourglass.encoders.sharing import unmodified
 from hourglass.errors import InputError, reason
 from hourglass.files import check_folder
-from hourglass.reduction.reducer import GridReducer, Reducer, SelectingReducer
+from hourglass.reduction.reducer import Reducer
 from hourglass.version import __version__
 
 #: Format -> what its files end with.
@@ -190,17 +190,16 @@ def refuse_reducers(encoder: nn.Module, dynamic: bool) -> None:
     if plan is None or plan.reducer is None:
         return
     reducer = plan.reducer
-    if isinstance(reducer, SelectingReducer):
+    if reducer.selects:
         raise InputError(
             f"{type(reducer).__name__} selects another number of tokens for each image, and a program's steps do not "
             "branch on data: take another reducer"
         )
-    if not dynamic or plan.scope == "window" or not isinstance(reducer, GridReducer):
+    grid = reducer.describe().get("grid")
+    if not dynamic or plan.scope == "window" or grid is None:
         return
-    if not all(isinstance(side, int) for side in reducer.grid):
-        raise InputError(
-            f"dynamic sizes take a grid of rows and columns under scope 'map', got the share {reducer.grid}"
-        )
+    if not all(isinstance(side, int) for side in grid):
+        raise InputError(f"dynamic sizes take a grid of rows and columns under scope 'map', got the share {grid}")
     family = family_of(encoder)
     blocks = [block for stage in family.stages_of(unmodified(encoder)) for block in stage]
     if any(family.window_size(blocks[i]) for i in plan.blocks(len(blocks))):

@@ -5,6 +5,8 @@ import re
 import shlex
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from detectron2.config import LazyConfig
@@ -69,6 +71,14 @@ def test_snippets_run(code, tmp_path, monkeypatch):
             DatasetCatalog.get("my_panoptic_val")
         DatasetCatalog.remove("my_panoptic_val")
         MetadataCatalog.remove("my_panoptic_val")
+    elif "Predictor" in code:
+        (tmp_path / "configs").symlink_to(ROOT / "configs")
+        for name in ("a.jpg", "b.jpg"):
+            cv2.imwrite(str(tmp_path / name), np.zeros((128, 128, 3), np.uint8))
+        monkeypatch.chdir(tmp_path)
+        scope = {}
+        exec(code, scope)
+        assert "instances" in scope["output"] and len(scope["outputs"]) == 2
     elif "LazyConfig.load" in code:
         published = LazyConfig.load(str(ROOT / "configs" / "vitdet" / "mask_rcnn_b.py"))
         monkeypatch.setattr(LazyConfig, "load", lambda path: published)
@@ -81,6 +91,8 @@ def test_snippets_run(code, tmp_path, monkeypatch):
         scope = {**vars(module), "register": lambda family: family}  # it is registered already
         exec(code, scope)
         assert issubclass(scope["EVAFamily"], module.ViTFamily)
+    elif "output/" in code:
+        compile(code, "snippet", "exec")  # reads what the page's commands write
     else:
         model = vit_of_12_blocks()
         scope = {"model": model, "expedited": hourglass.expedite(model, Plan(attention="fast"))}

@@ -30,7 +30,22 @@ ALLOWED = {
     "overrides": {"reduction"},
     "training": {"data", "reduction"},
     "search": {"encoders", "evaluation", "fitting", "reduction"},
-    "commands": {"data", "encoders", "evaluation", "fitting", "launch", "search"},
+    "waterfall": {"encoders", "evaluation"},
+    "export": {"encoders", "reduction"},
+    "report": {"data", "encoders", "evaluation", "reduction"},
+    "predictor": {"checkpoint", "data", "encoders", "launch", "reduction"},
+    "prediction": {"data", "predictor"},
+    "commands": {
+        "data",
+        "encoders",
+        "evaluation",
+        "fitting",
+        "launch",
+        "prediction",
+        "report",
+        "search",
+        "waterfall",
+    },
     "launch": {"data", "overrides", "evaluation", "encoders", "config", "reduction"},
 }
 

@@ -80,6 +80,8 @@ class Reducer(nn.Module):
     on_grid = True
     #: Whether it reduces anew in each of the plan's blocks.
     each_block = False
+    #: Whether it chooses by an image's tokens how many of them run.
+    selects = False
     #: Whether it runs blocks on lists of tokens, of which windows may lose any number.
     takes_lists = False
     #: What it may be applied to.
@@ -202,6 +204,7 @@ class SelectingReducer(Reducer):
     """
 
     each_block = True
+    selects = True
     scopes = ("map",)
 
     def forward(self, tokens: Tensor, block: int) -> Reduction:  # type: ignore[override]  # anew for each block

@@ -14,7 +14,6 @@ from hourglass.encoders.registry import family_of
 from hourglass.encoders.visiting import visiting
 from hourglass.reduction import Reducer, Reduction
 from hourglass.reduction.calibrated import Calibrated
-from hourglass.reduction.reducer import SelectingReducer
 from hourglass.reduction.scope import EachWindow, MergeEachWindow
 from hourglass.reduction.windows import WindowList, map_size
 
@@ -182,7 +181,7 @@ def _look(
     size = map_size(tokens)
     if isinstance(reducer, Calibrated):  # what it adds is no part of a token's cluster
         reducer = reducer.reducer
-    if isinstance(reducer, SelectingReducer):
+    if reducer.selects:
         selection = reducer(tokens, 0)
         if selection.positions is None:
             return None, None, int(np.prod(map_size(selection.tokens)))

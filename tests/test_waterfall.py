@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from hourglass import InputError, Plan, TokenClustering
-from hourglass.evaluation import compare, waterfall
+from hourglass import InputError, Plan, TokenClustering, waterfall
+from hourglass.evaluation import compare
 from tests.evaluation.test_compare import Drawn, Several, in_batches, rows, tiny_vit
 
 PLAN = Plan(TokenClustering((5, 4)), 1)
