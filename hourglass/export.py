@@ -195,6 +195,11 @@ def refuse_reducers(encoder: nn.Module, dynamic: bool) -> None:
             f"{type(reducer).__name__} selects another number of tokens for each image, and a program's steps do not "
             "branch on data: take another reducer"
         )
+    if dynamic and (reducer.each_block or not reducer.on_grid):
+        raise InputError(
+            f"dynamic sizes take a reducer to a regular grid, got {type(reducer).__name__}, which chooses tokens: export "
+            "for one size"
+        )
     grid = reducer.describe().get("grid")
     if not dynamic or plan.scope == "window" or grid is None:
         return
