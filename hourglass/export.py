@@ -197,8 +197,8 @@ def refuse_reducers(encoder: nn.Module, dynamic: bool) -> None:
         )
     if dynamic and (reducer.each_block or not reducer.on_grid):
         raise InputError(
-            f"dynamic sizes take a reducer to a regular grid, got {type(reducer).__name__}, which chooses tokens: export "
-            "for one size"
+            f"dynamic sizes take a reducer to a regular grid, got {type(reducer).__name__}, which chooses tokens: "
+            "export for one size"
         )
     grid = reducer.describe().get("grid")
     if not dynamic or plan.scope == "window" or grid is None:
