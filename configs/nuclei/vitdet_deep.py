@@ -1,4 +1,4 @@
-"""The nuclei's model with 12 blocks, warm-started from that with 8; its training is to go on, see the README."""
+"""The nuclei's model with 12 blocks, warm-started from that with 8, see the README."""
 
 from pathlib import Path
 
