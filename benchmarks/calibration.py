@@ -7,7 +7,6 @@ on images of one kind alone, and with a form, ridge and rank that is given in pl
 """
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Iterable
@@ -21,13 +20,13 @@ import hourglass  # first: it mends Detectron2 0.6
 # isort: split
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
 from benchmarks.encoder import machine, save
+from benchmarks.reducers import kinds_of
 from hourglass import InputError, Plan
 from hourglass.checkpoint import load_checkpoint
 from hourglass.checks import check_count
@@ -44,7 +43,6 @@ from hourglass.launch import DEMO, build, build_evaluator, load_config, one_line
 # Images of a calibration, where nothing else is said.
 USUAL = 16
 WITHOUT = "not calibrated"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -90,18 +88,6 @@ def see(view: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]]], kin
             recorder.fold = i
             run(inputs)
     return Seen(recorder.moments, kinds)
-
-
-def kinds_of(dataset: str, records: list[dict[str, Any]], key: str | None) -> list[str]:
-    """What the data set's JSON has under a key of each image."""
-    if key is None:
-        return [""] * len(records)
-    with open(MetadataCatalog.get(dataset).json_file) as file:
-        values = {image["id"]: image.get(key) for image in json.load(file)["images"]}
-    found = [values[record["image_id"]] for record in records]
-    if None in found:
-        raise InputError(f"--by takes a key of the JSON's images, got {key!r}: image {records[0]['image_id']} lacks it")
-    return [str(each) for each in found]
 
 
 def choose(count: int, total: int) -> list[int]:
@@ -219,7 +205,7 @@ def main(args: argparse.Namespace) -> None:
     load_checkpoint(model, cfg.train.init_checkpoint)
     about = search_dataset(cfg)
     every, load = open_search_records(cfg, model, 10**9 if args.by else max(*args.counts, USUAL))
-    kinds = kinds_of(about, every, args.by)
+    kinds = kinds_of(about, every, args.by) if args.by else [""] * len(every)
     # Of each kind as many as a calibration of it takes, and those that a calibration of all takes.
     needed = set(choose(min(max(*args.counts, USUAL), len(every)), len(every)))
     for kind in set(kinds):
@@ -230,7 +216,8 @@ def main(args: argparse.Namespace) -> None:
     test = open_test(cfg, model, args.images)
     view = hourglass.expedite(model, plan.to_be_calibrated())
     seen = see(view, plan, load(records), kinds, "images to calibrate on")
-    test_kinds = kinds_of(str(cfg.dataloader.test.dataset.names), test, args.by)
+    test_names = str(cfg.dataloader.test.dataset.names)
+    test_kinds = kinds_of(test_names, test, args.by) if args.by else [""] * len(test)
     unseen = see(view, plan, load_test(cfg, model, test), test_kinds, "images of the test set")
     fits = fit_all(seen, sorted(args.counts))
     comparison = None

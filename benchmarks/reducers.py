@@ -201,15 +201,20 @@ def measure(args: argparse.Namespace) -> Measured:
 
 def part_images(dataset: str, records: list[dict[str, Any]], key: str) -> dict[str, list]:
     """What the data set's JSON has under ``key`` of an image -> the ids of the images that are run."""
+    groups: dict[str, list] = {}
+    for record, kind in zip(records, kinds_of(dataset, records, key)):
+        groups.setdefault(kind, []).append(record["image_id"])
+    return dict(sorted(groups.items()))
+
+
+def kinds_of(dataset: str, records: list[dict[str, Any]], key: str) -> list[str]:
+    """What the data set's JSON has under ``key`` of each image."""
     with open(MetadataCatalog.get(dataset).json_file) as file:
         values = {image["id"]: image.get(key) for image in json.load(file)["images"]}
-    groups: dict[str, list] = {}
     for record in records:
-        value = values[record["image_id"]]
-        if value is None:
+        if values[record["image_id"]] is None:
             raise InputError(f"--by takes a key of the JSON's images, got {key!r}: image {record['image_id']} lacks it")
-        groups.setdefault(str(value), []).append(record["image_id"])
-    return dict(sorted(groups.items()))
+    return [str(values[record["image_id"]]) for record in records]
 
 
 def to_document(measured: Measured, args: argparse.Namespace) -> dict[str, Any]:

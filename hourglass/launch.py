@@ -49,14 +49,20 @@ def load_config(path: str, overrides: list[str]) -> DictConfig:
     return cfg
 
 
+def find_device(name: Any) -> str:
+    """ "cuda" or "cpu", of ``train.device``; InputError for another, and where there is no such device."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cuda", "cpu"):
+        raise InputError(f'train.device takes "cuda", "cpu" or "auto", got {name!r}')
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
+    return name
+
+
 def check_options(train: DictConfig, evaluation: DictConfig, search: DictConfig) -> None:
     """Raise InputError for an option of a wrong type or out of range; put the device in the place of "auto"."""
-    if train.device == "auto":
-        train.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if train.device not in ("cuda", "cpu"):
-        raise InputError(f'train.device takes "cuda", "cpu" or "auto", got {train.device!r}')
-    if train.device == "cuda" and not torch.cuda.is_available():
-        raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
+    train.device = find_device(train.device)
     if evaluation.dtype not in ("float32", "bfloat16"):
         raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {evaluation.dtype!r}')
     for key in ("output_dir", "init_checkpoint"):

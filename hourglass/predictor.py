@@ -20,7 +20,7 @@ from hourglass.data.loading import check_square
 from hourglass.data.opening import square_side
 from hourglass.encoders import Plan, expedite
 from hourglass.errors import InputError
-from hourglass.launch import build
+from hourglass.launch import build, find_device
 from hourglass.reduction.selection import RANDOM
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Predictor:
             if not isinstance(cfg, DictConfig) or not isinstance(OmegaConf.select(cfg, key), DictConfig):
                 raise InputError(f"Predictor takes a LazyConfig with {key}: configs/demo/vitdet.py is an example")
         cfg = copy.deepcopy(cfg)
-        self.device = _device(OmegaConf.select(cfg, "train.device", default="auto"))
+        self.device = find_device(OmegaConf.select(cfg, "train.device", default="auto"))
         dtype = OmegaConf.select(cfg, "evaluation.dtype", default="float32")
         if dtype not in ("float32", "bfloat16"):
             raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {dtype!r}')
@@ -155,16 +155,6 @@ class Predictor:
             return []
         with torch.no_grad(), torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             return self.model(inputs)
-
-
-def _device(name: Any) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cuda", "cpu"):
-        raise InputError(f'train.device takes "cuda", "cpu" or "auto", got {name!r}')
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
-    return name
 
 
 def _metadata(names: Any) -> Metadata:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -26,9 +25,9 @@ from hourglass.evaluation.report import (
     spread,
     tabulate_rows,
     without_nan,
+    write_document,
 )
 from hourglass.evaluation.resampling import interval_of_samples
-from hourglass.files import write_together
 
 SCHEMA = 1
 UNMODIFIED = "unmodified"
@@ -284,12 +283,4 @@ def to_text(document: dict[str, Any], tablefmt: str = "simple") -> str:
 
 def write_waterfall(document: dict[str, Any], folder: str | os.PathLike) -> None:
     """Write ``waterfall.json``, ``waterfall.csv`` and ``waterfall.md`` into ``folder``, all of them whole or none."""
-    warnings = "".join(f"\nWarning: {line}\n" for line in document["warnings"])
-    write_together(
-        folder,
-        {
-            "waterfall.json": json.dumps(document, indent=2, allow_nan=False) + "\n",
-            "waterfall.csv": to_csv(document),
-            "waterfall.md": f"{to_text(document, 'github')}\n{warnings}",
-        },
-    )
+    write_document("waterfall", document, to_csv(document), to_text(document, "github"), folder)

@@ -1,10 +1,29 @@
-"""What tests need of small encoders."""
+"""What tests need of small models: encoders, configs, detections."""
 
+import torch
 import torch.nn.functional as F
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from hourglass.encoders.registry import family_of
 from hourglass.encoders.vit.model import absolute_positions
+
+# Small enough for a test: 256 tokens, of which the plan keeps 100.
+SMALL = [
+    "model.backbone.net.patch_size=32",
+    "model.backbone.net.window_size=8",
+    "model.proposal_generator.anchor_generator.strides=[32,64]",
+    "model.roi_heads.box_pooler.scales=[0.03125,0.015625]",
+    "model.proposal_generator.in_features=[p5,p6]",
+    "model.roi_heads.box_in_features=[p5,p6]",
+    "plan.reducer.grid=[10,10]",
+    "plan.scope=map",
+    "plan.start=2",
+    "plan.stop=8",
+    "dataloader.test.num_workers=0",
+    "evaluation.warmup=1",
+]
+UNTRAINED = [*SMALL, "train.init_checkpoint="]
 
 
 def embed_vit(vit: nn.Module, image: Tensor) -> Tensor:
@@ -27,3 +46,16 @@ def embed_swin(swin: nn.Module, image: Tensor) -> Tensor:
 def placed(encoder: nn.Module, block: nn.Module, fast: bool = False) -> nn.Module:
     """A view of an encoder's block that runs on placed tokens."""
     return family_of(encoder).placed(block, fast)
+
+
+def found(size: tuple[int, int], boxes, scores, classes, masks: bool = True) -> dict:
+    """A detector's output of an image of ``size``: boxes (left, top, right, bottom), and masks that fill them."""
+    instances = Instances(size)
+    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.scores = torch.tensor(scores, dtype=torch.float32)
+    instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
+    if masks:
+        instances.pred_masks = torch.zeros(len(scores), *size, dtype=torch.bool)
+        for mask, (left, top, right, bottom) in zip(instances.pred_masks, boxes):
+            mask[int(top) : int(bottom), int(left) : int(right)] = True
+    return {"instances": instances}

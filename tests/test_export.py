@@ -34,6 +34,7 @@ from hourglass.export import FORMATS, check_format, encoder_program, export, ima
 from tests.encoders.test_hourglass_swin import tiny_swin
 from tests.encoders.test_hourglass_vit import tiny_vit
 from tests.encoders.test_reducers import selection
+from tests.models import UNTRAINED
 
 # Maps of whole windows; in pixels.
 FIXED = {"vit": (64, 96), "global vit": (40, 56), "swin": (48, 96)}
@@ -262,18 +263,7 @@ def test_a_file_ends_as_its_format_says(tmp_path):
         export(program, "onnx", tmp_path / "encoder.pt", [image(64, 64)])
 
 
-# Small enough for a test, as in tests/test_train_net.py.
-SMALL = [
-    "model.backbone.net.patch_size=32",
-    "model.backbone.net.window_size=8",
-    "model.proposal_generator.anchor_generator.strides=[32,64]",
-    "model.roi_heads.box_pooler.scales=[0.03125,0.015625]",
-    "model.proposal_generator.in_features=[p5,p6]",
-    "model.roi_heads.box_in_features=[p5,p6]",
-    "plan.reducer.grid=[5,5]",
-    "dataloader.test.num_workers=0",
-    "train.init_checkpoint=",
-]
+SMALL = [*UNTRAINED, "plan.reducer.grid=[5,5]", "plan.scope=window", "plan.start=3", "plan.stop=5"]
 
 
 @pytest.fixture(scope="module")

@@ -29,25 +29,10 @@ from hourglass import InputError, TokenClustering, launch
 from hourglass.evaluation.journal import read_records
 from hourglass.search.options import Option
 from hourglass.training import check_training
+from tests.models import SMALL, UNTRAINED
 from tests.report.test_page import check_page
 
 ROOT = Path(__file__).parent.parent
-# Small enough for a test: 256 tokens, of which the plan keeps 100.
-SMALL = [
-    "model.backbone.net.patch_size=32",
-    "model.backbone.net.window_size=8",
-    "model.proposal_generator.anchor_generator.strides=[32,64]",
-    "model.roi_heads.box_pooler.scales=[0.03125,0.015625]",
-    "model.proposal_generator.in_features=[p5,p6]",
-    "model.roi_heads.box_in_features=[p5,p6]",
-    "plan.reducer.grid=[10,10]",
-    "plan.scope=map",
-    "plan.start=2",
-    "plan.stop=8",
-    "dataloader.test.num_workers=0",
-    "evaluation.warmup=1",
-]
-UNTRAINED = [*SMALL, "train.init_checkpoint="]
 
 
 @pytest.fixture(scope="module", autouse=True)

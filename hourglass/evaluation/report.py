@@ -346,13 +346,18 @@ def write_report(document: dict[str, Any], folder: str | os.PathLike, by_class: 
         folder: is made where it is missing.
         by_class: also tables by class in ``comparison.md``.
     """
+    write_document("comparison", document, to_csv(document), to_text(document, "github", by_class), folder)
+
+
+def write_document(name: str, document: dict[str, Any], table: str, text: str, folder: str | os.PathLike) -> None:
+    """Write a document as JSON, its CSV and, with its warnings, its Markdown, all of them whole or none."""
     warnings = "".join(f"\nWarning: {line}\n" for line in document["warnings"])
     write_together(
         folder,
         {
-            "comparison.json": json.dumps(document, indent=2, allow_nan=False) + "\n",
-            "comparison.csv": to_csv(document),
-            "comparison.md": f"{to_text(document, 'github', by_class)}\n{warnings}",
+            f"{name}.json": json.dumps(document, indent=2, allow_nan=False) + "\n",
+            f"{name}.csv": table,
+            f"{name}.md": f"{text}\n{warnings}",
         },
     )
 

@@ -1,28 +1,19 @@
 """Agreement of a model's outputs with another's, on outputs that are drawn."""
 
+from functools import partial
+
 import msgpack
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
 
 from hourglass import InputError
 from hourglass.evaluation.agreement import OutputRecorder, agreement
 from hourglass.evaluation.resampling import draw_samples
+from tests.models import found
 
 SIZE = (60, 80)
-
-
-def instances(boxes, scores, classes, masks: bool = True) -> dict:
-    found = Instances(SIZE)
-    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    found.scores = torch.tensor(scores, dtype=torch.float32)
-    found.pred_classes = torch.tensor(classes, dtype=torch.int64)
-    if masks:
-        found.pred_masks = torch.zeros(len(scores), *SIZE, dtype=torch.bool)
-        for mask, (left, top, right, bottom) in zip(found.pred_masks, boxes):
-            mask[int(top) : int(bottom), int(left) : int(right)] = True
-    return {"instances": found}
+instances = partial(found, SIZE)
 
 
 def recorder(*outputs: dict) -> OutputRecorder:

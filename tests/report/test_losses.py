@@ -1,10 +1,12 @@
 """What becomes of detections: each kind by hand, and sums that add up whatever the detections."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from detectron2.data import Metadata
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import BoxMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,22 +35,11 @@ from hourglass.report.losses import (
     match,
     overlap,
 )
+from tests.models import found
 
 SIZE = (60, 100)
+detections = partial(found, SIZE)
 NAMES = Metadata(thing_classes=["car", "dog"], stuff_classes=["sky", "sea", "sand"], ignore_label=255)
-
-
-def detections(boxes, scores, classes, masks: bool = True) -> dict:
-    """Boxes (left, top, right, bottom), and masks that fill them."""
-    found = Instances(SIZE)
-    found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    found.scores = torch.tensor(scores, dtype=torch.float32)
-    found.pred_classes = torch.tensor(classes, dtype=torch.int64)
-    if masks:
-        found.pred_masks = torch.zeros(len(scores), *SIZE, dtype=torch.bool)
-        for mask, (left, top, right, bottom) in zip(found.pred_masks, boxes):
-            mask[int(top) : int(bottom), int(left) : int(right)] = True
-    return {"instances": found}
 
 
 def tasks(first: list[dict], other: list[dict], records: list[dict], score: float = 0.5):
