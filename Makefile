@@ -14,8 +14,8 @@ DETECTRON2 := --use-pep517 --no-build-isolation --no-deps \
 eval: $(READY) ## Compare the demo model with itself on fewer tokens.
 	$(BIN)/python train_net.py --eval-only
 
-test: $(READY) ## Run the tests.
-	$(BIN)/python -m pytest -q
+test: $(READY) ## Run the tests, one process a core: their tensors are too small for threads.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --durations 25
 
 lint: $(READY) ## Check the code's style and types.
 	$(BIN)/ruff check .

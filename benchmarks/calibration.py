@@ -2,7 +2,7 @@
 What a calibration has to see: the error that plans leave, and the AP that they keep, calibrated on few or many images,
 on images of one kind alone, and with a form, ridge and rank that is given in place of chosen.
 
-    python -m benchmarks.calibration --config-file configs/nuclei/vitdet_deep.py --by image_type
+    python -m benchmarks.calibration --config-file configs/nuclei/vitdet.py --by image_type
     python -m benchmarks.calibration --images 100 --counts 3 16 plan.stop=5
 """
 

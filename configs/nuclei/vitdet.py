@@ -10,7 +10,7 @@ from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
-from hourglass import DensityPeaks, Plan
+from hourglass import Plan, TokenClustering
 from hourglass.data import EnlargeShortestEdge, PanopticMapper, RandomStain, StretchContrast
 from hourglass.evaluation import InstanceEvaluator, PanopticEvaluator
 from projects.nuclei import register_nuclei
@@ -32,12 +32,12 @@ model.backbone.net.update(
     # The images have any size, and nuclei look the same everywhere.
     use_abs_pos=False,
     embed_dim=128,
-    depth=8,
+    depth=12,
     num_heads=2,
     drop_path_rate=0.0,
     window_size=16,
-    # 2 and 5 are global.
-    window_block_indexes=[0, 1, 3, 4, 6, 7],
+    # 2, 5 and 8 are global.
+    window_block_indexes=[0, 1, 3, 4, 6, 7, 9, 10, 11],
 )
 model.backbone.update(square_pad=0, out_channels=96, scale_factors=(2.0, 1.0, 0.5), top_block=None)
 
@@ -121,4 +121,4 @@ lr_multiplier = L(WarmupParamScheduler)(
 )
 
 # Chosen on training images, see the README.
-plan = L(Plan)(reducer=L(DensityPeaks)(grid=[12, 12], k=1, spatial=0.05), start=2, stop=5, scope="window")
+plan = L(Plan)(reducer=L(TokenClustering)(grid=[8, 8]), start=1, stop=11, scope="window")

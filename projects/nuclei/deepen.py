@@ -1,7 +1,7 @@
 """
 Insert blocks into the encoder of a ViTDet checkpoint that change nothing at first: a warm start for a deeper model.
 
-    python -m projects.nuclei.deepen configs/nuclei/vitdet.pth output/vitdet_deep_start.pth
+    python -m projects.nuclei.deepen output/nuclei_8/model_final.pth output/deeper.pth
 
 Each new block is a copy of the one before it whose two last projections, of its attention and of its MLP, are zero: its
 updates are, until it is trained. Where the block before looks farther or less far, relative positions begin at zero.

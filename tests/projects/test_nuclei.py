@@ -215,12 +215,20 @@ def test_the_committed_weights_are_evaluated(nuclei, tmp_path):
 
 def test_a_deepened_model_computes_the_same(tmp_path):
     """New blocks change nothing until they are trained."""
-    start = tmp_path / "start.pth"
-    deepen.main(deepen.parse([str(ROOT / "configs" / "nuclei" / "vitdet.pth"), str(start)]))
+    config = str(ROOT / "configs" / "nuclei" / "vitdet.py")
+    shallow = ["model.backbone.net.depth=8", "model.backbone.net.window_block_indexes=[0,1,3,4,6,7]"]
+    checkpoint, start = tmp_path / "shallow.pth", tmp_path / "start.pth"
+    torch.manual_seed(0)
+    model = build(load_config(config, shallow), "model")
+    for name, parameter in model.backbone.net.named_parameters():
+        if "rel_pos" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    torch.save({"model": model.state_dict()}, checkpoint)
+    deepen.main(deepen.parse([str(checkpoint), str(start)]))
     image = torch.randn(1, 3, 256, 384, generator=torch.Generator().manual_seed(0))
     features = []
-    for name, weights in (("vitdet", ROOT / "configs" / "nuclei" / "vitdet.pth"), ("vitdet_deep", start)):
-        model = build(load_config(str(ROOT / "configs" / "nuclei" / f"{name}.py"), []), "model").eval()
+    for overrides, weights in ((shallow, checkpoint), ([], start)):
+        model = build(load_config(config, overrides), "model").eval()
         load_checkpoint(model, str(weights))
         with torch.no_grad():
             features.append(expedite(model, Plan(attention="fast")).backbone(image))
