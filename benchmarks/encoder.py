@@ -31,7 +31,7 @@ from tqdm import tqdm
 from benchmarks.dense_clustering import DenseClustering
 from hourglass import InputError, Plan, TokenClustering
 from hourglass.checks import check_count
-from hourglass.compat import own_encoder
+from hourglass.compat import detectron2_encoder
 from hourglass.config import find_encoder_node
 from hourglass.encoders import HourglassViT
 from hourglass.encoders.registry import family_of
@@ -93,7 +93,7 @@ def load_encoder(args: argparse.Namespace) -> tuple[nn.Module, Plan]:
     cfg = load_config(str(ROOT / "configs" / MODELS[args.model]), [f"train.device={args.device}", *args.overrides])
     args.device = cfg.train.device
     node = copy.deepcopy(find_encoder_node(cfg))
-    own = own_encoder("ViT" if args.model.startswith("vit") else "SwinTransformer")
+    own = detectron2_encoder("ViT" if args.model.startswith("vit") else "SwinTransformer")
     if own is not None:
         node._target_ = own
         node.pop("out_names", None)  # which ours has for Mask2Former's

@@ -140,10 +140,10 @@ def merged_a_block(budget: float, full: int, blocks: int) -> int:
     """How many of ``full`` tokens to merge in each block, so that the blocks leave ``budget`` of them in the mean."""
 
     def mean_left(r: int) -> float:
-        reducer, left, total = BipartiteMatching(r), full, 0
+        reducer, remaining, total = BipartiteMatching(r), full, 0
         for _ in range(blocks):
-            left = reducer.left(left, full)
-            total += left
+            remaining = reducer.remaining(remaining, full)
+            total += remaining
         return total / (blocks * full)
 
     return min(range(full // 2 + 1), key=lambda r: abs(mean_left(r) - budget))

@@ -145,8 +145,8 @@ def attend(
         bias = None if log_sizes is None else log_sizes.reshape(batch, 1, 1, number).to(q.dtype)
         mixed = F.scaled_dot_product_attention(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), bias)
         return mixed.unflatten(2, (h, w))
-    way = _attend_chunked if _in_chunks(q, k, v, rel_h, rel_w) else _attend_folded
-    return way(q, k, v, rel_h, rel_w, log_sizes)
+    attend_fast = _attend_chunked if _in_chunks(q, k, v, rel_h, rel_w) else _attend_folded
+    return attend_fast(q, k, v, rel_h, rel_w, log_sizes)
 
 
 class RelativeTables(NamedTuple):
@@ -210,13 +210,13 @@ def _lines(place: Tensor, extent: int) -> tuple[Tensor, Tensor]:
     """The ``extent`` rows, or columns, (B, m) that keys at ``place`` (B, L) are in, and their shares (B, L, m)."""
     ordered = place.sort(dim=1).values
     number = F.pad(ordered.diff(dim=1) != 0, (1, 0)).cumsum(1)
-    few = number[:, -1:] < extent
-    whole = torch.arange(extent, device=place.device, dtype=place.dtype).expand(len(place), -1)
-    own = torch.full_like(whole, -extent)  # where no key is
-    own = own.scatter(1, number.clamp(max=extent - 1), ordered)
-    lines = torch.where(few, own, whole)
+    lines_suffice = number[:, -1:] < extent
+    original_lines = torch.arange(extent, device=place.device, dtype=place.dtype).expand(len(place), -1)
+    occupied_lines = torch.full_like(original_lines, -extent)  # where no key is
+    occupied_lines = occupied_lines.scatter(1, number.clamp(max=extent - 1), ordered)
+    lines = torch.where(lines_suffice, occupied_lines, original_lines)
     apart = (place[..., None] - lines[:, None]).abs()
-    return lines, torch.where(few[..., None], (apart == 0).to(place.dtype), (1 - apart).clamp(min=0))
+    return lines, torch.where(lines_suffice[..., None], (apart == 0).to(place.dtype), (1 - apart).clamp(min=0))
 
 
 def _scores_with_lines(q: Tensor, table: Tensor, extent: int, place: Tensor, lines: Tensor) -> Tensor:
@@ -337,7 +337,7 @@ def _attend_in_chunks(
         of_images.append(of_heads)
     if out is not None:
         return out.transpose(1, 2)
-    return torch.cat([torch.cat([torch.cat(parts, dim=2) for parts in each], dim=1) for each in of_images])
+    return torch.cat([torch.cat([torch.cat(parts, dim=2) for parts in chunks], dim=1) for chunks in of_images])
 
 
 def _slices(length: int, step: int) -> list[slice]:

@@ -77,7 +77,7 @@ def _mend_extension() -> None:
         sys.modules[name] = _OfficialEvaluation(name)
 
 
-def own_encoder(name: str) -> type | None:
+def detectron2_encoder(name: str) -> type | None:
     """Detectron2's own ``ViT`` or ``SwinTransformer`` (its main branch has them, the 0.6 release has not)."""
     import detectron2.modeling
 

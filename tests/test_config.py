@@ -25,7 +25,7 @@ from hourglass import (
     TokenClustering,
     TokenSelection,
 )
-from hourglass.compat import own_encoder
+from hourglass.compat import detectron2_encoder
 from hourglass.config import SWIN_NODES, add_hourglass_config, build_plan, build_swin_plan, expedite
 from hourglass.encoders import Swin, ViT
 
@@ -211,7 +211,7 @@ def test_node_that_is_no_plan():
         instantiate(expedite(bare(), L(TokenClustering)(grid=0.5)).model.backbone)
 
 
-@pytest.mark.skipif(own_encoder("ViT") is None, reason="this Detectron2 has no ViT of its own")
+@pytest.mark.skipif(detectron2_encoder("ViT") is None, reason="this Detectron2 has no ViT of its own")
 def test_detectron2s_own_vit():
     pytest.importorskip("timm")
     import detectron2.modeling

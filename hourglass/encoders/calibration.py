@@ -45,7 +45,7 @@ class Calibration:
         weights: Mapping[str, Tensor],
         seen: dict[str, Any],
     ):
-        self.corrections = {int(first): dict(each) for first, each in corrections.items()}
+        self.corrections = {int(first): dict(tensors) for first, tensors in corrections.items()}
         self.plan = plan
         self.encoder = encoder
         self.weights = dict(weights)
@@ -94,11 +94,11 @@ class Calibration:
         Raises:
             InputError: for another plan than it was made for; it says what differs.
         """
-        made, given = (_flat(each) for each in (self.plan, plan))
-        for name in sorted(made.keys() | given.keys()):
-            if name not in _FREE and made.get(name) != given.get(name):
+        expected, given = (_flat(description) for description in (self.plan, plan))
+        for name in sorted(expected.keys() | given.keys()):
+            if name not in _FREE and expected.get(name) != given.get(name):
                 raise InputError(
-                    f"the calibration was made for another plan: {name} was {made.get(name)!r}, and is "
+                    f"the calibration was made for another plan: {name} was {expected.get(name)!r}, and is "
                     f"{given.get(name)!r}: calibrate anew"
                 )
 
@@ -107,9 +107,11 @@ class Calibration:
         Raises:
             InputError: for another encoder than it was made for.
         """
-        made, given = self.encoder, describe_encoder(encoder)
-        if made != given:
-            made_of, given_of = (", ".join(f"{name} {value}" for name, value in each.items()) for each in (made, given))
+        expected, given = self.encoder, describe_encoder(encoder)
+        if expected != given:
+            made_of, given_of = (
+                ", ".join(f"{name} {value}" for name, value in values.items()) for values in (expected, given)
+            )
             raise InputError(f"the calibration was made for another encoder ({made_of}), not this ({given_of})")
 
     def deviation(self, encoder: nn.Module) -> tuple[float, str]:
@@ -117,14 +119,14 @@ class Calibration:
         How far an encoder's weights are from those that it was made for: the root of the mean square difference of
         their samples over that of their values, and the name of the one that is farthest.
         """
-        now = sample_weights(encoder)
+        current = sample_weights(encoder)
         differences, squares = {}, 0.0
-        for name, made in self.weights.items():
-            if name in now and now[name].shape == made.shape:
-                differences[name] = float((now[name] - made).double().square().sum())
-                squares += float(made.double().square().sum())
-        if len(differences) != len(self.weights) or len(now) != len(self.weights):
-            return float("inf"), next(iter(self.weights.keys() ^ now.keys()), "")
+        for name, expected in self.weights.items():
+            if name in current and current[name].shape == expected.shape:
+                differences[name] = float((current[name] - expected).double().square().sum())
+                squares += float(expected.double().square().sum())
+        if len(differences) != len(self.weights) or len(current) != len(self.weights):
+            return float("inf"), next(iter(self.weights.keys() ^ current.keys()), "")
         farthest = max(differences, key=differences.__getitem__, default="")
         return (sum(differences.values()) / max(squares, 1e-30)) ** 0.5, farthest
 
@@ -147,7 +149,7 @@ class Calibration:
 def describe_encoder(encoder: nn.Module) -> dict[str, Any]:
     """What an encoder is, as plain values: its class and the sizes of its parameters."""
     parameters = list(encoder.parameters())
-    return {"class": base_class(encoder).__name__, "parameters": sum(each.numel() for each in parameters)}
+    return {"class": base_class(encoder).__name__, "parameters": sum(parameter.numel() for parameter in parameters)}
 
 
 def sample_weights(encoder: nn.Module) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from hourglass.reduction.reducer import Place
 from hourglass.reduction.windows import map_size
 
 
-class How(NamedTuple):
+class AttentionOptions(NamedTuple):
     """
     How a block's attention is run.
 
@@ -49,7 +49,7 @@ class PlacedAttention(nn.Module):
     #: Children that the attention's own forward pass calls and this one does not: hooks on them are refused.
     uncalled: ClassVar[tuple[str, ...]] = ()
 
-    how: How
+    attention_options: AttentionOptions
     num_heads: int
     qkv: nn.Module
     proj: nn.Module
@@ -102,8 +102,8 @@ class PlacedBlock(nn.Module):
         """
         if arguments and isinstance(arguments[0], Place):
             return self._recomputed(tokens, arguments[0])
-        whole = as_map(tokens, self)
-        return self._recomputed(whole, Place(map_size(whole))).view_as(tokens)
+        token_map = as_map(tokens, self)
+        return self._recomputed(token_map, Place(map_size(token_map))).view_as(tokens)
 
     def _recomputed(self, tokens: Tensor, place: Place) -> Tensor:
         if self.training and (getattr(self, "use_act_checkpoint", False) or self.recompute):
@@ -185,11 +185,11 @@ class Family:
         """Whether a block's windows are shifted."""
         return False
 
-    def own(self, encoder: Any, block: Any, tokens: Tensor) -> Tensor:
+    def original_forward(self, encoder: Any, block: Any, tokens: Tensor) -> Tensor:
         """A block's own forward pass on a map, (B, H, W, C) -> (B, H, W, C), as the encoder calls it."""
         return block(tokens)
 
-    def small(self, block: Any) -> tuple[tuple[int, int], dict[str, Tensor]] | None:
+    def small_variant(self, block: Any) -> tuple[tuple[int, int], dict[str, Tensor]] | None:
         """
         Where a block runs on maps of one size alone: a smaller size (H, W) that it is proven on, and what takes the
         place of its tensors then, by their names. None: it takes maps of any size.
@@ -204,7 +204,8 @@ class Family:
 
     def placed(self, block: Any, fast: bool = False, published: bool = False, keys: int = 1) -> nn.Module:
         """
-        A view of a block that can be run on placed tokens, wrapped as the block is; the others as for :class:`How`.
+        A view of a block that can be run on placed tokens, wrapped as the block is; the other arguments are those of
+        :class:`AttentionOptions`.
 
         Raises:
             InputError: for hooks that would not be called.
@@ -219,7 +220,8 @@ class Family:
                     f"a hook on attn.{name} of {type(block).__name__} would not be called: remove it first"
                 )
         attention = view_as(block.attn, self.block.attention)
-        hide(attention, how=How(self.window_size(block), self.shifted(block), fast, published, keys))
+        options = AttentionOptions(self.window_size(block), self.shifted(block), fast, published, keys)
+        hide(attention, attention_options=options)
         view = view_as(with_children(block, {**block._modules, "attn": attention}), self.block)
         recompute = is_recomputed_by_fairscale(block)
         hide(view, windowed=self.window_size(block) > 0, recompute=recompute)

@@ -79,8 +79,8 @@ class EVA02Attention(ViTAttention):
 
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         projected = self.project_plain(tokens)
-        none = torch.zeros_like(self.k_proj.weight[:, 0])
-        zero = torch.cat([none if bias is None else bias for bias in (self.q_bias, None, self.v_bias)])
+        no_bias = torch.zeros_like(self.k_proj.weight[:, 0])
+        zero = torch.cat([no_bias if bias is None else bias for bias in (self.q_bias, None, self.v_bias)])
         return projected, zero.to(projected.dtype)
 
     def project_plain(self, tokens: Tensor) -> Tensor:
@@ -118,12 +118,12 @@ class EVA02Family(ViTFamily):
     def fits(self, block: Any) -> bool:
         return super().fits(block) and hasattr(block.attn.rope, "freqs_cos")
 
-    def small(self, block: Any) -> tuple[tuple[int, int], dict[str, Tensor]] | None:
+    def small_variant(self, block: Any) -> tuple[tuple[int, int], dict[str, Tensor]] | None:
         if block.window_size > 0:
             return None
         side = math.isqrt(len(block.attn.rope.freqs_cos))
-        few = min(6, side)
-        return (few, few), {
-            f"attn.rope.{name}": getattr(block.attn.rope, name).unflatten(0, (side, side))[:few, :few].flatten(0, 1)
+        n = min(6, side)
+        return (n, n), {
+            f"attn.rope.{name}": getattr(block.attn.rope, name).unflatten(0, (side, side))[:n, :n].flatten(0, 1)
             for name in ("freqs_cos", "freqs_sin")
         }

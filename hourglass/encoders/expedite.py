@@ -3,10 +3,10 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from hourglass.encoders.hourglass import refuse_what_cannot_be_followed
+from hourglass.encoders.hourglass import refuse_altered_forward
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.registry import family_of, find_encoder
-from hourglass.encoders.sharing import down_to, replaced
+from hourglass.encoders.sharing import modules_holding, replaced
 from hourglass.errors import InputError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -33,9 +33,9 @@ def expedite(model: Model, plan: Plan) -> Model:
     if not isinstance(plan, Plan):
         raise InputError(f"plan takes a hourglass.Plan, got {plan!r}")
     _, encoder = find_encoder(model)
-    above = [module for module in down_to(model, {encoder}) if module is not encoder]
+    above = [module for module in modules_holding(model, {encoder}) if module is not encoder]
     for module in above:
-        refuse_what_cannot_be_followed(module)
+        refuse_altered_forward(module)
         _refuse_other_references(module, {encoder, *above})
     return cast(Model, replaced(model, {encoder: family_of(encoder).hourglass(encoder, plan)}))
 
@@ -46,8 +46,8 @@ def _refuse_other_references(module: nn.Module, targets: set[nn.Module]) -> None
         if name.startswith("_"):
             continue
         values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        for each in values:
-            owner = each.__self__ if inspect.ismethod(each) else each
+        for candidate in values:
+            owner = candidate.__self__ if inspect.ismethod(candidate) else candidate
             if isinstance(owner, nn.Module) and owner in targets:
                 raise InputError(
                     f"{type(module).__name__} holds {type(owner).__name__} in its attribute {name!r} beside its "

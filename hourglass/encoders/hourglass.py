@@ -11,7 +11,7 @@ from hourglass.encoders.contract import Family, as_map, is_recomputed_by_fairsca
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.proof import is_on_meta, prove
 from hourglass.encoders.registry import family_of
-from hourglass.encoders.sharing import base_class, down_to, hide, new_view, replaced, unmodified, with_children
+from hourglass.encoders.sharing import base_class, hide, modules_holding, new_view, replaced, unmodified, with_children
 from hourglass.errors import InputError
 from hourglass.reduction import Reducer
 from hourglass.reduction.calibrated import Calibrated, check_restoring
@@ -41,9 +41,9 @@ class Hourglass(nn.Module):
     _planned: range
     _unmodified: nn.Module
     _body: nn.Module
-    _same: list[tuple[nn.Module, nn.Module]]
-    _waiting: bool
-    _unchecked: bool
+    _counterparts: list[tuple[nn.Module, nn.Module]]
+    _proof_pending: bool
+    _weights_unchecked: bool
 
     def __new__(cls, encoder: nn.Module, plan: Plan):
         return new_view(cls, base_class(unmodified(encoder)))
@@ -55,22 +55,22 @@ class Hourglass(nn.Module):
         blocks = [block for stage in stages for block in stage]
         planned = plan.blocks(len(blocks))
         reducer: Reducer | None = None
-        waiting = unchecked = False
-        pooled = _pooled(plan, family, blocks, planned) if plan.keys > 1 else set()
+        proof_pending = weights_unchecked = False
+        pooled = _blocks_with_pooled_keys(plan, family, blocks, planned) if plan.keys > 1 else set()
         if planned or plan.fast or pooled:
             inner = [unwrapped(block) for block in blocks]
-            for module in down_to(encoder, {*inner, *(block.attn for block in inner)}):
+            for module in modules_holding(encoder, {*inner, *(block.attn for block in inner)}):
                 if module not in inner or not is_recomputed_by_fairscale(module):
-                    refuse_what_cannot_be_followed(module)
-            if not (waiting := is_on_meta(encoder)):
+                    refuse_altered_forward(module)
+            if not (proof_pending := is_on_meta(encoder)):
                 prove(encoder, family, planned)
         if plan.reducer is not None and planned:
-            reducer = _bound(plan, plan.reducer, family, [blocks[i] for i in planned])
+            reducer = _bind_reducer(plan, plan.reducer, family, [blocks[i] for i in planned])
             if plan.calibration is not None:
                 plan.calibration.check_encoder(encoder)
-                reducer = _calibrated(reducer, plan.calibration, inner[planned.start].norm1.weight)
+                reducer = _with_calibration(reducer, plan.calibration, inner[planned.start].norm1.weight)
                 # Weights may be loaded later.
-                unchecked = is_on_meta(encoder) or plan.calibration.deviation(encoder)[0] > TOLERANCE
+                weights_unchecked = is_on_meta(encoder) or plan.calibration.deviation(encoder)[0] > TOLERANCE
 
         views = {
             block: family.placed(
@@ -86,18 +86,18 @@ class Hourglass(nn.Module):
             among = [views[block] for i, block in enumerate(stage, start=first) if i in planned]
             if among and reducer is not None:
                 runs[among[0]] = Middle(reducer, among, plan.proportional, max(0, first - planned.start))
-                runs |= {view: Through() for view in among[1:]}
+                runs |= {view: PassThrough() for view in among[1:]}
             first += len(stage)
         body = replaced(with_children(encoder, dict(self._modules)), runs)
         if reducer is not None:
             self._modules["reducer"] = reducer
-        same = [(self, body)] + [
-            (module, inner)
-            for name, inner in body.named_modules()
-            if name and (module := self.get_submodule(name)) is not inner and not isinstance(inner, Middle | Through)
+        counterparts = [(self, body)] + [
+            (module, twin)
+            for name, twin in body.named_modules()
+            if name and (module := self.get_submodule(name)) is not twin and not isinstance(twin, Middle | PassThrough)
         ]
-        hide(self, plan=plan, _planned=planned, _unmodified=encoder, _body=body, _same=same)
-        hide(self, _waiting=waiting, _unchecked=unchecked)
+        hide(self, plan=plan, _planned=planned, _unmodified=encoder, _body=body, _counterparts=counterparts)
+        hide(self, _proof_pending=proof_pending, _weights_unchecked=weights_unchecked)
 
     def train(self, mode: bool = True) -> "Hourglass":
         super().train(mode)  # which in Mask2Former's Swin returns nothing
@@ -105,16 +105,16 @@ class Hourglass(nn.Module):
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """As the encoder's."""
-        if self._waiting and not is_on_meta(self):
+        if self._proof_pending and not is_on_meta(self):
             prove(self._unmodified, family_of(self._unmodified), self._planned)
-            hide(self, _waiting=False)
-        if self._unchecked and not is_on_meta(self):
+            hide(self, _proof_pending=False)
+        if self._weights_unchecked and not is_on_meta(self):
             assert self.plan.calibration is not None
             self.plan.calibration.check_weights(self._unmodified)
-            hide(self, _unchecked=False)
-        for module, inner in self._same:
-            if inner.training != module.training:
-                hide(inner, training=module.training)
+            hide(self, _weights_unchecked=False)
+        for module, twin in self._counterparts:
+            if twin.training != module.training:
+                hide(twin, training=module.training)
         return self._body.forward(*arguments, **options)
 
 
@@ -139,18 +139,18 @@ class Middle(nn.Module):
         hide(self, reducer=reducer, blocks=list(blocks), proportional=proportional, first=first)
 
     def forward(self, tokens: Tensor, *_: Any) -> Tensor:
-        whole = as_map(tokens, self)
-        return self.reducer.run(whole, self.blocks, self.proportional, self.first).reshape(tokens.shape)
+        token_map = as_map(tokens, self)
+        return self.reducer.run(token_map, self.blocks, self.proportional, self.first).reshape(tokens.shape)
 
 
-class Through(nn.Module):
+class PassThrough(nn.Module):
     """Where the encoder's forward pass calls a block that has been run already."""
 
     def forward(self, tokens: Tensor, *_: Any) -> Tensor:
         return tokens
 
 
-def refuse_what_cannot_be_followed(module: nn.Module) -> None:
+def refuse_altered_forward(module: nn.Module) -> None:
     """
     Raises:
         InputError: for a module whose call does not run its class's forward pass, a compiled one or one whose
@@ -165,17 +165,17 @@ def refuse_what_cannot_be_followed(module: nn.Module) -> None:
         raise InputError(f"the forward pass of this {name} was replaced, and would run as it was: expedite it first")
 
 
-def _bound(plan: Plan, reducer: Reducer, family: Family, blocks: list[nn.Module]) -> Reducer:
+def _bind_reducer(plan: Plan, reducer: Reducer, family: Family, blocks: list[nn.Module]) -> Reducer:
     """The plan's reducer, ready for these blocks."""
     where = f"in blocks {plan.start} to {plan.start + len(blocks) - 1}"
     inner = [unwrapped(block) for block in blocks]
     windows = {family.window_size(block) for block in inner} - {0}
-    kind = type(reducer).__name__
+    name = type(reducer).__name__
     if reducer.needs_calibration and plan.calibration is None:
-        raise InputError(f"{kind} takes a plan with a calibration: train_net.py --calibrate makes one")
+        raise InputError(f"{name} takes a plan with a calibration: train_net.py --calibrate makes one")
     if reducer.takes_lists and not family.block.takes_lists:
         raise InputError(
-            f"{kind} takes an encoder whose windows stay where they are, got a {family.name}, whose windows shift: "
+            f"{name} takes an encoder whose windows stay where they are, got a {family.name}, whose windows shift: "
             "tokens that merge in one would lie in two of the next block's"
         )
     if plan.scope == "window" and len(windows) != 1:
@@ -184,24 +184,24 @@ def _bound(plan: Plan, reducer: Reducer, family: Family, blocks: list[nn.Module]
             f"got {sorted(windows) or 'none'} {where}"
         )
     like = inner[0].norm1.weight
-    if plan.scope == "map" and windows and reducer.on_grid and not _is_ours(reducer):
+    if plan.scope == "map" and windows and reducer.on_grid and not _is_built_in(reducer):
         _check_positions(reducer, like)
     if not reducer.on_grid and plan.scope == "map" and windows:
         raise InputError(
-            f'{kind} takes scope "window" where blocks have windows, got scope "map" and windows '
+            f'{name} takes scope "window" where blocks have windows, got scope "map" and windows '
             f"of {sorted(windows)} {where}: its tokens lie anywhere, and are cut into no windows"
         )
     if not reducer.on_grid and any(getattr(block, "use_residual_block", False) for block in inner):
-        raise InputError(f"{kind} takes blocks without convolutions, got some {where}")
+        raise InputError(f"{name} takes blocks without convolutions, got some {where}")
     if plan.published:
         family.check_published(plan, inner)
-    reducer.fit([block.norm1.weight.numel() for block in inner])
+    reducer.bind([block.norm1.weight.numel() for block in inner])
     reducer.to(like.device)
     window = windows.pop() if plan.scope == "window" else None
     return in_scope(reducer, window, family.pads_published and plan.published, like)
 
 
-def _pooled(plan: Plan, family: Family, blocks: list[nn.Module], planned: range) -> set[nn.Module]:
+def _blocks_with_pooled_keys(plan: Plan, family: Family, blocks: list[nn.Module], planned: range) -> set[nn.Module]:
     """The blocks that attend to pooled keys."""
     if not family.pools_keys:
         raise InputError(f"keys takes an encoder with global attention, got keys={plan.keys} and a {family.name}")
@@ -212,13 +212,13 @@ def _pooled(plan: Plan, family: Family, blocks: list[nn.Module], planned: range)
     return pooled
 
 
-def _calibrated(reducer: Reducer, calibration: Calibration, like: Tensor) -> Reducer:
+def _with_calibration(reducer: Reducer, calibration: Calibration, like: Tensor) -> Reducer:
     """A bound reducer with calibrated restoring, for tokens of the type and on the device of ``like`` (C,)."""
     check_restoring(reducer, (64, 64), like)
     return Calibrated(reducer, calibration.corrections).to(like)
 
 
-def _is_ours(reducer: Reducer) -> bool:
+def _is_built_in(reducer: Reducer) -> bool:
     return type(reducer).__name__ in reduction.__all__ and getattr(reduction, type(reducer).__name__) is type(reducer)
 
 

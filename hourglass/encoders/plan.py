@@ -152,9 +152,9 @@ class Plan:
         return description
 
     def __repr__(self) -> str:
-        more = f", keys={self.keys}" if self.keys > 1 else ""
-        more += "" if self.calibration is None else f", calibration={self.calibration!r}"
+        optional = f", keys={self.keys}" if self.keys > 1 else ""
+        optional += "" if self.calibration is None else f", calibration={self.calibration!r}"
         return (
             f"Plan({self.reducer!r}, {self.start}, {self.stop}, scope={self.scope!r}, "
-            f"proportional={self.proportional}, published={self.published}, attention={self.attention!r}{more})"
+            f"proportional={self.proportional}, published={self.published}, attention={self.attention!r}{optional})"
         )

@@ -137,7 +137,7 @@ def _content(value: Any) -> str:
         data = plain.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_content(key)}: {_content(each)}' for key, each in value.items())}}}"
+        return f"{{{', '.join(f'{_content(key)}: {_content(item)}' for key, item in value.items())}}}"
     if isinstance(value, tuple | list):
         return f"({', '.join(map(_content, value))})"
     if isinstance(value, bool | int | float | str | None):
@@ -145,7 +145,7 @@ def _content(value: Any) -> str:
     return f"{type(value).__qualname__} {id(value)}"
 
 
-class _BothWays(nn.Module):
+class _BlockBothWays(nn.Module):
     """A block by its own forward pass, and as an hourglass runs it, plain and fast, on one map."""
 
     encoder: nn.Module
@@ -160,7 +160,7 @@ class _BothWays(nn.Module):
     def forward(self, tokens: Tensor) -> list[Tensor]:
         size = (tokens.shape[1], tokens.shape[2])
         return [
-            self.family.own(self.encoder, self.block, tokens),
+            self.family.original_forward(self.encoder, self.block, tokens),
             *(view(tokens, Place(size)) for view in self.views),
         ]
 
@@ -171,8 +171,8 @@ def _prove_kind(encoder: nn.Module, family: Family, blocks: Sequence[nn.Module],
     kind = f"{type(block).__name__} of {f'windows of {window}' if window else 'global attention'}"
     # Neither square nor in whole windows, and more than one of them.
     size = (window + 2, 2 * window - 1) if window > 1 else (5, 7)
-    size, instead = family.small(block) or (size, {})
-    both = _BothWays(encoder, family, block)
+    size, instead = family.small_variant(block) or (size, {})
+    both = _BlockBothWays(encoder, family, block)
     random = torch.Generator().manual_seed(0)
     weight = block.norm1.weight
     tokens = torch.randn(1, *size, len(weight), generator=random, dtype=torch.float64).to(weight.device)
@@ -195,10 +195,11 @@ def _prove_kind(encoder: nn.Module, family: Family, blocks: Sequence[nn.Module],
                     f"{_name(encoder)} looks like {family.name}, but its block {numbers[0]}, a {kind}, cannot be run "
                     f"on placed tokens ({reason(error)})"
                 ) from error
-    own, *ours = (result.double() for result in results)
-    added = (own - tokens.double()).abs().max()
+    expected, *results = (result.double() for result in results)
+    added = (expected - tokens.double()).abs().max()
     difference = max(
-        float((result - own).abs().max() / added) if result.shape == own.shape else math.inf for result in ours
+        float((result - expected).abs().max() / added) if result.shape == expected.shape else math.inf
+        for result in results
     )
     return Proof(numbers, kind, math.inf if math.isnan(difference) else difference, tolerance)
 
@@ -207,14 +208,14 @@ def _noise(tensor: Tensor, random: torch.Generator) -> Tensor:
     return 0.1 * torch.randn(tensor.shape, generator=random, dtype=torch.float64).to(tensor.device)
 
 
-class _Held:
+class _HeldMap:
     """In place of a map between blocks that run on fewer tokens: whoever uses it is told that there is none."""
 
     def __init__(self, number: int):
         self.number = number
 
 
-class _Recorded(nn.Module):
+class _RecordingBlock(nn.Module):
     """In a block's place: notes that it was called, and with what."""
 
     number: int
@@ -229,9 +230,9 @@ class _Recorded(nn.Module):
     def forward(self, tokens: Any, *_: Any) -> Any:
         last = self.last.get("output")
         self.calls.append((self.number, self.last.get("inside", False) and tokens is not last))
-        given = self.last["tokens"] if isinstance(tokens, _Held) else tokens
+        given = self.last["tokens"] if isinstance(tokens, _HeldMap) else tokens
         as_map(given, self)
-        output = _Held(self.number) if self.held else given.clone()
+        output = _HeldMap(self.number) if self.held else given.clone()
         self.last.update(output=output, inside=self.held, tokens=given)
         return output
 
@@ -244,7 +245,7 @@ def _check_calls(encoder: nn.Module, family: Family, blocks: Sequence[nn.Module]
     calls: list[tuple[int, bool]] = []
     last: dict[str, Any] = {}
     runs: dict[nn.Module, nn.Module] = {
-        block: _Recorded(i, calls, last, i in planned and i != planned.stop - 1 and i not in ends)
+        block: _RecordingBlock(i, calls, last, i in planned and i != planned.stop - 1 and i not in ends)
         for i, block in enumerate(blocks)
     }
     body = replaced(with_children(encoder, dict(encoder._modules)), runs)
@@ -255,17 +256,17 @@ def _check_calls(encoder: nn.Module, family: Family, blocks: Sequence[nn.Module]
             image = torch.empty(1, first.in_channels, side, side, dtype=first.weight.dtype, device=first.weight.device)
             returned = body.forward(image)
     except (AttributeError, TypeError, RuntimeError) as error:
-        if isinstance(last.get("output"), _Held):
+        if isinstance(last.get("output"), _HeldMap):
             raise InputError(
                 f"{_name(encoder)} uses the map after block {last['output'].number}, and {_ACROSS} ({reason(error)})"
             ) from error
         raise InputError(f"the forward pass of {_name(encoder)} could not be followed ({reason(error)})") from error
     if [number for number, _ in calls] != list(range(len(blocks))):
         raise InputError(f"{_name(encoder)} does not call each of its blocks once and in order: it cannot be expedited")
-    changed = next((number for number, other in calls if other), None)
+    changed = next((number for number, changed in calls if changed), None)
     if changed is not None:
         raise InputError(f"{_name(encoder)} changes the map between blocks {changed - 1} and {changed}, and {_ACROSS}")
-    held = next((leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, _Held)), None)
+    held = next((leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, _HeldMap)), None)
     if held is not None:
         raise InputError(f"{_name(encoder)} returns the map after block {held.number}, and {_ACROSS}")
 

@@ -51,7 +51,7 @@ def family_of(encoder: nn.Module) -> Family:
     """
     family = family_or_none(encoder)
     if family is None:
-        names = ", ".join(each.name for each in _families)
+        names = ", ".join(family.name for family in _families)
         raise InputError(f"an encoder to be expedited is a {names}, got {type(encoder).__name__}")
     return family
 
@@ -63,21 +63,21 @@ def find_encoder(model: nn.Module) -> tuple[str, nn.Module]:
     Raises:
         InputError: where the model has none or several.
     """
-    found: list[tuple[str, nn.Module]] = []
+    candidates: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") or not outer for outer, _ in found):
+        if any(name.startswith(f"{outer}.") or not outer for outer, _ in candidates):
             continue  # of an encoder
         if family_or_none(module) is not None:
-            found.append((name, module))
-    if len(found) > 1:  # decoders may be built like an encoder that is not known
-        found = [each for each in found if is_known(each[1])] or found
-    if len(found) == 1:
-        return found[0]
+            candidates.append((name, module))
+    if len(candidates) > 1:  # decoders may be built like an encoder that is not known
+        candidates = [candidate for candidate in candidates if is_known(candidate[1])] or candidates
+    if len(candidates) == 1:
+        return candidates[0]
     kinds = " or ".join(family.name for family in families())
-    if found:
+    if candidates:
         raise InputError(
             f"a model to be expedited has one encoder, a {kinds}, got {type(model).__name__} with "
-            f"{', '.join(f'{name} ({type(module).__name__})' for name, module in found)}"
+            f"{', '.join(f'{name} ({type(module).__name__})' for name, module in candidates)}"
         )
     backbone = getattr(model, "backbone", None)
     with_backbone = f" with the backbone {type(backbone).__name__}" if isinstance(backbone, nn.Module) else ""

@@ -81,7 +81,7 @@ def hide(module: nn.Module, **attributes: Any) -> None:
     module.__dict__.update(attributes)
 
 
-def down_to(root: nn.Module, targets: set[nn.Module]) -> list[nn.Module]:
+def modules_holding(root: nn.Module, targets: set[nn.Module]) -> list[nn.Module]:
     """The modules that hold one of ``targets`` at any depth, or are one, from the root down."""
     found: dict[nn.Module, bool] = {}
 

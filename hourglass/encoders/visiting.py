@@ -31,10 +31,10 @@ class _Visitor(Reducer):
         self.last = last
 
     def run(self, tokens: Tensor, blocks: Sequence[nn.Module], proportional: bool, first: int = 0) -> Tensor:
-        whole = self.visit(first, tokens, blocks, self.reducer)
+        restored = self.visit(first, tokens, blocks, self.reducer)
         if self.last:
             raise _Visited
-        return whole
+        return restored
 
 
 @contextmanager

@@ -111,7 +111,7 @@ class Calibrated(Reducer):
         super().__init__()
         self.reducer = reducer
         self.on_grid = reducer.on_grid
-        self.corrections = nn.ModuleDict({str(first): Correction(each) for first, each in corrections.items()})
+        self.corrections = nn.ModuleDict({str(first): Correction(tensors) for first, tensors in corrections.items()})
 
     def extra_repr(self) -> str:
         return ""
@@ -151,10 +151,11 @@ def check_restoring(reducer: Reducer, size: tuple[int, int], like: Tensor) -> No
         tokens = torch.randn(1, *size, len(like), generator=generator).to(like)
         reduction = reducer(tokens)
         change = torch.randn(reduction.tokens.shape, generator=generator).to(like)
-        none, one, three = (reduction.restore(reduction.tokens + factor * change) for factor in (0, 1, 3))
+        unchanged, once, thrice = (reduction.restore(reduction.tokens + factor * change) for factor in (0, 1, 3))
+    single, triple = once - unchanged, thrice - unchanged
     # Half precision keeps about three digits of sums of many tokens.
     tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 0.05
-    if (none - tokens).abs().max() > tolerance or (three - none - 3 * (one - none)).abs().max() > 10 * tolerance:
+    if (unchanged - tokens).abs().max() > tolerance or (triple - 3 * single).abs().max() > 10 * tolerance:
         raise InputError(
             f"calibration takes a reducer that restores what the blocks changed, got {_name(reducer)}, whose restoring "
             'is another: with restore="update" where it takes that'

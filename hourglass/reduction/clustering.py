@@ -13,7 +13,7 @@ from hourglass.checks import check_choice, check_count
 from hourglass.contexts import without_autocast
 from hourglass.errors import InputError
 from hourglass.operators import is_exporting, is_symbolic, operator
-from hourglass.reduction.neighborhoods import PART, at_home, neighborhoods
+from hourglass.reduction.neighborhoods import PART, home_centers, neighborhoods
 from hourglass.reduction.pooling import average_pool
 from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction
 from hourglass.reduction.windows import map_size
@@ -241,7 +241,7 @@ def _auto_temperature(tokens: Tensor, h: int, w: int) -> Tensor:
         parts = [slice(None)]
     total = tokens.new_zeros(tokens.shape[0])
     for part in parts:
-        total = total + (tokens[:, part] - at_home(centers, size, part)).square().sum((1, 2, 3))
+        total = total + (tokens[:, part] - home_centers(centers, size, part)).square().sum((1, 2, 3))
     return AUTO_TEMPERATURE / (total / (size[0] * size[1])).clamp(min=1e-12)[:, None, None, None]
 
 

@@ -66,47 +66,48 @@ def density_peaks(features: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
         tokens in rising order.
     """
     length = features.shape[1]
-    both = _density_peaks(features.detach(), n, k)
-    return both[:, :length], both[:, length:]
+    labels_and_chosen = _density_peaks(features.detach(), n, k)
+    return labels_and_chosen[:, :length], labels_and_chosen[:, length:]
 
 
 def _peaks_of_images(features: Tensor, n: int, k: int) -> Tensor:
     batch, length, _ = features.shape
-    every = torch.arange(length, device=features.device).expand(batch, -1)
+    tokens = torch.arange(length, device=features.device).expand(batch, -1)
     if n == length:
-        return torch.cat([every, every], dim=1)
-    rows = [every[0]] if is_symbolic(batch, length) else every[0].split(max(1, PAIRS // (batch * length)))
+        return torch.cat([tokens, tokens], dim=1)
+    rows = [tokens[0]] if is_symbolic(batch, length) else tokens[0].split(max(1, PAIRS // (batch * length)))
     distances = [_squared_distances(features, features, rows[0])] if len(rows) == 1 else None
 
-    def of(i: int) -> Tensor:
+    def distances_of(i: int) -> Tensor:
         return _squared_distances(features, features, rows[i]) if distances is None else distances[i]
 
     # The logarithm of rho * delta has their order, and does not vanish where tokens are far apart.
     k = min(k, length - 1)
-    nearest = [of(i).topk(k + 1, largest=False).values[..., 1:] for i in range(len(rows))]  # the first is itself
+    # The nearest of a token is itself.
+    nearest = [distances_of(i).topk(k + 1, largest=False).values[..., 1:] for i in range(len(rows))]
     density = -torch.cat(nearest, dim=1).mean(-1)
     rank = density.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     delta = []
     for i, row in enumerate(rows):
         denser = rank[:, None, :] < rank[:, row, None]
-        least = of(i).masked_fill(~denser, torch.inf).amin(-1)
-        delta.append(torch.where(rank[:, row] == 0, of(i).amax(-1), least))
+        least = distances_of(i).masked_fill(~denser, torch.inf).amin(-1)
+        delta.append(torch.where(rank[:, row] == 0, distances_of(i).amax(-1), least))
     peaks = density + 0.5 * torch.cat(delta, dim=1).log()
     chosen = peaks.argsort(dim=1, descending=True, stable=True)[:, :n].sort(dim=1).values
 
     centers = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[2]))
     labels = torch.cat([_squared_distances(features, centers, row).argmin(-1) for row in rows], dim=1)
-    labels.scatter_(1, chosen, every[:, :n])  # a representative's double may come before it
+    labels.scatter_(1, chosen, tokens[:, :n])  # a representative's double may come before it
     return torch.cat([labels, chosen], dim=1)
 
 
-def _squared_distances(features: Tensor, others: Tensor, rows: Tensor) -> Tensor:
-    """(B, l, m) of the tokens ``rows`` (l,) of (B, L, C) and ``others`` (B, m, C)."""
+def _squared_distances(features: Tensor, centers: Tensor, rows: Tensor) -> Tensor:
+    """(B, l, m) of the tokens ``rows`` (l,) of (B, L, C) and ``centers`` (B, m, C)."""
     part = features[:, rows]
-    norms = others.square().sum(-1)[:, None]
-    distances = torch.baddbmm(norms, part, others.transpose(1, 2), alpha=-2)
+    norms = centers.square().sum(-1)[:, None]
+    distances = torch.baddbmm(norms, part, centers.transpose(1, 2), alpha=-2)
     distances = distances.add_(part.square().sum(-1, keepdim=True)).clamp_(min=0)
-    if others is features:
+    if centers is features:
         distances[:, torch.arange(len(rows), device=rows.device), rows] = 0
     return distances
 

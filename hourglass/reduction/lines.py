@@ -84,7 +84,7 @@ def _merge_grid(tokens: Tensor, h: int, w: int) -> Tensor:
             of_lines = sizes if axis == 2 else sizes.transpose(1, 2)
             number = rows if axis == 2 else columns
             lines, of_lines, joined = merge_lines(lines.flatten(0, 1), of_lines.flatten(0, 1), goal)
-            features, sizes, joined = (each.unflatten(0, (batch, -1)) for each in (lines, of_lines, joined))
+            features, sizes, joined = (values.unflatten(0, (batch, -1)) for values in (lines, of_lines, joined))
             line = torch.arange(number, device=tokens.device)[:, None]
             if axis == 2:
                 joined = line * goal + joined

@@ -46,13 +46,13 @@ def _bipartite_matching(metric: Tensor, r: int, class_token: bool) -> Tensor:
     if class_token:
         score[:, 0] = -torch.inf
     order = score.argsort(dim=1, descending=True, stable=True)
-    merged, left = order[:, :r], order[:, r:]
+    merged, remaining = order[:, :r], order[:, r:]
     if class_token:
-        left = left.sort(dim=1).values
+        remaining = remaining.sort(dim=1).values
 
     kept = a.shape[1] - r
     of_a = torch.empty_like(order)
-    of_a.scatter_(1, left, torch.arange(kept, device=metric.device).expand(batch, -1))
+    of_a.scatter_(1, remaining, torch.arange(kept, device=metric.device).expand(batch, -1))
     of_a.scatter_(1, merged, kept + partner.gather(1, merged))
     labels = order.new_empty(batch, length)
     labels[:, ::2] = of_a
@@ -68,7 +68,7 @@ def most_merged(length: int, r: int) -> int:
 class BipartiteMatching(MergingReducer):
     """
     Token merging, the reducer of ToMe (arXiv 2210.09461): in each of the plan's blocks, between attention and
-    perceptron, the r most similar of alternating tokens merge, weighted by their sizes. Similarity is the cosine of the
+    MLP, the r most similar of alternating tokens merge, weighted by their sizes. Similarity is the cosine of the
     attention's keys, in the mean over heads. After the plan's last block every merge is undone, the last one first.
 
     It takes ViTs: whole maps where all of the plan's blocks are global, scope "window" where some have windows.
@@ -85,11 +85,11 @@ class BipartiteMatching(MergingReducer):
 
     def __init__(self, r: int | float = 0.05, restore: str = "update"):
         super().__init__()
-        whole = isinstance(r, Integral) and not isinstance(r, bool) and r >= 0
-        if not whole and (isinstance(r, bool) or not isinstance(r, Real) or not 0 <= r <= 0.5):
+        is_count = isinstance(r, Integral) and not isinstance(r, bool) and r >= 0
+        if not is_count and (isinstance(r, bool) or not isinstance(r, Real) or not 0 <= r <= 0.5):
             raise InputError(f"r takes a number of tokens of at least 0, or a share of them in [0, 0.5], got {r!r}")
         check_choice("restore", restore, RESTORE)
-        self.r: int | float = int(r) if whole else float(r)
+        self.r: int | float = int(r) if is_count else float(r)
         self.restore = restore
 
     def relative_to(self, size: tuple[int, int]) -> "BipartiteMatching":
@@ -102,7 +102,7 @@ class BipartiteMatching(MergingReducer):
         relative.r = self.r / (size[0] * size[1])
         return relative
 
-    def left(self, length: int, full: int) -> int:
+    def remaining(self, length: int, full: int) -> int:
         return length - most_merged(length, self.r if isinstance(self.r, int) else round(self.r * full))
 
     def forward(  # type: ignore[override]  # see MergingReducer

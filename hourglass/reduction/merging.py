@@ -20,16 +20,16 @@ def merge(tokens: Tensor, labels: Tensor, n: int, weights: Tensor | None = None)
     """
     exact = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     weights = torch.ones_like(exact[..., :1]) if weights is None else weights.to(exact.dtype)[..., None]
-    sums = _add_up(torch.cat([exact * weights, weights], dim=-1), labels, n)
+    sums = _sum_by_label(torch.cat([exact * weights, weights], dim=-1), labels, n)
     return (sums[..., :-1] / sums[..., -1:].clamp(min=1e-30)).to(tokens.dtype)
 
 
 def merge_sizes(sizes: Tensor, labels: Tensor, n: int) -> Tensor:
     """How many tokens the merged ones (B, n) stand for, where the tokens stand for ``sizes`` (B, L)."""
-    return _add_up(sizes[..., None], labels, n)[..., 0]
+    return _sum_by_label(sizes[..., None], labels, n)[..., 0]
 
 
-def _add_up(values: Tensor, labels: Tensor, n: int) -> Tensor:
+def _sum_by_label(values: Tensor, labels: Tensor, n: int) -> Tensor:
     """(B, L, C) -> (B, n, C)"""
     batch, _, channels = values.shape
     places = labels + n * torch.arange(batch, device=labels.device)[:, None]

@@ -191,13 +191,13 @@ class Neighborhoods:
         patches = patches.view(batch, -1, columns.tiles, rows.blocks, rows.tile, columns.blocks, columns.tile, channels)
         for i in range(rows.blocks):
             for j in range(columns.blocks):
-                more = patches[:, :, :, i, :, j].transpose(2, 3)
+                block = patches[:, :, :, i, :, j].transpose(2, 3)
                 if is_exporting():
                     around = (0, 0, 0, 0, j, columns.blocks - 1 - j, 0, 0, i, rows.blocks - 1 - i)
-                    blocks = blocks + F.pad(more, around)
+                    blocks = blocks + F.pad(block, around)
                 else:
                     taken = blocks[:, part.start + i : part.stop + i, :, j : j + columns.tiles]
-                    taken += more
+                    taken += block
         return blocks
 
     def _block(self, blocks: Tensor, part: slice, i: int, j: int) -> Tensor:
@@ -214,7 +214,7 @@ def _home(length: int, cells: int, device: torch.device) -> Tensor:
     return torch.arange(length, device=device) * cells // length
 
 
-def at_home(centers: Tensor, size: tuple[int, int], part: slice = slice(None)) -> Tensor:
+def home_centers(centers: Tensor, size: tuple[int, int], part: slice = slice(None)) -> Tensor:
     """The home centre of each token in some rows of a map of ``size`` (H, W): (B, h, w, C) -> (B, rows, W, C)."""
     rows, columns = (_home(length, cells, centers.device) for length, cells in zip(size, centers.shape[1:3]))
     return centers[:, rows[part]][:, :, columns]

@@ -108,7 +108,7 @@ class Reducer(nn.Module):
         reduction = self(tokens)
         return reduction.restore(refine(reduction, map_size(tokens), blocks, proportional))
 
-    def fit(self, channels: Sequence[int]) -> None:
+    def bind(self, channels: Sequence[int]) -> None:
         """
         Make ready for the plan's blocks, of so many channels each.
 
@@ -175,7 +175,7 @@ class MergingReducer(Reducer):
     each_block = True
     takes_lists = True
 
-    def left(self, length: int, full: int) -> int:
+    def remaining(self, length: int, full: int) -> int:
         """How many tokens a block leaves of ``length``, where there were ``full`` before the plan's first block."""
         raise NotImplementedError
 
@@ -188,7 +188,7 @@ class MergingReducer(Reducer):
             keys: (B, h, w, D), that attention's, in the mean over heads.
             sizes: (B, h, w), how many tokens of the full map each stands for.
             positions: (B, h, w, 2), their centres.
-            n: how many tokens to leave, as :meth:`left` says.
+            n: how many tokens to leave, as :meth:`remaining` says.
 
         Returns:
             a reduction to a map (B, 1, n, C), with positions and sizes.

@@ -51,7 +51,7 @@ class EachWindow(Reducer):
         self.window = window
         self.pad = pad
         #: Rows and columns of the smaller window.
-        self.cells = _cells(reducer, (window, window), like)
+        self.cells = _smaller_window(reducer, (window, window), like)
 
     def extra_repr(self) -> str:
         return f"window={self.window}, pad={self.pad}"
@@ -78,13 +78,13 @@ class EachWindow(Reducer):
         if reductions[0].positions is not None:
             places = [reduction.positions for reduction in reductions if reduction.positions is not None]
             positions = join(places, smaller_rows, smaller_columns)
-            positions = _in_map(positions, numbers(smaller_rows), numbers(smaller_columns), self.window)
+            positions = _positions_in_map(positions, numbers(smaller_rows), numbers(smaller_columns), self.window)
         reduced = join([reduction.tokens for reduction in reductions], smaller_rows, smaller_columns)
         return Reduction(reduced, positions, sizes, restore, self.cells)
 
 
 @operator("Tensor positions, SymInt[] rows, SymInt[] columns, int window", lambda positions, *_: list(positions.shape))
-def _in_map(positions: Tensor, rows: list[int], columns: list[int], window: int) -> Tensor:
+def _positions_in_map(positions: Tensor, rows: list[int], columns: list[int], window: int) -> Tensor:
     """
     Positions in windows to those in the map, (B, h, w, 2).
 
@@ -136,9 +136,9 @@ class MergeEachWindow(Reducer):
             tokens = restore(tokens)
         return windows.unflatten(tokens)
 
-    def left(self, windows: WindowList, lengths: list[int]) -> list[int]:
+    def remaining(self, windows: WindowList, lengths: list[int]) -> list[int]:
         """How many tokens windows of each kind have after merging, of ``lengths``."""
-        return [self.reducer.left(length, full) for length, full in zip(lengths, windows.lengths)]
+        return [self.reducer.remaining(length, full) for length, full in zip(lengths, windows.lengths)]
 
     def forward(  # type: ignore[override]  # between the halves of a block, as MergingReducer
         self, tokens: Tensor, keys: Tensor, sizes: Tensor, positions: Tensor, windows: WindowList, lengths: list[int]
@@ -153,15 +153,15 @@ class MergeEachWindow(Reducer):
         Returns:
             a reduction to a shorter list.
         """
-        left = self.left(windows, lengths)
-        parts = zip(*(windows.split(x, lengths) for x in (tokens, keys, sizes[..., None], positions)), left)
+        remaining = self.remaining(windows, lengths)
+        parts = zip(*(windows.split(x, lengths) for x in (tokens, keys, sizes[..., None], positions)), remaining)
         reductions = [
             self.reducer(part[:, None], key[:, None], size[:, None, :, 0], position[:, None], n)
             for part, key, size, position, n in parts
         ]
 
         def restore(refined: Tensor) -> Tensor:
-            pairs = zip(reductions, windows.split(refined, left))
+            pairs = zip(reductions, windows.split(refined, remaining))
             return windows.join([reduction.restore(part[:, None])[:, 0] for reduction, part in pairs])
 
         return Reduction(
@@ -202,13 +202,13 @@ class _Merging:
 
     def after(self) -> tuple["_Merging", Callable[[Tensor], Tensor]]:
         """The tokens that the next block merges, and the way back from those to these."""
-        reduction, left = self._reduction, self.reducer.left(self.windows, self.lengths)
+        reduction, remaining = self._reduction, self.reducer.remaining(self.windows, self.lengths)
         assert reduction is not None, "a block calls what acts between its halves"
         assert reduction.sizes is not None and reduction.positions is not None, "what merges tells sizes and positions"
-        return _Merging(self.reducer, self.windows, left, reduction.sizes, reduction.positions), reduction.restore
+        return _Merging(self.reducer, self.windows, remaining, reduction.sizes, reduction.positions), reduction.restore
 
 
-def _cells(reducer: Reducer, size: tuple[int, int], like: Tensor | None) -> tuple[int, int]:
+def _smaller_window(reducer: Reducer, size: tuple[int, int], like: Tensor | None) -> tuple[int, int]:
     """Rows and columns that a window of ``size`` is reduced to."""
     if isinstance(reducer, GridReducer):
         return reducer.cells(size)

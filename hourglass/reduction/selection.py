@@ -57,8 +57,8 @@ def collect_losses() -> Iterator[Collected]:
 
 class Selector(nn.Sequential):
     """
-    The two-layer perceptron that tells for each token whether to keep it: (..., C) -> (..., 2), log-probabilities of
-    keeping and of skipping it (arXiv 2306.07050).
+    The two-layer MLP that decides for each token whether to keep it: (..., C) -> (..., 2), log-probabilities of keeping
+    and of skipping it (arXiv 2306.07050).
 
     Args:
         channels: C.
@@ -80,7 +80,7 @@ class Selector(nn.Sequential):
 
 class TokenSelection(SelectingReducer):
     """
-    Learned token selection, the reducer of SViT (arXiv 2306.07050): in each of the plan's blocks a perceptron keeps or
+    Learned token selection, the reducer of SViT (arXiv 2306.07050): in each of the plan's blocks a small MLP keeps or
     skips each token. Skipped tokens stay in the map, and a later block may take them up again. How many are kept
     is chosen for each image.
 
@@ -115,14 +115,14 @@ class TokenSelection(SelectingReducer):
             raise InputError(
                 f'selectors takes a file of trained selectors, or "{RANDOM}" to train new ones, got {selectors!r}'
             )
-        each: Any = [target] if isinstance(target, Real) else target
-        if isinstance(each, str) or not isinstance(each, Sequence) or not each or not all(map(_is_share, each)):
+        shares: Any = [target] if isinstance(target, Real) else target
+        if isinstance(shares, str) or not isinstance(shares, Sequence) or not shares or not all(map(_is_share, shares)):
             raise InputError(f"target takes a share of tokens in (0, 1], or one for each block, got {target!r}")
         for name, value in (("loss_weight", loss_weight), ("temperature", temperature)):
             if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
                 raise InputError(f"{name} takes a number over 0, got {value!r}")
         self.selectors = os.fspath(selectors)
-        self.target: float | tuple[float, ...] = tuple(each) if isinstance(target, Sequence) else target
+        self.target: float | tuple[float, ...] = tuple(shares) if isinstance(target, Sequence) else target
         self.loss_weight = loss_weight
         self.temperature = temperature
         self.blocks = nn.ModuleList()
@@ -138,22 +138,22 @@ class TokenSelection(SelectingReducer):
         except Exception as error:  # whatever a file system or an unpickler may raise
             raise InputError(f"selectors {self.selectors} cannot be read ({reason(error)})") from error
         weights = weights.get("model", weights) if isinstance(weights, dict) else {}
-        found = {
+        tensors = {
             name.rpartition("reducer.")[2]: value.float()
             for name, value in (weights.items() if isinstance(weights, dict) else ())
             if isinstance(value, Tensor) and (name.startswith(("blocks.", "thresholds")) or "reducer." in name)
         }
         try:
-            count = len(found["thresholds"])
+            count = len(tensors["thresholds"])
             self.thresholds = torch.zeros(count)
-            self.blocks.extend(Selector(len(found[f"blocks.{i}.0.weight"])) for i in range(count))
-            self.load_state_dict(found)
+            self.blocks.extend(Selector(len(tensors[f"blocks.{i}.0.weight"])) for i in range(count))
+            self.load_state_dict(tensors)
         except (KeyError, RuntimeError, TypeError) as error:
             raise InputError(f"selectors {self.selectors} holds no selectors: training writes some") from error
         if not count:
             raise InputError(f"selectors {self.selectors} holds no selectors: training writes some")
 
-    def fit(self, channels: Sequence[int]) -> None:
+    def bind(self, channels: Sequence[int]) -> None:
         targets = self.targets(len(channels))
         if not self.blocks:
             self.blocks.extend(Selector(width, target) for width, target in zip(channels, targets))

@@ -104,8 +104,8 @@ class Strip(NamedTuple):
 
 def strips(length: int, window: int) -> list[Strip]:
     """An axis of ``length`` tokens in windows: the whole ones, and one that the edge cuts off."""
-    both = [Strip(length // window, window), Strip(1, length % window)]
-    return [strip for strip in both if strip.length > 0]
+    candidates = [Strip(length // window, window), Strip(1, length % window)]
+    return [strip for strip in candidates if strip.length > 0]
 
 
 def split(tokens: Tensor, rows: list[Strip], columns: list[Strip]) -> list[Tensor]:

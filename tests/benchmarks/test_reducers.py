@@ -19,10 +19,10 @@ def two_images(tmp_path, monkeypatch):
 
 def test_the_budget_is_the_mean_over_blocks():
     for budget in (1.0, 0.6, 0.4, 0.25):
-        reducer, left, total = BipartiteMatching(merged_a_block(budget, 256, 4)), 256, 0
+        reducer, remaining, total = BipartiteMatching(merged_a_block(budget, 256, 4)), 256, 0
         for _ in range(4):
-            left = reducer.left(left, 256)
-            total += left
+            remaining = reducer.remaining(remaining, 256)
+            total += remaining
         assert abs(total / (4 * 256) - budget) < 0.005
 
 

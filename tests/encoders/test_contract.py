@@ -63,9 +63,9 @@ def run(encoder, x):
     return features if isinstance(features, dict) else {"": features}
 
 
-def apart(one, other) -> float:
+def apart(x, y) -> float:
     """The largest difference, relative to the largest value."""
-    return max(float((one[name] - other[name]).abs().max() / other[name].abs().max()) for name in other)
+    return max(float((x[name] - y[name]).abs().max() / y[name].abs().max()) for name in y)
 
 
 class Permute(Reducer):
@@ -167,9 +167,9 @@ def test_a_quantised_encoder_runs():
     vit, x = tiny_vit(), image()
     quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(vit), {nn.Linear}, dtype=torch.qint8)
     assert not isinstance(quantised.blocks[0].attn.qkv, nn.Linear)
-    own = run(quantised, x)
-    assert apart(run(hourglass.expedite(quantised, Plan(attention="fast")), x), own) < 0.1
-    assert apart(run(hourglass.expedite(quantised, Plan(TokenClustering(0.6), 1, 4)), x), own) < 1
+    expected = run(quantised, x)
+    assert apart(run(hourglass.expedite(quantised, Plan(attention="fast")), x), expected) < 0.1
+    assert apart(run(hourglass.expedite(quantised, Plan(TokenClustering(0.6), 1, 4)), x), expected) < 1
 
 
 @pytest.mark.parametrize("make", [tiny_vit, tiny_swin])
@@ -201,18 +201,18 @@ def fairscale_like(block: nn.Module) -> nn.Module:
     return block
 
 
-@pytest.mark.parametrize("way", ["wrapper", "fairscale", "argument"])
-def test_recomputed_blocks_stay_recomputed(way):
+@pytest.mark.parametrize("checkpointing", ["wrapper", "fairscale", "argument"])
+def test_recomputed_blocks_stay_recomputed(checkpointing):
     """Each MLP runs twice in training, and gradients are those without recomputing."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     plan, x = Plan(TokenClustering(0.6), 1, 4), image()
     gradients = []
     for recompute in (False, True):
-        vit = tiny_vit(use_act_checkpoint=recompute and way == "argument").train()
+        vit = tiny_vit(use_act_checkpoint=recompute and checkpointing == "argument").train()
         names = list(vit.state_dict())
-        if recompute and way != "argument":
-            wrap = fairscale_like if way == "fairscale" else checkpoint_wrapper
+        if recompute and checkpointing != "argument":
+            wrap = fairscale_like if checkpointing == "fairscale" else checkpoint_wrapper
             for i, block in enumerate(vit.blocks):
                 vit.blocks[i] = wrap(block)
         expedited = hourglass.expedite(vit, Plan(plan.reducer, 1, 4, attention="fast")).train()
@@ -227,15 +227,15 @@ def test_recomputed_blocks_stay_recomputed(way):
         torch.testing.assert_close(plain, recomputed)
 
 
-@pytest.mark.parametrize("way", ["module", "in place", "block", "around"])
-def test_what_is_compiled_already_is_refused(way):
+@pytest.mark.parametrize("compile_method", ["module", "in place", "block", "around"])
+def test_what_is_compiled_already_is_refused(compile_method):
     vit = tiny_vit()
     model = nn.Sequential(vit)
-    if way == "module":
+    if compile_method == "module":
         model = nn.Sequential(torch.compile(vit, backend="eager"))
-    elif way == "in place":
+    elif compile_method == "in place":
         vit.compile(backend="eager")
-    elif way == "block":
+    elif compile_method == "block":
         vit.blocks[1].compile(backend="eager")
     else:
         model = torch.compile(model, backend="eager")
@@ -250,12 +250,12 @@ def test_a_replaced_forward_pass_is_refused():
         hourglass.expedite(vit, Plan(attention="fast"))
 
 
-@pytest.mark.parametrize("way", ["compiled", "replaced"])
+@pytest.mark.parametrize("wrapping", ["compiled", "replaced"])
 @pytest.mark.parametrize("plan", [(SkipBlocks(), 4, 8), (None,)])
-def test_what_stands_between_the_encoder_and_its_blocks_is_refused_too(way, plan):
+def test_what_stands_between_the_encoder_and_its_blocks_is_refused_too(wrapping, plan):
     swin = tiny_swin()
     stage = swin.layers[2]
-    if way == "compiled":
+    if wrapping == "compiled":
         stage.compile(backend="eager")
     else:
         stage.forward = functools.partial(type(stage).forward, stage)
@@ -502,19 +502,20 @@ def filled(encoder):
 
 def test_a_subclass_with_a_forward_pass_of_its_own_keeps_it():
     encoder, x = filled(WithNorm(**TINY)), image()
-    own = run(encoder, x)
-    assert apart(run(hourglass.expedite(encoder, Plan()), x), own) == 0
-    assert apart(run(hourglass.expedite(encoder, Plan(attention="fast")), x), own) < 1e-5
+    expected = run(encoder, x)
+    assert apart(run(hourglass.expedite(encoder, Plan()), x), expected) == 0
+    assert apart(run(hourglass.expedite(encoder, Plan(attention="fast")), x), expected) < 1e-5
     view = hourglass.expedite(encoder, Plan(TokenClustering(0.6), 1, 4))
     assert isinstance(view, WithNorm) and list(view.state_dict()) == list(encoder.state_dict())
-    assert run(view, x).keys() == own.keys() and apart(run(view, x), own) > 1e-3
+    assert run(view, x).keys() == expected.keys() and apart(run(view, x), expected) > 1e-3
 
 
 def with_blocks(kind: type) -> ViT:
     encoder = WithNorm(**TINY)  # no class that is known
     for i, block in enumerate(encoder.blocks):
-        other = kind(16, 2, 4.0, True, 0.0, nn.LayerNorm, nn.GELU, True, True, block.window_size, False, False, (8, 8))
-        encoder.blocks[i] = other
+        window = block.window_size
+        replacement = kind(16, 2, 4.0, True, 0.0, nn.LayerNorm, nn.GELU, True, True, window, False, False, (8, 8))
+        encoder.blocks[i] = replacement
     return encoder.eval()
 
 
@@ -599,10 +600,10 @@ def test_an_encoder_that_does_something_between_planned_blocks_is_refused(kind, 
 @pytest.mark.parametrize("kind, plan", [(Between, (3, 5)), (Between, (1, 3)), (Several, (3, 4))])
 def test_what_it_does_elsewhere_stays(kind, plan):
     encoder, x = filled(kind(**TINY)), image()
-    own = run(encoder, x)
-    same = run(hourglass.expedite(encoder, Plan(Permute(), *plan, scope="window")), x)
-    assert apart(same, own) < 1e-5
-    assert apart(run(hourglass.expedite(encoder, Plan(attention="fast")), x), own) < 1e-5
+    expected = run(encoder, x)
+    actual = run(hourglass.expedite(encoder, Plan(Permute(), *plan, scope="window")), x)
+    assert apart(actual, expected) < 1e-5
+    assert apart(run(hourglass.expedite(encoder, Plan(attention="fast")), x), expected) < 1e-5
 
 
 class CopiedBlock(SwinBlock):
@@ -648,9 +649,9 @@ class CopiedSwin(nn.Module):
         height, width = x.shape[2:]
         x, out = x.flatten(2).transpose(1, 2), {}
         for i, stage in enumerate(self.layers):
-            own, *size, x, height, width = stage(x, height, width)
+            stage_output, *size, x, height, width = stage(x, height, width)
             if i % 2:
-                normed = getattr(self, f"norm{i}")(own).unflatten(1, size)
+                normed = getattr(self, f"norm{i}")(stage_output).unflatten(1, size)
                 out[f"res{i + 2}"] = normed.permute(0, 3, 1, 2).contiguous()
         return out
 
@@ -660,15 +661,15 @@ class CopiedSwin(nn.Module):
 
 @pytest.mark.parametrize("plan", SWIN_PLANS.values(), ids=SWIN_PLANS)
 def test_a_copy_of_swin_is_expedited_as_ours(plan):
-    ours, x = tiny_swin(), image(97, 131)
+    encoder, x = tiny_swin(), image(97, 131)
     copied, plan = CopiedSwin(tiny_swin()), plan()
     copied.eval()
-    expected = run(hourglass.expedite(ours, plan), x)
+    expected = run(hourglass.expedite(encoder, plan), x)
     view = hourglass.expedite(copied, plan).eval()
     features = run(view, x)
     assert list(features) == ["res3", "res5"]
-    for name, same in (("res3", "p1"), ("res5", "p3")):
-        torch.testing.assert_close(features[name], expected[same], atol=1e-5, rtol=1e-5)
+    for name, expected_name in (("res3", "p1"), ("res5", "p3")):
+        torch.testing.assert_close(features[name], expected[expected_name], atol=1e-5, rtol=1e-5)
         assert features[name].is_contiguous()
 
 
@@ -714,9 +715,9 @@ def test_segment_anythings_encoder(plan):
         rel_pos_zero_init=False,
     )
     encoder, x = filled(encoder), image(128, 128)
-    own, view = run(encoder, x), hourglass.expedite(encoder, VIT_PLANS[plan]())
+    expected, view = run(encoder, x), hourglass.expedite(encoder, VIT_PLANS[plan]())
     features = run(view, x)[""]
-    assert features.shape == own[""].shape == (1, 16, 16, 16)  # after its neck
+    assert features.shape == expected[""].shape == (1, 16, 16, 16)  # after its neck
     if plan == "fast":
-        assert apart({"": features}, own) < 1e-5
+        assert apart({"": features}, expected) < 1e-5
     assert all(proof.holds for proof in hourglass.verify(encoder))

@@ -92,7 +92,7 @@ def test_tokens_in_another_order_and_where_they_lie_give_the_same(name, fast):
 def test_fast_and_plain_agree_on_fewer_tokens(name, reducer):
     family, encoder, tokens, _ = golden(name, "global")
     with torch.no_grad():
-        fast, plain = (reducer.run(tokens, [family.placed(encoder.blocks[0], way)], True) for way in (True, False))
+        fast, plain = (reducer.run(tokens, [family.placed(encoder.blocks[0], mode)], True) for mode in (True, False))
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
     assert fast.shape == tokens.shape and not torch.equal(fast, tokens)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import hourglass
 from hourglass import AveragePooling, HourglassSwin, InputError, Plan, Reducer, Reduction, SkipBlocks, TokenClustering
-from hourglass.compat import own_encoder
+from hourglass.compat import detectron2_encoder
 from hourglass.encoders import Swin
 from tests.golden_cases import load, names, under
 from tests.models import embed_swin
@@ -34,9 +34,9 @@ def run(encoder, x) -> dict[str, torch.Tensor]:
         return encoder(x)
 
 
-def assert_equal(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+def assert_equal(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)
 
 
 class KeepAll(Reducer):
@@ -92,8 +92,8 @@ def test_expediting_shares_every_parameter_and_leaves_the_model_as_it_was(plan):
     # The bias tables too: reading them for smaller windows changes nothing.
     assert_equal(run(swin, image()), before)
     assert_equal(expedited.state_dict(), state)
-    for (name, mine), (_, theirs) in zip(expedited.named_parameters(), swin.named_parameters(), strict=True):
-        assert mine is theirs, name
+    for (name, parameter), (_, expected) in zip(expedited.named_parameters(), swin.named_parameters(), strict=True):
+        assert parameter is expected, name
     assert expedited.output_shape() == swin.output_shape()
     assert expedited.size_divisibility == swin.size_divisibility == 32
     assert_equal(run(hourglass.expedite(expedited, Plan()), image()), before)
@@ -128,14 +128,14 @@ def test_the_published_plan_equals_expedits_own_code(name):
     for level in ("res2", "res3", "res4", "res5"):
         torch.testing.assert_close(outputs[level], expected[level], atol=5e-4, rtol=0)
     for j in range(len(swin.layers[2].blocks)):
-        theirs = expected[f"stage_block{j}"]
+        expected_block = expected[f"stage_block{j}"]
         mine = blocks[expedited.layers[2].blocks[j]].flatten(1, 2)
-        torch.testing.assert_close(mine, theirs, atol=5e-4, rtol=0)
+        torch.testing.assert_close(mine, expected_block, atol=5e-4, rtol=0)
 
 
 def published_swin(case: dict) -> Swin:
-    own = ("token_clustering_cfg", "token_reconstruction_cfg", "clustering_location")
-    arguments = {key: value for key, value in case["kwargs"].items() if key not in own}
+    reducer_arguments = ("token_clustering_cfg", "token_reconstruction_cfg", "clustering_location")
+    arguments = {key: value for key, value in case["kwargs"].items() if key not in reducer_arguments}
     return Swin(**arguments, out_names=("res2", "res3", "res4", "res5"))
 
 
@@ -150,12 +150,12 @@ def slow_block(block, tokens, window, step, extent, sizes=None):
     x = F.pad(F.layer_norm(tokens, (channels,), block.norm1.weight, block.norm1.bias), (0, 0, 0, padded[1] - w))
     x = F.pad(x, (0, 0, 0, 0, 0, padded[0] - h)).flatten(1, 2)
     y, x_ = (axis.flatten() for axis in torch.meshgrid(*(torch.arange(n) for n in padded), indexing="ij"))
-    same = torch.ones(len(y), len(y), dtype=torch.bool)
+    together = torch.ones(len(y), len(y), dtype=torch.bool)
     for place, side, length in ((y, window[0], padded[0]), (x_, window[1], padded[1])):
         shift = side // 2 if block.shift_size else 0
         number = torch.div((place - shift) % length, side, rounding_mode="floor")
         wrapped = place < shift
-        same &= (number[:, None] == number) & (wrapped[:, None] == wrapped)
+        together &= (number[:, None] == number) & (wrapped[:, None] == wrapped)
 
     table = attn.relative_position_bias_table.T.reshape(attn.num_heads, 2 * extent - 1, 2 * extent - 1)
     # grid_sample reads bilinearly at (x, y) in [-1, 1] from the first to the last entry.
@@ -167,7 +167,7 @@ def slow_block(block, tokens, window, step, extent, sizes=None):
     if sizes is not None:
         sizes = F.pad(sizes, (0, padded[1] - w, 0, padded[0] - h), value=step[0] * step[1])
         scores = scores + sizes.clamp(min=1e-6).log().flatten(1)[:, None, None]
-    mixed = scores.masked_fill(~same, -torch.inf).softmax(-1) @ v
+    mixed = scores.masked_fill(~together, -torch.inf).softmax(-1) @ v
     mixed = attn.proj(mixed.transpose(1, 2).reshape(batch, *padded, channels)[:, :h, :w])
     tokens = tokens + mixed
     normed = F.layer_norm(tokens, (channels,), block.norm2.weight, block.norm2.bias)
@@ -274,13 +274,13 @@ def test_a_plan_that_cannot_be_followed_is_refused(plan, message):
         hourglass.expedite(tiny_swin(), plan())
 
 
-@pytest.mark.skipif(own_encoder("SwinTransformer") is None, reason="this Detectron2 has no Swin of its own")
+@pytest.mark.skipif(detectron2_encoder("SwinTransformer") is None, reason="this Detectron2 has no Swin of its own")
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_detectron2s_own_swin_is_expedited_too(plan):
-    ours = tiny_swin()
-    theirs = own_encoder("SwinTransformer")(**TINY).eval()
-    theirs.load_state_dict(ours.state_dict())
-    assert_equal(run(hourglass.expedite(theirs, Plan()), image()), run(theirs, image()))
-    expected = run(hourglass.expedite(ours, plan), image())
-    for name, feature in run(hourglass.expedite(theirs, plan), image()).items():
+    swin = tiny_swin()
+    official = detectron2_encoder("SwinTransformer")(**TINY).eval()
+    official.load_state_dict(swin.state_dict())
+    assert_equal(run(hourglass.expedite(official, Plan()), image()), run(official, image()))
+    expected = run(hourglass.expedite(swin, plan), image())
+    for name, feature in run(hourglass.expedite(official, plan), image()).items():
         torch.testing.assert_close(feature, expected[name], atol=1e-4, rtol=1e-4)

@@ -5,7 +5,7 @@ import torch
 
 import hourglass
 from hourglass import AveragePooling, HourglassViT, InputError, Plan, Reducer, Reduction, SkipBlocks, TokenClustering
-from hourglass.compat import own_encoder
+from hourglass.compat import detectron2_encoder
 from hourglass.encoders import SimpleFeaturePyramid, ViT, find_encoder
 from hourglass.reduction.reducer import Place
 from tests.models import embed_vit, placed
@@ -115,8 +115,8 @@ def test_expediting_shares_every_parameter_and_leaves_the_model_as_it_was(plan):
     assert torch.equal(last(vit, image()), before)
     assert vit.forward == forward and type(vit) is ViT
     assert list(expedited.state_dict()) == list(state)
-    for (name, mine), (_, theirs) in zip(expedited.named_parameters(), vit.named_parameters(), strict=True):
-        assert mine is theirs and mine.data_ptr() == theirs.data_ptr(), name
+    for (name, parameter), (_, expected) in zip(expedited.named_parameters(), vit.named_parameters(), strict=True):
+        assert parameter is expected and parameter.data_ptr() == expected.data_ptr(), name
     expedited.train()
     assert not vit.training and not vit.blocks[0].training
 
@@ -150,8 +150,8 @@ def test_published_is_the_reducers_published_form_without_proportional_attention
     vit = tiny_vit()
     published = Plan(TokenClustering((3, 3), temperature=0.2), 1, 4, scope="window", published=True)
     reducer = TokenClustering.published((3, 3), temperature=0.2)
-    same = Plan(reducer, 1, 4, scope="window", proportional=False, attention="plain")
-    expected = last(hourglass.expedite(vit, same), image(2, 56, 104))
+    plan = Plan(reducer, 1, 4, scope="window", proportional=False, attention="plain")
+    expected = last(hourglass.expedite(vit, plan), image(2, 56, 104))
     assert torch.equal(last(hourglass.expedite(vit, published), image(2, 56, 104)), expected)
 
 
@@ -189,9 +189,9 @@ def test_bfloat16(plan):
     reference = last(hourglass.expedite(vit, plan), image())
     with torch.autocast("cpu", torch.bfloat16):
         by_autocast = last(hourglass.expedite(vit, plan), image())
-    whole = last(hourglass.expedite(vit.bfloat16(), plan), image().bfloat16())
-    assert whole.dtype == torch.bfloat16
-    for out in (by_autocast, whole):
+    features = last(hourglass.expedite(vit.bfloat16(), plan), image().bfloat16())
+    assert features.dtype == torch.bfloat16
+    for out in (by_autocast, features):
         assert (out.float() - reference).abs().mean() < 0.05 * reference.abs().mean()
 
 
@@ -206,10 +206,10 @@ def test_a_smaller_map_needs_fewer_windows():
     """64 tokens a side in windows of 14 become 46 in windows of 10, both five a side."""
     vit = tiny_vit(img_size=512, window_size=14, window_block_indexes=(0, 1, 2, 3, 4), depth=2)
     expedited = hourglass.expedite(vit, Plan(TokenClustering((46, 46)), 1, attention="plain"))
-    seen = []
-    expedited.blocks[1].attn.qkv.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    shapes = []
+    expedited.blocks[1].attn.qkv.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
     last(expedited, image(1, 512, 512))
-    assert seen == [(25, 10, 10, 16)]
+    assert shapes == [(25, 10, 10, 16)]
 
 
 @pytest.mark.parametrize(
@@ -261,24 +261,24 @@ def test_under_scope_window_blocks_attend_in_the_reducers_windows():
     """15 tokens in windows of 14 are a whole window and a cut one; so they stay, as 4 tokens and 1."""
     vit = tiny_vit(img_size=120, window_size=14, window_block_indexes=(0, 1), depth=2)
     expedited = hourglass.expedite(vit, Plan(AveragePooling((4, 4)), 1, scope="window", attention="plain"))
-    seen = []
-    expedited.blocks[1].attn.qkv.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    shapes = []
+    expedited.blocks[1].attn.qkv.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
     last(expedited, image(1, 120, 120))
-    assert seen == [(4, 4, 4, 16)]
+    assert shapes == [(4, 4, 4, 16)]
 
 
-@pytest.mark.skipif(own_encoder("ViT") is None, reason="this Detectron2 has no ViT of its own")
+@pytest.mark.skipif(detectron2_encoder("ViT") is None, reason="this Detectron2 has no ViT of its own")
 @pytest.mark.parametrize("plan", [Plan(), *PLANS.values()], ids=["empty", *PLANS])
 def test_detectron2s_own_vit(plan):
     pytest.importorskip("timm")
     from detectron2.modeling import ViT as TheirViT
 
-    ours = tiny_vit()
-    theirs = TheirViT(**TINY).eval()
-    theirs.load_state_dict(ours.state_dict())
-    before = last(theirs, image(2, 56, 72))
-    out = last(hourglass.expedite(theirs, plan), image(2, 56, 72))
-    torch.testing.assert_close(out, last(hourglass.expedite(ours, plan), image(2, 56, 72)), atol=1e-4, rtol=1e-4)
-    assert torch.equal(last(theirs, image(2, 56, 72)), before)
+    vit = tiny_vit()
+    official = TheirViT(**TINY).eval()
+    official.load_state_dict(vit.state_dict())
+    before = last(official, image(2, 56, 72))
+    out = last(hourglass.expedite(official, plan), image(2, 56, 72))
+    torch.testing.assert_close(out, last(hourglass.expedite(vit, plan), image(2, 56, 72)), atol=1e-4, rtol=1e-4)
+    assert torch.equal(last(official, image(2, 56, 72)), before)
     if plan.reducer is None:
         assert torch.equal(out, before)

@@ -59,14 +59,14 @@ def test_it_is_plain_loops(height, width, cell, bias, fast):
     attention.qkv = qkv
     q, kv = attention.project_to_cells(tokens, cell)
     out = _cell_attention(q, kv, [*tables, None], [heads, cell, int(fast)])
-    expected = torch.stack([reference(qkv, each, tables, heads, cell) for each in tokens])
+    expected = torch.stack([reference(qkv, image_tokens, tables, heads, cell) for image_tokens in tokens])
     torch.testing.assert_close(out, expected)
 
 
 def test_rotary_keys_lie_at_their_cells_centres():
     q, kv, frequencies = draw(1, 5, 4, 8), draw(1, 3, 2, 16, seed=1), draw(2, 1, seed=2)
     out = _cell_attention(q, kv, [None, None, frequencies], [2, 2, 0])
-    where = torch.tensor([[y, x] for y in (0.5, 2.5, 4.0) for x in (0.5, 2.5)], dtype=torch.float64)
+    cell_centers = torch.tensor([[y, x] for y in (0.5, 2.5, 4.0) for x in (0.5, 2.5)], dtype=torch.float64)
     sizes = torch.tensor([4.0, 4, 4, 4, 2, 2], dtype=torch.float64)
     for head in range(2):
         part = slice(4 * head, 4 * head + 4)
@@ -74,7 +74,7 @@ def test_rotary_keys_lie_at_their_cells_centres():
         for y in range(5):
             for x in range(4):
                 query = rotate(q[0, y, x, part], torch.tensor([y, x]), frequencies)
-                scores = rotate(k, where, frequencies) @ query / 2 + sizes.log()
+                scores = rotate(k, cell_centers, frequencies) @ query / 2 + sizes.log()
                 torch.testing.assert_close(out[0, y, x, part], scores.softmax(0) @ v)
 
 

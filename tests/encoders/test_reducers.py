@@ -16,7 +16,7 @@ from hourglass import (
     SkipBlocks,
     TokenSelection,
 )
-from hourglass.compat import own_encoder
+from hourglass.compat import detectron2_encoder
 from hourglass.encoders import find_encoder
 from hourglass.reduction import collect_losses
 from hourglass.reduction.windows import grid_positions
@@ -33,7 +33,7 @@ def selection(bias: float = 0.0, target: float = 0.5) -> TokenSelection:
     """Selectors that keep some tokens; all or none where ``bias`` is large."""
     torch.manual_seed(3)
     reducer = TokenSelection("random", target)
-    reducer.fit([16, 16, 16])
+    reducer.bind([16, 16, 16])
     with torch.no_grad():
         for selector in reducer.blocks:
             selector[3].weight.normal_()
@@ -89,7 +89,7 @@ def test_all_tokens_are_the_unmodified_swin(name, size, attention):
     plan = Plan(DensityPeaks(1.0), 1, blocks, scope="window", attention=attention)
     if name == "selection":
         reducer = TokenSelection("random")
-        reducer.fit([block.norm1.weight.numel() for stage in swin.layers for block in stage.blocks][1:])
+        reducer.bind([block.norm1.weight.numel() for stage in swin.layers for block in stage.blocks][1:])
         for selector in reducer.blocks:
             torch.nn.init.constant_(selector[3].bias[0], 1e4)
         plan = Plan(reducer, 1, blocks, attention=attention)
@@ -165,14 +165,14 @@ def test_matching_equals_the_reference(restore):
         positions = grid_positions((5, 5), tokens.device).flatten(0, 1).double()
         sizes = torch.ones(25).double()
         undo = []
-        for block, left in zip(vit.blocks[1:3], (19, 13)):
+        for block, remaining in zip(vit.blocks[1:3], (19, 13)):
             _, keys, tokens = _reference_block(block, tokens, positions, sizes, (5, 5))
             labels = references.bipartite_matching(keys, 6)
             weights = sizes.tolist()
             merged, positions = (
                 torch.tensor(references.merged(of, labels, weights)).double() for of in (tokens, positions)
             )
-            sizes = torch.stack([sizes[[other == label for other in labels]].sum() for label in range(left)])
+            sizes = torch.stack([sizes[[other == label for other in labels]].sum() for label in range(remaining)])
             undo.append((tokens, merged, labels))
             tokens = merged + block.mlp(block.norm2(merged))
         for before, merged, labels in reversed(undo):
@@ -184,7 +184,7 @@ def test_matching_equals_the_reference(restore):
 
 
 def test_selection_equals_the_reference():
-    """Block 1 has windows: all attend, the selected go through the perceptron. Block 2 is global: only they run."""
+    """Block 1 has windows: all attend, the selected go through the MLP. Block 2 is global: only they run."""
     vit, x, reducer = global_vit(window_block_indexes=(0, 1)), image(1, 40, 40).double(), selection()
     out = last(hourglass.expedite(vit, Plan(reducer, 1, 4)), x)
     with torch.no_grad():
@@ -268,9 +268,9 @@ def test_bfloat16(plan):
     control = last(hourglass.expedite(vit, Plan(SkipBlocks(), 1, 4)), image())
     with torch.autocast("cpu", torch.bfloat16):
         by_autocast = last(hourglass.expedite(vit, plan), image())
-    whole = last(hourglass.expedite(vit.bfloat16(), plan), image().bfloat16())
-    assert whole.dtype == torch.bfloat16
-    for out in (by_autocast, whole):
+    features = last(hourglass.expedite(vit.bfloat16(), plan), image().bfloat16())
+    assert features.dtype == torch.bfloat16
+    for out in (by_autocast, features):
         assert (out.float() - reference).abs().mean() < 0.5 * (control - reference).abs().mean()
 
 
@@ -298,18 +298,18 @@ def test_an_expedited_model_holds_its_selectors_and_shares_them():
     assert find_encoder(expedited)[1].reducer is reducer
 
 
-@pytest.mark.skipif(own_encoder("ViT") is None, reason="this Detectron2 has no ViT of its own")
+@pytest.mark.skipif(detectron2_encoder("ViT") is None, reason="this Detectron2 has no ViT of its own")
 @pytest.mark.parametrize("plan", FEWER.values(), ids=FEWER)
 def test_detectron2s_own_vit(plan):
     pytest.importorskip("timm")
     from detectron2.modeling import ViT as TheirViT
 
-    ours = tiny_vit().double()
-    theirs = TheirViT(**TINY).double().eval()
-    theirs.load_state_dict(ours.state_dict())
+    vit = tiny_vit().double()
+    official = TheirViT(**TINY).double().eval()
+    official.load_state_dict(vit.state_dict())
     x = image(2, 56, 72).double()
-    expected = last(hourglass.expedite(ours, plan()), x)
-    torch.testing.assert_close(last(hourglass.expedite(theirs, plan()), x), expected, atol=1e-6, rtol=1e-6)
+    expected = last(hourglass.expedite(vit, plan()), x)
+    torch.testing.assert_close(last(hourglass.expedite(official, plan()), x), expected, atol=1e-6, rtol=1e-6)
 
 
 def swin(reducer, scope):

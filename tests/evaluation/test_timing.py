@@ -161,7 +161,7 @@ def test_ratio_of_medians_and_its_interval():
 def test_gflops_by_hand():
     """
     One global block on 4 x 4 tokens of 8 channels, one head, no relative positions, patches of 4 x 4 x 3:
-    embedding 16 * 48 * 8; qkv 16 * 8 * 24; scores and mixing 2 * 16 * 16 * 8; projection 16 * 8 * 8; perceptron
+    embedding 16 * 48 * 8; qkv 16 * 8 * 24; scores and mixing 2 * 16 * 16 * 8; projection 16 * 8 * 8; MLP
     2 * 16 * 8 * 32; fvcore counts 5 operations an entry of a LayerNorm, of which there are 2 * 16 * 8.
     """
     vit = ViT(img_size=16, patch_size=4, embed_dim=8, depth=1, num_heads=1, use_abs_pos=False).eval()

@@ -43,10 +43,10 @@ def bipartite_matching(metric: Tensor, r: int, class_token: bool = False) -> lis
         similar = [sum(x * y for x, y in zip(points[i], points[j])) for j in b]
         best[i] = max(similar, default=-math.inf), b[similar.index(max(similar))] if b else None
     ranked = sorted(best, key=lambda i: (-best[i][0], i))
-    merged, left = ranked[:r], ranked[r:]
+    merged, remaining = ranked[:r], ranked[r:]
     if class_token:
-        left = [0, *sorted(left)]
-    order = left + b
+        remaining = [0, *sorted(remaining)]
+    order = remaining + b
     return [order.index(best[i][1] if i in merged else i) for i in range(len(points))]
 
 

@@ -60,7 +60,7 @@ def test_it_is_its_formula(reducer, window, form, rank):
 
     reduction = reducer(tokens)
     refined = reduction.tokens + draw(*reduction.tokens.shape, seed=6)
-    x, c, c_refined = (each.reshape(-1, CHANNELS) for each in (tokens, reduction.tokens, refined))
+    x, c, c_refined = (values.reshape(-1, CHANNELS) for values in (tokens, reduction.tokens, refined))
     u = mixture(reduction, tokens)
     update, detail = u @ (c_refined - c), x - u @ c
     expected = x + update + (detail @ d_map + x @ x_map + update @ u_map) @ basis @ basis.T + constant

@@ -136,9 +136,9 @@ def test_a_centre_that_no_token_is_near_stays_where_it_was():
     tokens += 1e-4 * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0))
     grid = (11, 11)
     reduction = TokenClustering(grid)(tokens)
-    left = reduction.sizes < 1e-20
-    assert left.any() and not left.all()
-    torch.testing.assert_close(reduction.tokens[left], average_pool(tokens, grid)[left])
+    empty = reduction.sizes < 1e-20
+    assert empty.any() and not empty.all()
+    torch.testing.assert_close(reduction.tokens[empty], average_pool(tokens, grid)[empty])
     assert reduction.restore(reduction.tokens + 1).isfinite().all()
 
 
@@ -169,11 +169,11 @@ def test_the_published_form_keeps_what_was_chosen():
 @pytest.mark.parametrize("weights", ["sum", "l2"])
 def test_all_candidates_are_compared_in_pieces(weights, monkeypatch):
     tokens, centers, refined = (torch.randn(2, *size, 4) for size in ((7, 5), (3, 4), (3, 4)))
-    whole = mixture(tokens, centers, 0.3, k=5, neighborhood=None, weights=weights)(refined)
+    expected = mixture(tokens, centers, 0.3, k=5, neighborhood=None, weights=weights)(refined)
     for pairs in (1, 100):  # a token of both images, some tokens
         monkeypatch.setattr(clustering, "PAIRS", pairs)
         pieces = mixture(tokens, centers, 0.3, k=5, neighborhood=None, weights=weights)(refined)
-        torch.testing.assert_close(pieces, whole)
+        torch.testing.assert_close(pieces, expected)
 
 
 @pytest.mark.parametrize("neighborhood", [3, None])

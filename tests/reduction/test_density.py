@@ -59,7 +59,7 @@ def test_distances_do_not_depend_on_the_scale_of_features():
 def test_in_parts_as_in_one(monkeypatch):
     """No array of all pairs is needed: 35 tokens, 100 distances at a time."""
     features = draw(3, 35, 4)
-    whole = density_peaks(features, 9, 5)
+    expected = density_peaks(features, 9, 5)
     monkeypatch.setattr(density, "PAIRS", 100)
     sizes = []
     original = density._squared_distances
@@ -68,7 +68,7 @@ def test_in_parts_as_in_one(monkeypatch):
     )
     parts = density_peaks(features, 9, 5)
     assert max(sizes) <= 100
-    for a, b in zip(whole, parts):
+    for a, b in zip(expected, parts):
         assert torch.equal(a, b)
 
 

@@ -17,14 +17,14 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(3))
 def test_lines_equal_the_reference(target, seed):
     features, sizes = draw(3, 13, 4, seed=seed), 1.0 + draw(3, 13, seed=seed + 50).abs()
-    merged, left, labels = merge_lines(features, sizes, target)
+    merged, merged_sizes, labels = merge_lines(features, sizes, target)
     assert merged.shape == (3, target, 4)
     for i in range(3):
         of_line = references.merge_line(features[i].tolist(), sizes[i].tolist(), target)
         assert labels[i].tolist() == of_line
         for j in range(target):
             members = [k for k in range(13) if of_line[k] == j]
-            assert float(left[i, j]) == pytest.approx(float(sizes[i, members].sum()))
+            assert float(merged_sizes[i, j]) == pytest.approx(float(sizes[i, members].sum()))
             mean = (features[i, members] * sizes[i, members, None]).sum(0) / sizes[i, members].sum()
             torch.testing.assert_close(merged[i, j], mean)
 
@@ -75,8 +75,8 @@ def test_neighbours_that_are_alike_become_one():
 def test_merges_are_chosen_by_a_part_of_many_channels():
     tokens = torch.cat([draw(1, 6, 6, 64).float(), torch.zeros(1, 6, 6, 64)], dim=-1)
     mixed = torch.stack(tokens.chunk(2, dim=-1), dim=-1).flatten(-2)  # every second channel is 0
-    few = GridMerging((3, 3))(tokens[..., :64])
-    torch.testing.assert_close(GridMerging((3, 3))(mixed).tokens[..., ::2], few.tokens)
+    expected = GridMerging((3, 3))(tokens[..., :64])
+    torch.testing.assert_close(GridMerging((3, 3))(mixed).tokens[..., ::2], expected.tokens)
 
 
 def test_gradients_pass():

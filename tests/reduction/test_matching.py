@@ -53,9 +53,9 @@ def test_equals_the_reference_where_tokens_tie(seed):
 
 def test_in_parts_as_in_one(monkeypatch):
     metric = draw(2, 41, 6)
-    whole = bipartite_matching(metric, 13)
+    expected = bipartite_matching(metric, 13)
     monkeypatch.setattr(matching, "PAIRS", 50)
-    assert torch.equal(bipartite_matching(metric, 13), whole)
+    assert torch.equal(bipartite_matching(metric, 13), expected)
 
 
 @pytest.mark.parametrize("restore", ["update", "features"])
@@ -63,7 +63,7 @@ def test_the_reduction_equals_the_reference(restore):
     tokens, keys, positions = draw(1, 3, 5, 4).double(), draw(1, 3, 5, 6, seed=1).double(), draw(1, 3, 5, 2, seed=2)
     sizes = 1 + draw(1, 3, 5, seed=3).square()
     reducer = BipartiteMatching(4, restore=restore)
-    n = reducer.left(15, 15)
+    n = reducer.remaining(15, 15)
     reduction = reducer(tokens, keys, sizes, positions, n)
     assert n == 11 and reduction.tokens.shape == (1, 1, 11, 4)
 
@@ -84,13 +84,13 @@ def test_the_reduction_equals_the_reference(restore):
 
 def test_at_most_half_of_the_tokens_merge_at_a_time():
     reducer = BipartiteMatching(100)
-    left = 256
+    remaining = 256
     for expected in (156, 78, 39, 20, 10, 5, 3, 2, 1, 1):
-        left = reducer.left(left, 256)
-        assert left == expected
+        remaining = reducer.remaining(remaining, 256)
+        assert remaining == expected
 
 
 def test_a_share_is_of_the_unreduced_map():
     reducer = BipartiteMatching(0.25)
-    assert reducer.left(64, 64) == 48 and reducer.left(48, 64) == 32
-    assert BipartiteMatching(64).relative_to((16, 16)).left(64, 64) == 48
+    assert reducer.remaining(64, 64) == 48 and reducer.remaining(48, 64) == 32
+    assert BipartiteMatching(64).relative_to((16, 16)).remaining(64, 64) == 48

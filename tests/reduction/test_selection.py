@@ -16,7 +16,7 @@ def selection(target=0.5, blocks=2, **kwargs) -> TokenSelection:
     """Selectors that keep about half of random tokens."""
     torch.manual_seed(0)
     reducer = TokenSelection("random", target, **kwargs)
-    reducer.fit([8] * blocks)
+    reducer.bind([8] * blocks)
     with torch.no_grad():
         for parameter in reducer.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))
@@ -24,7 +24,7 @@ def selection(target=0.5, blocks=2, **kwargs) -> TokenSelection:
 
 
 def log_odds(selector: Selector, token: torch.Tensor) -> float:
-    """The perceptron of the paper, by its formula."""
+    """The MLP of the paper, by its formula."""
     norm, first, _, second, _ = (layer.double() for layer in selector)
     x = token.double()
     x = (x - x.mean()) / ((x - x.mean()).square().mean() + 1e-5).sqrt() * norm.weight + norm.bias
@@ -112,7 +112,7 @@ def test_selectors_come_back_from_their_own_file_and_from_a_models_checkpoint(tm
     )
     for name in ("reducer.pth", "model.pth"):
         again = TokenSelection(str(tmp_path / name))
-        again.fit([8, 8])
+        again.bind([8, 8])
         assert torch.equal(again(tokens, 1).tokens, expected)
         assert again.thresholds[1] == reducer.thresholds[1] != 0
 
@@ -132,9 +132,9 @@ def test_refusals(tmp_path):
         (lambda: TokenSelection("random", "half"), "got 'half'"),
         (lambda: TokenSelection("random", loss_weight=0), "loss_weight takes a number over 0, got 0"),
         (lambda: TokenSelection("random", temperature="warm"), "temperature takes a number over 0, got 'warm'"),
-        (lambda: TokenSelection("random", [0.5, 0.5]).fit([8, 8, 8]), "target takes one share or 3"),
-        (lambda: TokenSelection(trained).fit([8]), "are for 2 blocks of 8 channels, the plan has 1 of 8"),
-        (lambda: TokenSelection(trained).fit([8, 16]), "the plan has 2 of 8, 16"),
+        (lambda: TokenSelection("random", [0.5, 0.5]).bind([8, 8, 8]), "target takes one share or 3"),
+        (lambda: TokenSelection(trained).bind([8]), "are for 2 blocks of 8 channels, the plan has 1 of 8"),
+        (lambda: TokenSelection(trained).bind([8, 16]), "the plan has 2 of 8, 16"),
     ):
         with pytest.raises(InputError, match=message) as refusal:
             make()

@@ -105,7 +105,9 @@ def attend(
     attended = []
     for part, bias, log_size, last in zip(parts, biases, log_sizes, lasts):
         masks = [masked if is_last else 0 for masked, is_last in zip(windows.masked_shift, last)]
-        part_bias = bias.masked_fill(_apart(windows.window, masks, bias.device), -torch.inf) if any(masks) else bias
+        part_bias = (
+            bias.masked_fill(_are_separated(windows.window, masks, bias.device), -torch.inf) if any(masks) else bias
+        )
         q, k, v = part.reshape(*part.shape[:1], -1, 3, setting.heads, part.shape[3] // (3 * setting.heads)).permute(
             2, 0, 3, 1, 4
         )
@@ -136,7 +138,7 @@ def pad_and_roll(tokens: Tensor, windows: Windows, value: float | Tensor = 0.0) 
     return torch.roll(tokens, [-shift for shift in windows.shift], dims=(1, 2)) if any(windows.shift) else tokens
 
 
-def _apart(window: tuple[int, int], shift: Sequence[int], device: torch.device) -> Tensor:
+def _are_separated(window: tuple[int, int], shift: Sequence[int], device: torch.device) -> Tensor:
     """(wh * ww, wh * ww) True for two tokens of which one is, by either axis, among the last ``shift`` of a window."""
     moved = (torch.arange(side, device=device) >= side - last for side, last in zip(window, shift))
     rows, columns = moved

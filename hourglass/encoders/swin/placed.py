@@ -63,11 +63,11 @@ class SwinAttention(PlacedAttention):
     relative_position_bias_table: Tensor
 
     def forward(self, tokens: Tensor, place: Place) -> Tensor | tuple[Tensor, Tensor]:
-        how, size = self.how, map_size(tokens)
+        options, size = self.attention_options, map_size(tokens)
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        setting = Setting(self.num_heads, how.window_size, how.shifted, how.published, self.scale, dropout)
+        setting = Setting(self.num_heads, options.window_size, options.shifted, options.published, self.scale, dropout)
         table = self.relative_position_bias_table
-        if how.fast:
+        if options.fast:
             qkv, zero = project(self.qkv, tokens)
             numbers = [*place.full, *(place.window or (0, 0)), *map(int, setting[:4])]
             mixed = swin_attention(qkv, zero, table, place.sizes, place.positions, numbers, list(setting[4:]))
@@ -120,11 +120,11 @@ class SwinFamily(Family):
     def shifted(self, block: Any) -> bool:
         return unwrapped(block).shift_size > 0
 
-    def own(self, encoder: Any, block: Any, tokens: Tensor) -> Tensor:
+    def original_forward(self, encoder: Any, block: Any, tokens: Tensor) -> Tensor:
         if base_class(encoder) is Swin:
             return block(tokens)
         # A copy's block takes the mask that its stage makes: a stage of this block alone.
-        stage = next(stage for stage in encoder.layers if any(each is block for each in stage.blocks))
+        stage = next(stage for stage in encoder.layers if any(member is block for member in stage.blocks))
         alone = with_children(stage, {**stage._modules, "blocks": nn.ModuleList([block]), "downsample": None})
         return alone.forward(tokens.flatten(1, 2), *map_size(tokens))[0].view_as(tokens)
 

@@ -34,20 +34,21 @@ class ViTAttention(PlacedAttention):
 
     def forward(self, tokens: Tensor, place: Place) -> Tensor | tuple[Tensor, Tensor]:
         if place.listed is not None:
-            return self._in_list(tokens, place)
+            return self._attend_in_list(tokens, place)
         if place.mask is not None:
-            return self._to_selected(tokens, place)
-        if self.how.keys > 1:
-            return self._to_cells(tokens)
-        if self.how.fast:
+            return self._attend_to_selected(tokens, place)
+        if self.attention_options.keys > 1:
+            return self._attend_to_cells(tokens)
+        if self.attention_options.fast:
             qkv, zero = self.project(tokens)
             wh, ww = place.window or (0, 0)
-            numbers = [self.num_heads, self.how.window_size, *place.full, wh, ww]
+            numbers = [self.num_heads, self.attention_options.window_size, *place.full, wh, ww]
             tables = [*(self.tables() or (None, None)), self.frequencies()]
             mixed = _vit_attention(qkv, zero, tables, place.sizes, place.positions, numbers)
             out = self.proj(mixed)
         else:
-            size, reach = map_size(tokens), _reach(map_size(tokens), place.full, self.how.window_size, place.window)
+            size = map_size(tokens)
+            reach = _reach(size, place.full, self.attention_options.window_size, place.window)
             windows = self.project_plain(partition(tokens, reach.window))
             mixed = _attend(windows, (self.tables(), self.frequencies()), place, self.num_heads, reach, fast=False)
             out = unpartition(self.proj(mixed), size)
@@ -85,20 +86,20 @@ class ViTAttention(PlacedAttention):
         channels = projected.shape[-1] // 3
         return projected[..., :channels], pool_cells(projected[..., channels:], cell)
 
-    def _to_cells(self, tokens: Tensor) -> Tensor:
+    def _attend_to_cells(self, tokens: Tensor) -> Tensor:
         """Global attention of all tokens of the full map to the means of its cells."""
-        q, kv = self.project_to_cells(tokens, self.how.keys)
+        q, kv = self.project_to_cells(tokens, self.attention_options.keys)
         tables = [*(self.tables() or (None, None)), self.frequencies()]
-        numbers = [self.num_heads, self.how.keys, int(self.how.fast)]
+        numbers = [self.num_heads, self.attention_options.keys, int(self.attention_options.fast)]
         return self.proj(_cell_attention(q, kv, tables, numbers))
 
-    def _in_list(self, tokens: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+    def _attend_in_list(self, tokens: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         """On a list of tokens that lie anywhere."""
         assert place.listed is not None and place.positions is not None, "a list has positions"
         windows, lengths = place.listed
         qkv, zero = self.project(tokens)
         keys = key_mean(qkv, self.num_heads)
-        side = self.how.window_size
+        side = self.attention_options.window_size
         if side == 0:
             sizes = None if place.sizes is None else place.sizes[:, 0]
             mixed = self._attend_at(qkv[:, 0], sizes, place.positions[:, 0], place.full)[:, None]
@@ -108,7 +109,7 @@ class ViTAttention(PlacedAttention):
             sizes_of = windows.split(place.sizes[..., None], lengths)
         cells = windows.flatten(grid_positions(place.full, tokens.device)[None])
         parts = []
-        for part, size, where, cell, shape in zip(
+        for part, size, positions, cell, shape in zip(
             windows.split(qkv, lengths),
             sizes_of,
             windows.split(place.positions, lengths),
@@ -116,13 +117,14 @@ class ViTAttention(PlacedAttention):
             windows.shapes,
         ):
             length = part.shape[1]
-            where = (where.unflatten(0, (-1, len(cell))) - cell[:, :1]).flatten(0, 1)  # from the window's first cell
+            # Positions in the window: its first cell is (0, 0).
+            positions = (positions.unflatten(0, (-1, len(cell))) - cell[:, :1]).flatten(0, 1)
             # Tokens of zeros fill cut windows in the full map: they stay, where they lie beyond the edge.
-            beyond = _cells_beyond(shape, side, where)
+            beyond = _cells_beyond(shape, side, positions)
             part = torch.cat([part, zero.expand(len(part), len(beyond), -1)], dim=1)
-            where = torch.cat([where, beyond.expand(len(where), -1, -1)], dim=1)
+            positions = torch.cat([positions, beyond.expand(len(positions), -1, -1)], dim=1)
             size = None if size is None else F.pad(size[..., 0], (0, len(beyond)), value=1.0)
-            parts.append(self._attend_at(part, size, where, (side, side))[:, :length])
+            parts.append(self._attend_at(part, size, positions, (side, side))[:, :length])
         return self.proj(windows.join(parts)), keys
 
     def _attend_at(self, qkv: Tensor, sizes: Tensor | None, positions: Tensor, extent: tuple[int, int]) -> Tensor:
@@ -133,10 +135,10 @@ class ViTAttention(PlacedAttention):
         if frequencies is not None:
             q, k = (rotate(x, positions[:, None], frequencies) for x in (q, k))
         relative = None if tables is None else RelativeTables(*tables, extent)
-        mixed = attend_at(q, k, v, relative, positions, log_sizes, self.how.fast)
+        mixed = attend_at(q, k, v, relative, positions, log_sizes, self.attention_options.fast)
         return mixed.transpose(1, 2).flatten(2)
 
-    def _to_selected(self, tokens: Tensor, place: Place) -> Tensor:
+    def _attend_to_selected(self, tokens: Tensor, place: Place) -> Tensor:
         """
         Global attention to the tokens of the mask only, with a gradient of the mask: values and weights of the others
         are multiplied by 0, and what is left is normalised again.
@@ -152,7 +154,8 @@ class ViTAttention(PlacedAttention):
             q, k = (rotate(x, positions, frequencies) for x in (q, k))
         assert place.mask is not None
         mask = place.mask[:, None].expand(-1, self.num_heads, -1, -1, -1).to(v.dtype)
-        mixed = attend(q, k, torch.cat([v * mask, mask], dim=-1), rel_h, rel_w, fast=self.how.fast).float()
+        masked = torch.cat([v * mask, mask], dim=-1)
+        mixed = attend(q, k, masked, rel_h, rel_w, fast=self.attention_options.fast).float()
         mixed = (mixed[..., :-1] / mixed[..., -1:].clamp(min=1e-6)).to(v.dtype)
         return self.proj(mixed.permute(0, 2, 3, 1, 4).flatten(3))
 
@@ -280,8 +283,8 @@ def _vit_attention(
     reach = _reach(size, (full_h, full_w), window_size, (window_h, window_w) if window_h else None)
     place = Place((full_h, full_w), sizes, positions)
     windows = partition(qkv, reach.window, zero)
-    both = None if tables[0] is None or tables[1] is None else (tables[0], tables[1])
-    return unpartition(_attend(windows, (both, tables[2]), place, heads, reach, fast=True), size)
+    relative = None if tables[0] is None or tables[1] is None else (tables[0], tables[1])
+    return unpartition(_attend(windows, (relative, tables[2]), place, heads, reach, fast=True), size)
 
 
 def _attend(
@@ -303,11 +306,11 @@ def _attend(
     """
     count, (h, w) = qkv.shape[0], map_size(qkv)
     sizes, positions = place.sizes, place.positions
-    both, frequencies = tables
+    relative_tables, frequencies = tables
     log_sizes = rel_h = rel_w = None
-    if both is not None and positions is None:
-        rel_h, rel_w = (read_table(*axis) for axis in zip(both, reach.extent, reach.window, reach.step))
-    positions = None if positions is None else _in_windows(positions, reach)
+    if relative_tables is not None and positions is None:
+        rel_h, rel_w = (read_table(*axis) for axis in zip(relative_tables, reach.extent, reach.window, reach.step))
+    positions = None if positions is None else _positions_in_windows(positions, reach)
     if sizes is not None:
         # A padded key is there in the full map too: it stands for as many as a token does on average.
         sizes = partition(sizes[..., None], reach.window, value=reach.step[0] * reach.step[1])[..., 0]
@@ -315,19 +318,19 @@ def _attend(
         log_sizes = sizes.clamp(min=1e-6).log()
     q, k, v = qkv.reshape(count, h, w, 3, heads, -1).permute(3, 0, 4, 1, 2, 5)
     if frequencies is not None:
-        where = _regular(reach, qkv.device)[None] if positions is None else positions
-        q, k = (rotate(x, where[:, None], frequencies) for x in (q, k))
+        places = _regular_positions(reach, qkv.device)[None] if positions is None else positions
+        q, k = (rotate(x, places[:, None], frequencies) for x in (q, k))
     if positions is None:
         mixed = attend(q, k, v, rel_h, rel_w, log_sizes, fast)
     else:
         q, k, v, positions = (x.flatten(-3, -2) for x in (q, k, v, positions))
         log_sizes = None if log_sizes is None else log_sizes.flatten(1)
-        relative = None if both is None else RelativeTables(*both, reach.extent)
+        relative = None if relative_tables is None else RelativeTables(*relative_tables, reach.extent)
         mixed = attend_at(q, k, v, relative, positions, log_sizes, fast).unflatten(2, (h, w))
     return mixed.permute(0, 2, 3, 1, 4).reshape(count, h, w, -1)
 
 
-def _in_windows(positions: Tensor, reach: _Reach) -> Tensor:
+def _positions_in_windows(positions: Tensor, reach: _Reach) -> Tensor:
     """
     Positions in the map (B, h, w, 2) -> in its windows (B * n, wh, ww, 2), of which each covers ``reach.extent``
     original tokens. What fills a cut window lies there as on the regular grid.
@@ -337,10 +340,10 @@ def _in_windows(positions: Tensor, reach: _Reach) -> Tensor:
         axes.append(torch.arange(length, device=positions.device) // side * extent)
     local = positions - torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     local = partition(local, reach.window, value=torch.nan)
-    return torch.where(local.isnan(), _regular(reach, positions.device), local)
+    return torch.where(local.isnan(), _regular_positions(reach, positions.device), local)
 
 
-def _regular(reach: _Reach, device: torch.device) -> Tensor:
+def _regular_positions(reach: _Reach, device: torch.device) -> Tensor:
     """(wh, ww, 2) where the tokens of a window lie that are on the regular grid."""
     axes = [(torch.arange(side, device=device) + 0.5) * step - 0.5 for side, step in zip(reach.window, reach.step)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
