@@ -133,7 +133,7 @@ def left_of(fits: dict[int, Fit] | None, seen: Seen, chosen: list[int]) -> float
     for first, moments in seen.moments.items():
         images = [moments[i] for i in chosen]
         total = reduce(add, images)
-        shares.append(total.square / total.variance if fits is None else fits[first].left_of(images))
+        shares.append(total.square / total.variance if fits is None else fits[first].remaining_on(images))
     return float(np.mean(shares))
 
 
@@ -233,7 +233,7 @@ def main(args: argparse.Namespace) -> None:
             device=cfg.train.device,
             dtype=getattr(torch, cfg.evaluation.dtype),
             warmup=1,
-            what=f"comparing {len(subjects)} models",
+            title=f"comparing {len(subjects)} models",
         )
         if comparison is not None:
             for line in comparison.warnings():

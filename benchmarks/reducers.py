@@ -194,7 +194,7 @@ def measure(args: argparse.Namespace) -> Measured:
         device=args.device,
         dtype=getattr(torch, args.dtype),
         warmup=1,
-        what=f"comparing {len(subjects)} models",
+        title=f"comparing {len(subjects)} models",
     )
     return Measured(comparison, plans, instances, groups)
 

@@ -63,7 +63,7 @@ from hourglass.search.goal import Goal
 from hourglass.search.measured import Measured
 from hourglass.search.report import describe as describe_search
 from hourglass.search.report import draw, to_table, write_plan
-from hourglass.search.run import Found, Images, Search
+from hourglass.search.run import Images, Outcome, Search
 
 # COCO's small, medium and large objects.
 SIDES = (32, 96)
@@ -179,8 +179,8 @@ def run_waterfall(cfg: DictConfig, model: nn.Module, plan: Plan, with_agreement:
         evaluator = build_evaluator(cfg, row.name)
         subjects[row.name] = row.subject(view, recording(members(evaluator)) if with_agreement else evaluator)
     images = load_test(cfg, model, records)
-    what = f"{len(subjects)} models in turn"
-    comparison = compare(subjects, images, device=cfg.train.device, warmup=cfg.evaluation.warmup, what=what)
+    title = f"{len(subjects)} models in turn"
+    comparison = compare(subjects, images, device=cfg.train.device, warmup=cfg.evaluation.warmup, title=title)
     assert comparison is not None  # there is one process
     dataset = str(cfg.dataloader.test.dataset.names)
     document = waterfall.to_json(rows, trials, comparison, plan, dataset=dataset, device=cfg.train.device)
@@ -329,7 +329,7 @@ def describe_fit(calibration: Calibration) -> str:
     return "\n".join(lines)
 
 
-def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, overrides: list[str]) -> Found:
+def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, overrides: list[str]) -> Outcome:
     """
     Search for a plan on images of ``cfg.search``, print and write what is found, and the plan as a config.
 

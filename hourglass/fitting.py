@@ -75,7 +75,7 @@ def calibrate(model: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]
             count += 1
     if count < 2:
         raise InputError(f"calibration takes at least 2 images, got {count}")
-    fits = {first: fit(each) for first, each in recorder.moments.items()}
+    fits = {first: fit(moments) for first, moments in recorder.moments.items()}
     return to_calibration(fits, view, plan, count, about)
 
 
@@ -89,7 +89,7 @@ def to_calibration(fits: "dict[int, Fit]", view: nn.Module, plan: Plan, count: i
     """
     encoder = unmodified(find_encoder(view)[1])
     return Calibration(
-        {first: each.tensors for first, each in fits.items()},
+        {first: fitted.tensors for first, fitted in fits.items()},
         plan.describe(),
         describe_encoder(encoder),
         sample_weights(encoder),
@@ -98,13 +98,13 @@ def to_calibration(fits: "dict[int, Fit]", view: nn.Module, plan: Plan, count: i
             "about": about,
             "stages": [
                 {
-                    "form": each.form,
-                    "ridge": each.ridge,
-                    "rank": each.rank,
-                    "left": each.left,
-                    "left without": each.before,
+                    "form": fitted.form,
+                    "ridge": fitted.ridge,
+                    "rank": fitted.rank,
+                    "left": fitted.remaining,
+                    "left without": fitted.before,
                 }
-                for each in fits.values()
+                for fitted in fits.values()
             ],
         },
     )
@@ -132,15 +132,15 @@ class Recorder:
         if first not in self.moments:
             check_restoring(reducer, map_size(tokens), tokens.new_zeros(tokens.shape[-1]))
             self.moments[first] = [Moments() for _ in range(self.folds)]
-        whole = tokens
+        output = tokens
         for block in blocks:
-            whole = block(whole, Place(map_size(tokens)))
+            output = block(output, Place(map_size(tokens)))
         reduction = reducer(tokens)
         refined = refine(reduction, map_size(tokens), blocks, self.proportional)
-        self.moments[first][self.fold].see(tokens, reduction, refined, whole)
+        self.moments[first][self.fold].observe(tokens, reduction, refined, output)
         if refined.numel() > 0:
-            self.moments[first][self.fold].know(reduction.tokens)
-        return whole
+            self.moments[first][self.fold].observe_images(reduction.tokens)
+        return output
 
 
 class Moments:
@@ -166,34 +166,34 @@ class Moments:
         self.gram: Tensor | float = 0.0
         self.cross: Tensor | float = 0.0
         self.square = 0.0
-        self.total: Tensor | float = 0.0
-        self.whole = 0.0
+        self.output_sum: Tensor | float = 0.0
+        self.output_square = 0.0
         self.count = 0
 
-    def see(self, tokens: Tensor, reduction: Reduction, refined: Tensor, whole: Tensor) -> None:
+    def observe(self, tokens: Tensor, reduction: Reduction, refined: Tensor, output: Tensor) -> None:
         """What restoring leaves of a map (B, H, W, C), of its reduction refined, and of what the blocks made of it."""
         restored = reduction.restore(refined)
         features = [tokens]
         if refined.numel() > 0:
             features = [reduction.restore(torch.zeros_like(refined)), tokens, restored - tokens]
-        self.add(features, whole - restored, whole)
+        self.add(features, output - restored, output)
 
-    def know(self, reduced: Tensor) -> None:
+    def observe_images(self, reduced: Tensor) -> None:
         """Images by their reduced tokens (B, h, w, C)."""
         for rows in sample(reduced).float():
             self.images.append((rows.T @ rows / len(rows)).cpu())
 
-    def add(self, features: list[Tensor], target: Tensor, whole: Tensor) -> None:
+    def add(self, features: list[Tensor], target: Tensor, output: Tensor) -> None:
         """Features and target (B, H, W, C), and the blocks' output, of which the target is a part."""
         step = max(1, target[..., 0].numel() // self.tokens)
-        rows = [each.flatten(0, 2)[::step].float() for each in (*features, target, whole)]
+        rows = [values.flatten(0, 2)[::step].float() for values in (*features, target, output)]
         ones = torch.ones_like(rows[0][:, :1])
-        stacked, target, whole = torch.cat([*rows[:-2], ones], dim=1), rows[-2], rows[-1]
+        stacked, target, output = torch.cat([*rows[:-2], ones], dim=1), rows[-2], rows[-1]
         self.gram = self.gram + (stacked.T @ stacked).double().cpu()
         self.cross = self.cross + (stacked.T @ target).double().cpu()
         self.square += float(target.double().square().sum())
-        self.total = self.total + whole.double().sum(0).cpu()
-        self.whole += float(whole.double().square().sum())
+        self.output_sum = self.output_sum + output.double().sum(0).cpu()
+        self.output_square += float(output.double().square().sum())
         self.count += len(target)
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -205,10 +205,10 @@ class Moments:
     @property
     def variance(self) -> float:
         """Of the blocks' output, times the number of tokens."""
-        assert isinstance(self.total, Tensor)
-        return self.whole - float(self.total.square().sum()) / self.count
+        assert isinstance(self.output_sum, Tensor)
+        return self.output_square - float(self.output_sum.square().sum()) / self.count
 
-    def of(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def select(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Gram matrix and cross products of some of the features."""
         assert isinstance(self.gram, Tensor) and isinstance(self.cross, Tensor)
         return self.gram[columns][:, columns], self.cross[columns]
@@ -219,7 +219,7 @@ class Fit(NamedTuple):
     Attributes:
         tensors: see :class:`~hourglass.reduction.calibrated.Correction`.
         form, ridge, rank: with the least error.
-        before, left: squared error of what is restored, as a share of the variance of the blocks' output: without and
+        before, remaining: squared error after restoring, as a share of the variance of the blocks' output: without and
             with the correction, on images that it was not fitted to.
         weights: (p + 1, C), of the form's features and the constant.
     """
@@ -229,19 +229,19 @@ class Fit(NamedTuple):
     ridge: float
     rank: int
     before: float
-    left: float
+    remaining: float
     weights: Tensor
 
-    def left_of(self, images: Sequence[Moments]) -> float:
+    def remaining_on(self, images: Sequence[Moments]) -> float:
         """
-        The squared error that is left on other images, as a share of the variance of the blocks' output there.
+        The squared error that remains on other images, as a share of the variance of the blocks' output there.
 
         Args:
             images: the moments of each.
         """
         error = 0.0
         for moments in images:
-            gram, cross = moments.of(_columns(self.form, _channels(moments)))
+            gram, cross = moments.select(_columns(self.form, _channels(moments)))
             error += moments.square + _change(self.share_of(moments) * self.weights, gram, cross)
         return error / reduce(add, images).variance
 
@@ -276,26 +276,26 @@ def fit(
     ranks = [max(1, round(share * channels)) for share in shares]
     errors = {key: 0.0 for key in product(forms, ridges, ranks)}
     for i, held_out in enumerate(folds):
-        seen = reduce(add, [fold for j, fold in enumerate(folds) if j != i])
+        training = reduce(add, [fold for j, fold in enumerate(folds) if j != i])
         for form, ridge in product(forms, ridges):
             columns = _columns(form, channels)
-            solution = _solve(seen, columns, ridge)
-            gram, cross = held_out.of(columns)
+            solution = _solve(training, columns, ridge)
+            gram, cross = held_out.select(columns)
             for rank in ranks:
                 errors[form, ridge, rank] += held_out.square + _change(solution.with_constant(rank), gram, cross)
     full = {key: error for key, error in errors.items() if key[2] == ranks[-1]}
     form, ridge, _ = min(full, key=full.__getitem__)
     enough = full[form, ridge, ranks[-1]] * (1 + RIDGE_SLACK) + 1e-7 * total.square
-    ridge = max(each for each in ridges if full[form, each, ranks[-1]] <= enough)
-    most = full[form, ridge, ranks[-1]] * (1 + SLACK) + 1e-7 * total.square  # of an exact fit rounding is left
+    ridge = max(candidate for candidate in ridges if full[form, candidate, ranks[-1]] <= enough)
+    most = full[form, ridge, ranks[-1]] * (1 + SLACK) + 1e-7 * total.square  # an exact fit leaves rounding
     rank = next(rank for rank in ranks if errors[form, ridge, rank] <= most)
     solution = _solve(total, _columns(form, channels), ridge)
     tensors = _tensors(form, solution, rank)
     if guard and not linear:
         tensors["whitening"] = _whitening([fold.images for fold in folds])
     variance = max(total.variance, 1e-30)
-    left = max(0.0, errors[form, ridge, rank])
-    return Fit(tensors, form, ridge, rank, total.square / variance, left / variance, solution.with_constant(rank))
+    remaining = max(0.0, errors[form, ridge, rank])
+    return Fit(tensors, form, ridge, rank, total.square / variance, remaining / variance, solution.with_constant(rank))
 
 
 def _whitening(folds: list[list[Tensor]]) -> Tensor:
@@ -311,11 +311,11 @@ def _whitening(folds: list[list[Tensor]]) -> Tensor:
 
     farthest = 0.0
     for i, held_out in enumerate(folds):
-        others = [each for j, fold in enumerate(folds) if j != i for each in fold]
-        if others:
-            root = inverse_root(others)
-            farthest = max(farthest, *(float((root * (each.double() @ root)).sum()) for each in held_out))
-    root = inverse_root([each for fold in folds for each in fold])
+        training = [image for j, fold in enumerate(folds) if j != i for image in fold]
+        if training:
+            root = inverse_root(training)
+            farthest = max(farthest, *(float((root * (image.double() @ root)).sum()) for image in held_out))
+    root = inverse_root([image for fold in folds for image in fold])
     return (root / max(farthest, 1e-30) ** 0.5).float()
 
 
@@ -362,7 +362,7 @@ class _Solution(NamedTuple):
 
 def _solve(moments: Moments, columns: Tensor, ridge: float) -> _Solution:
     """Ridge regression with a free constant."""
-    gram, cross = moments.of(columns)
+    gram, cross = moments.select(columns)
     mean = gram[-1] / moments.count  # of the features; that of the constant is 1
     centred = gram - moments.count * torch.outer(mean, mean)
     variances = centred.diagonal().clamp(min=0)
@@ -387,13 +387,13 @@ def _tensors(form: str, solution: _Solution, rank: int) -> dict[str, Tensor]:
     parts = dict(zip(FORMS.get(form, ("tokens",)), solution.weights.split(len(constant))))
     zero = torch.zeros_like(solution.basis)
     of_detail, of_tokens, of_update = (parts.get(name, zero) for name in FORMS["full"])
-    found = {"tokens": of_detail + of_tokens}
+    maps = {"tokens": of_detail + of_tokens}
     if form != "linear":
-        found["reduced"] = -(of_detail + of_update)
+        maps["reduced"] = -(of_detail + of_update)
     if form == "full":
-        found["refined"] = of_update
+        maps["refined"] = of_update
     if rank < len(constant):
         basis = solution.basis[:, :rank]
-        found = {name: value @ basis for name, value in found.items()}
-        found["last"] = basis.T
-    return {name: value.float().contiguous() for name, value in {**found, "constant": constant}.items()}
+        maps = {name: value @ basis for name, value in maps.items()}
+        maps["last"] = basis.T
+    return {name: value.float().contiguous() for name, value in {**maps, "constant": constant}.items()}

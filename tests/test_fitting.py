@@ -30,11 +30,11 @@ class Model(nn.Module):
 
 def images(number: int, size: tuple[int, int] = (64, 64), first: int = 0) -> list[torch.Tensor]:
     """Smooth ones: of noise nothing can be left out."""
-    found = []
+    batches = []
     for i in range(first, first + number):
         coarse = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(i))
-        found.append(nn.functional.interpolate(coarse, size=size, mode="bicubic"))
-    return found
+        batches.append(nn.functional.interpolate(coarse, size=size, mode="bicubic"))
+    return batches
 
 
 def error(encoder, plan: Plan, held_out: list[torch.Tensor]) -> float:
@@ -47,9 +47,9 @@ def error(encoder, plan: Plan, held_out: list[torch.Tensor]) -> float:
 def record(block, reducer, tokens: list[torch.Tensor]):
     """The fit of what a reducer makes of a block, and the moments that it saw."""
     recorder = Recorder()
-    for i, each in enumerate(tokens):
+    for i, image_tokens in enumerate(tokens):
         recorder.fold = i % FOLDS
-        recorder(0, each, [block], reducer)
+        recorder(0, image_tokens, [block], reducer)
     return fit(recorder.moments[0])
 
 
@@ -59,28 +59,28 @@ def test_blocks_that_are_affine_are_restored_exactly(reducer):
     draw = torch.Generator().manual_seed(0)
     matrix, constant = torch.randn(8, 8, generator=draw), torch.randn(8, generator=draw)
     tokens = [torch.randn(1, 16, 16, 8, generator=draw) for _ in range(8)]
-    found = record(lambda tokens, place: tokens @ matrix + constant, reducer, tokens)
-    assert found.ridge == RIDGES[0] and found.rank == 8
-    assert found.left < 1e-6 < 0.1 < found.before
-    if found.form == "detail":
-        torch.testing.assert_close(found.tensors["tokens"], matrix - torch.eye(8), atol=2e-3, rtol=0)
+    fitted = record(lambda tokens, place: tokens @ matrix + constant, reducer, tokens)
+    assert fitted.ridge == RIDGES[0] and fitted.rank == 8
+    assert fitted.remaining < 1e-6 < 0.1 < fitted.before
+    if fitted.form == "detail":
+        torch.testing.assert_close(fitted.tensors["tokens"], matrix - torch.eye(8), atol=2e-3, rtol=0)
 
 
 def test_a_change_of_few_directions_is_fitted_in_few():
     draw = torch.Generator().manual_seed(0)
     matrix = torch.eye(32) + torch.randn(32, 2, generator=draw) @ torch.randn(2, 32, generator=draw) / 4
     tokens = [torch.randn(1, 16, 16, 32, generator=draw) for _ in range(8)]
-    found = record(lambda tokens, place: tokens @ matrix, AveragePooling((4, 4)), tokens)
-    assert found.rank == 2 and found.tensors["tokens"].shape == (32, 2) and found.left < 1e-6
+    fitted = record(lambda tokens, place: tokens @ matrix, AveragePooling((4, 4)), tokens)
+    assert fitted.rank == 2 and fitted.tensors["tokens"].shape == (32, 2) and fitted.remaining < 1e-6
 
 
 def test_the_error_left_is_that_of_images_that_are_not_seen():
     """What blocks make is noise: a fit must not say that it leaves less than that noise's own variance."""
     draw = torch.Generator().manual_seed(0)
     tokens = [torch.randn(1, 8, 8, 32, generator=draw) for _ in range(8)]
-    found = record(lambda tokens, place: torch.randn(tokens.shape, generator=draw), AveragePooling((4, 4)), tokens)
-    assert found.left > 1
-    assert found.ridge == RIDGES[-1]
+    fitted = record(lambda tokens, place: torch.randn(tokens.shape, generator=draw), AveragePooling((4, 4)), tokens)
+    assert fitted.remaining > 1
+    assert fitted.ridge == RIDGES[-1]
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_images_of_another_kind_are_restored_as_without_it():
     view.reducer.corrections["0"].guard.register_forward_hook(lambda guard, inputs, share: shares.append(share))
     for image in images(8):
         of_vit.last(view, image)
-    assert all(float(each) == 1 for each in shares)
+    assert all(float(share) == 1 for share in shares)
     strange = [40 * image for image in images(1)] + [image.flip(1).sign() * 30 for image in images(1)]
     for image in strange:
         torch.testing.assert_close(of_vit.last(view, image), of_vit.last(plain, image), atol=1e-5, rtol=1e-5)
-    assert all(float(each) == 0 for each in shares[8:])
+    assert all(float(share) == 0 for share in shares[8:])
 
 
 def test_what_it_makes_belongs_to_the_expedited_model():
@@ -155,13 +155,13 @@ def test_it_compiles_to_one_graph():
 def test_another_plan_encoder_or_weights_are_refused_in_a_line():
     encoder = of_vit.tiny_vit()
     calibration = calibrate(encoder, PLAN, images(4))
-    for other, what in (
+    for other_plan, message in (
         (Plan(PLAN.reducer, 2, 4), "start was 1, and is 2"),
         (Plan(TokenClustering((4, 3)), 1, 4), r"reducer.grid was \[3, 3\], and is \[4, 3\]"),
         (Plan(AveragePooling((3, 3)), 1, 4), "reducer"),
     ):
-        with pytest.raises(InputError, match=f"made for another plan: .*{what}"):
-            other.calibrated(calibration)
+        with pytest.raises(InputError, match=f"made for another plan: .*{message}"):
+            other_plan.calibrated(calibration)
     Plan(PLAN.reducer, 1, 4, attention="plain").calibrated(calibration)  # the same to rounding
     plan = PLAN.calibrated(calibration)
     with pytest.raises(InputError, match="another encoder .class ViT, parameters .*, not this .class Swin"):

@@ -106,29 +106,30 @@ def recording(evaluators: Sequence[DatasetEvaluator], compared: bool = True, low
     These evaluators, and an :class:`OutputRecorder`, of as many detections as the first of them takes; the others as
     there.
     """
-    limits = [each.max_detections for each in evaluators if hasattr(each, "max_detections")]
+    limits = [evaluator.max_detections for evaluator in evaluators if hasattr(evaluator, "max_detections")]
     return DatasetEvaluators([*evaluators, OutputRecorder(limits[0] if limits else 100, compared, lowest)])
 
 
 def _kept(output: dict[str, Any], lowest: float) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     if "instances" in output:
-        found = output["instances"]
+        instances = output["instances"]
         if lowest > 0:
-            found = found[found.scores >= lowest]
-        found = found.to("cpu")
-        kept["size"] = tuple(found.image_size)
-        kept["scores"], kept["classes"] = found.scores.numpy().astype(float), found.pred_classes.numpy().astype(int)
-        if found.has("pred_boxes"):
-            boxes = found.pred_boxes.tensor.numpy().astype(float)
+            instances = instances[instances.scores >= lowest]
+        instances = instances.to("cpu")
+        kept["size"] = tuple(instances.image_size)
+        kept["scores"] = instances.scores.numpy().astype(float)
+        kept["classes"] = instances.pred_classes.numpy().astype(int)
+        if instances.has("pred_boxes"):
+            boxes = instances.pred_boxes.tensor.numpy().astype(float)
             kept["bbox"] = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-        if found.has("pred_masks"):
-            masks = found.pred_masks.numpy().astype(np.uint8)
+        if instances.has("pred_masks"):
+            masks = instances.pred_masks.numpy().astype(np.uint8)
             kept["segm"] = [rle.encode(np.asfortranarray(mask)) for mask in masks]
     if output.get("panoptic_seg") is not None:
         segments, info = output["panoptic_seg"]
         if info is not None:
-            kept["panoptic_seg"] = _Map.of(segments), [_segment(each) for each in info]
+            kept["panoptic_seg"] = _Map.of(segments), [_segment(segment) for segment in info]
     if "sem_seg" in output:
         scores = output["sem_seg"]
         kept["sem_seg"] = _Map.of(scores.argmax(dim=0)), len(scores)
@@ -167,19 +168,19 @@ def agreement(
     if not 0 <= score < 1:
         raise InputError(f"score takes a number from 0 to 1, got {score!r}")
     for name, recorder in (("first", first), ("other", other)):
-        missing = [each for each in image_ids if each not in recorder.outputs]
+        missing = [image_id for image_id in image_ids if image_id not in recorder.outputs]
         if missing:
             raise InputError(f"the {name} model did not run on {len(missing)} images, such as {missing[0]!r}")
-    pairs = [(first.outputs[each], other.outputs[each]) for each in image_ids]
+    pairs = [(first.outputs[image_id], other.outputs[image_id]) for image_id in image_ids]
     figures = {}
     for task in ("bbox", "segm"):
-        if pairs and all(task in one and task in two for one, two in pairs):
+        if pairs and all(task in expected and task in actual for expected, actual in pairs):
             limit = max(first.max_detections, other.max_detections)
             figures[f"{task}.AP"] = average_precision(_matches(pairs, task, score, limit), weights)
-    if pairs and all("panoptic_seg" in one and "panoptic_seg" in two for one, two in pairs):
+    if pairs and all("panoptic_seg" in expected and "panoptic_seg" in actual for expected, actual in pairs):
         figures["panoptic_seg.PQ"] = _panoptic(pairs, weights)
-    if pairs and all("sem_seg" in one and "sem_seg" in two for one, two in pairs):
-        counts = np.stack([_pixels(one["sem_seg"], two["sem_seg"]) for one, two in pairs])
+    if pairs and all("sem_seg" in expected and "sem_seg" in actual for expected, actual in pairs):
+        counts = np.stack([_pixels(expected["sem_seg"], actual["sem_seg"]) for expected, actual in pairs])
         iou, _ = class_figures(np.tensordot(weights, counts, axes=1))
         figures["sem_seg.mIoU"] = mean_of_classes(iou.T, len(weights))
     return figures
@@ -190,17 +191,18 @@ def _pixels(first: tuple[_Map, int], other: tuple[_Map, int]) -> np.ndarray:
 
 
 def _panoptic(pairs: list[tuple[dict, dict]], weights: np.ndarray) -> np.ndarray:
-    categories = sorted({each["category_id"] for pair in pairs for kept in pair for each in kept["panoptic_seg"][1]})
+    infos = [kept["panoptic_seg"][1] for pair in pairs for kept in pair]
+    categories = sorted({segment["category_id"] for info in infos for segment in info})
     counts = np.stack(
         [
             count_segments(
-                one["panoptic_seg"][0].read(),
-                one["panoptic_seg"][1],
-                two["panoptic_seg"][0].read(),
-                two["panoptic_seg"][1],
+                expected["panoptic_seg"][0].read(),
+                expected["panoptic_seg"][1],
+                actual["panoptic_seg"][0].read(),
+                actual["panoptic_seg"][1],
                 categories,
             )
-            for one, two in pairs
+            for expected, actual in pairs
         ]
     )
     quality = quality_of_categories(np.tensordot(weights, counts, axes=1))["PQ"]
@@ -210,10 +212,10 @@ def _panoptic(pairs: list[tuple[dict, dict]], weights: np.ndarray) -> np.ndarray
 def _matches(pairs: list[tuple[dict, dict]], task: str, score: float, limit: int) -> list[Matches]:
     """COCO's matches of the other model's detections with the first one's over the score."""
     truth: list[dict[str, Any]] = []
-    found: list[dict[str, Any]] = []
+    detections: list[dict[str, Any]] = []
     classes = set()
-    for i, (one, two) in enumerate(pairs):
-        for kept, into in ((one, truth), (two, found)):
+    for i, (expected, actual) in enumerate(pairs):
+        for kept, into in ((expected, truth), (actual, detections)):
             for j in range(len(kept["scores"])):
                 classes.add(int(kept["classes"][j]))
                 if into is truth and not kept["scores"][j] > score:
@@ -223,8 +225,8 @@ def _matches(pairs: list[tuple[dict, dict]], task: str, score: float, limit: int
                 entry = {**shape, "image_id": i, "category_id": int(kept["classes"][j]), "area": area, "iscrowd": 0}
                 into.append({**entry, "id": len(into) + 1, "score": float(kept["scores"][j])})
     with contextlib.redirect_stdout(io.StringIO()):
-        sizes = [one["size"] for one, _ in pairs]
-        sets = [_coco(annotations, sizes, classes) for annotations in (truth, found)]
+        sizes = [expected["size"] for expected, _ in pairs]
+        sets = [_coco(annotations, sizes, classes) for annotations in (truth, detections)]
         evaluation = (COCOeval if limit == 100 else COCOevalMaxDets)(*sets, task)
         evaluation.params.maxDets = [1, 10, limit]
         evaluation.evaluate()
@@ -236,7 +238,7 @@ def _coco(annotations: list[dict[str, Any]], sizes: Sequence[tuple[int, int]], c
     coco.dataset = {
         "images": [{"id": i, "height": height, "width": width} for i, (height, width) in enumerate(sizes)],
         "annotations": annotations,
-        "categories": [{"id": each} for each in sorted(classes)],
+        "categories": [{"id": category} for category in sorted(classes)],
     }
     coco.createIndex()
     return coco

@@ -99,8 +99,8 @@ class Measurement(NamedTuple):
     @property
     def timed(self) -> dict[str, np.ndarray]:
         """The runs on batches of that size, which times are told of."""
-        whole = self.runs["images"] == self.batch_size
-        return {part: values[whole] for part, values in self.runs.items()}
+        full_batches = self.runs["images"] == self.batch_size
+        return {part: values[full_batches] for part, values in self.runs.items()}
 
     @property
     def images_per_second(self) -> float:
@@ -144,8 +144,8 @@ class Comparison(NamedTuple):
                 if figure.interval and key in first.samples and key in kept.samples:
                     shares[key] = ratio_of_samples(first.samples[key], kept.samples[key])
                 else:
-                    whole, part = metrics[figure.metric], kept.accuracy.get(task, {}).get(figure.metric, np.nan)
-                    shares[key] = Interval(part / whole if whole > 0 else np.nan, np.nan, np.nan)
+                    total, share = metrics[figure.metric], kept.accuracy.get(task, {}).get(figure.metric, np.nan)
+                    shares[key] = Interval(share / total if total > 0 else np.nan, np.nan, np.nan)
         return shares
 
     def difference_by_class(self, name: str) -> dict[str, dict[str, Difference]]:
@@ -156,9 +156,9 @@ class Comparison(NamedTuple):
         first, other = next(iter(self.models.values())), self.models[name]
         return {
             key: {
-                each: difference_of_samples(samples, other.classes[key][each])
-                for each, samples in classes.items()
-                if each in other.classes[key]
+                class_name: difference_of_samples(samples, other.classes[key][class_name])
+                for class_name, samples in classes.items()
+                if class_name in other.classes[key]
             }
             for key, classes in first.classes.items()
             if key in other.classes
@@ -166,12 +166,13 @@ class Comparison(NamedTuple):
 
     def warnings(self) -> list[str]:
         """What is to be said of the figures: of all models, or of those that are named."""
-        told: dict[str, list[str]] = {}
+        names_by_line: dict[str, list[str]] = {}
         for name, measurement in self.models.items():
             for line in measurement.warnings:
-                told.setdefault(line, []).append(name)
+                names_by_line.setdefault(line, []).append(name)
         return [
-            line if len(names) == len(self.models) else f"{', '.join(names)}: {line}" for line, names in told.items()
+            line if len(names) == len(self.models) else f"{', '.join(names)}: {line}"
+            for line, names in names_by_line.items()
         ]
 
     def efficiency(self, name: str) -> float:
@@ -186,7 +187,7 @@ def compare(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     warmup: int = 3,
-    what: str | None = None,
+    title: str | None = None,
     journal: Journal | None = None,
 ) -> Comparison | None:
     """
@@ -220,7 +221,7 @@ def compare(
         for line in lines if comm.is_main_process() else ():  # before hours of images, and again below the table
             logger.warning("%s: %s", name, line)
     with contextlib.nullcontext() if journal is None else journal:
-        shares = comm.all_gather(_run(subjects, images, device, dtype, warmup, what, journal))
+        shares = comm.all_gather(_run(subjects, images, device, dtype, warmup, title, journal))
         image_ids = [image_id for finished, _ in shares for batch in finished for image_id in batch.image_ids]
         repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
         if repeated:
@@ -234,8 +235,8 @@ def compare(
     measurements = {}
     padding = _describe_padding([batch for finished, _ in shares for batch in finished])
     for name in names:
-        every = [batch.models[name] for finished, _ in shares for batch in finished]
-        runs = {part: np.array([getattr(each.run, part) for each in every]) for part in Run._fields}
+        results = [batch.models[name] for finished, _ in shares for batch in finished]
+        runs = {part: np.array([getattr(result.run, part) for result in results]) for part in Run._fields}
         samples, classes = resampled[name]
         model, evaluator = subjects[name].model, subjects[name].evaluator
         in_list = isinstance(evaluator, DatasetEvaluators)
@@ -244,7 +245,7 @@ def compare(
             samples=samples,
             runs=runs,
             encoder_gflops=next(gflops[name] for _, gflops in shares if name in gflops),
-            peak_memory_mb=max(each.peak_memory_mb for each in every),
+            peak_memory_mb=max(result.peak_memory_mb for result in results),
             classes=classes,
             warnings=(
                 *broken[name],
@@ -280,7 +281,7 @@ def _run(
     device: str,
     dtype: torch.dtype,
     warmup: int,
-    what: str | None,
+    title: str | None,
     journal: Journal | None,
 ) -> tuple[list[_Batch], dict[str, float]]:
     """
@@ -291,14 +292,14 @@ def _run(
     """
     clock, memory = Clock(device), PeakMemory(device)
     names = list(subjects)
-    what = what or f"comparing {' and '.join(names)}"
+    title = title or f"comparing {' and '.join(names)}"
     for subject in subjects.values():
         subject.evaluator.reset()
-    known = _annotated_images(subjects[names[0]].evaluator)
+    annotated = _annotated_images(subjects[names[0]].evaluator)
     finished, gflops = ([], {}) if journal is None else _read(journal, subjects)
     done = {image_id for batch in finished for image_id in batch.image_ids}
     dtypes = {name: subject.dtype or dtype for name, subject in subjects.items()}
-    reduced = next((each for each in dtypes.values() if each != torch.float32), torch.float32)
+    reduced = next((dtype for dtype in dtypes.values() if dtype != torch.float32), torch.float32)
     with contextlib.ExitStack() as stack:
         for subject in subjects.values():
             stack.enter_context(evaluating(subject.model))
@@ -315,12 +316,12 @@ def _run(
                 return watches[name].run(inputs)
 
         warm = False
-        bar = tqdm(images, desc=what, unit="image", disable=not comm.is_main_process(), initial=len(finished))
+        bar = tqdm(images, desc=title, unit="image", disable=not comm.is_main_process(), initial=len(finished))
         bar.total = len(images) + len(finished)
         for inputs in bar:
             if len(inputs) > 1:
                 bar.unit = "batch"
-            image_ids = _check_images(inputs, known, done)
+            image_ids = _check_images(inputs, annotated, done)
             for name in [] if warm else names * warmup:
                 run(name, inputs)
             warm = True
@@ -329,16 +330,16 @@ def _run(
             # In alternating order, wherever an interruption left it.
             for name in names if len(finished) % 2 == 0 else reversed(names):
                 memory.reset()
-                outputs, its_run = run(name, inputs)
-                measured[name] = _Finished(its_run, memory.read())
+                outputs, times = run(name, inputs)
+                measured[name] = _Finished(times, memory.read())
                 if len(outputs) != len(inputs):
                     raise InputError(f"{name} gave {len(outputs)} outputs of a batch of {len(inputs)} images")
                 dumps[name] = []
                 # One at a time: Detectron2's own evaluator tells what it kept of the last one.
                 for image_id, *pair in zip(image_ids, inputs, outputs):
-                    subjects[name].evaluator.process(*([each] for each in pair))
+                    subjects[name].evaluator.process(*([item] for item in pair))
                     if journal is not None:
-                        dumps[name].append([dump(each, image_id) for each in members(subjects[name].evaluator)])
+                        dumps[name].append([dump(member, image_id) for member in members(subjects[name].evaluator)])
             if not finished:
                 for name, subject in subjects.items():
                     watches[name].close()
@@ -364,9 +365,9 @@ def _count_padded(model: nn.Module, inputs: list[dict[str, Any]]) -> int:
     # What a model pads to by itself comes before its backbone's, as in Mask2Former.
     multiple = getattr(model, "size_divisibility", 0) or (size_divisibility(backbone) if backbone is not None else 0)
     sizes = [
-        tuple(math.ceil(side / max(1, multiple)) for side in each["image"].shape[-2:])
-        for each in inputs
-        if "image" in each
+        tuple(math.ceil(side / max(1, multiple)) for side in record["image"].shape[-2:])
+        for record in inputs
+        if "image" in record
     ]
     largest = tuple(map(max, zip(*sizes)))
     return sum(size != largest for size in sizes)
@@ -389,17 +390,17 @@ def _annotated_images(evaluator: DatasetEvaluator) -> set[Any] | None:
     return set.intersection(*sets) if sets else None
 
 
-def _check_images(inputs: list[dict[str, Any]], known: set[Any] | None, done: Collection[Any]) -> list[Any]:
+def _check_images(inputs: list[dict[str, Any]], annotated: set[Any] | None, done: Collection[Any]) -> list[Any]:
     """The ids of a batch's images."""
     image_ids: list[Any] = []
-    for each in inputs:
-        if "image_id" not in each:
-            raise InputError(f"an image to be compared has an 'image_id', got {sorted(each)}")
-        image_id = each["image_id"]
+    for record in inputs:
+        if "image_id" not in record:
+            raise InputError(f"an image to be compared has an 'image_id', got {sorted(record)}")
+        image_id = record["image_id"]
         if image_id in done or image_id in image_ids:
             raise InputError(f"an image is compared once, got {image_id!r} again: ids of images must be unique")
-        if known is not None and image_id not in known:
-            raise InputError(f"image {image_id!r} is not among the {len(known)} images of the evaluator's annotations")
+        if annotated is not None and image_id not in annotated:
+            raise InputError(f"image {image_id!r} is not among the {len(annotated)} images that the evaluator has")
         image_ids.append(image_id)
     return image_ids
 
@@ -441,14 +442,14 @@ def _resample(
             weights = draw_samples(images)
             figures = member.resample_classes(weights)
             classes.update(figures)
-            samples.update({key: mean_of_classes(each.values(), len(weights)) for key, each in figures.items()})
+            samples.update({key: mean_of_classes(values.values(), len(weights)) for key, values in figures.items()})
         elif images and hasattr(member, "resample"):
             samples.update(member.resample(draw_samples(images)))
     for task, metrics in accuracy.items():
         for figure in reported(task, metrics):
-            known = by_class(figure, metrics) if figure.main and figure.key not in classes else {}
-            if known:
-                classes[figure.key] = {name: np.array([value]) for name, value in known.items()}
+            values = by_class(figure, metrics) if figure.main and figure.key not in classes else {}
+            if values:
+                classes[figure.key] = {name: np.array([value]) for name, value in values.items()}
     return samples, classes
 
 
@@ -463,7 +464,7 @@ def _agreement(subjects: dict[str, Subject], image_ids: list) -> dict[str, dict[
     if first not in recorders:
         return {}
     # In the order of the other evaluators, so that samples are of the same images.
-    orders = (list(getattr(each, "image_ids", ())) for each in members(subjects[first].evaluator))
+    orders = (list(getattr(member, "image_ids", ())) for member in members(subjects[first].evaluator))
     ids = next((order for order in orders if order), image_ids)
     weights = draw_samples(len(ids))
     return {name: agreement(recorders[first], recorders[name], ids, weights) for name in others if name in recorders}
@@ -489,11 +490,11 @@ def _evaluate(evaluator: DatasetEvaluator, image_ids: list) -> dict[str, dict[st
                     raise InputError(f"an evaluator for each task is taken, got two that evaluate {task!r}")
                 results[task] = metrics
         return results
-    own = _own_images(evaluator)
-    if own is not None and own != set(image_ids):
+    annotated = _own_images(evaluator)
+    if annotated is not None and annotated != set(image_ids):
         raise InputError(
-            f"{type(evaluator).__name__} evaluates all {len(own)} images of its annotations, {len(image_ids)} ran: "
-            "run the whole data set (evaluation.max_images=null)"
+            f"{type(evaluator).__name__} evaluates all {len(annotated)} images of its annotations, got {len(image_ids)}"
+            ": run the whole data set (evaluation.max_images=null)"
         )
     takes_ids = "img_ids" in inspect.signature(evaluator.evaluate).parameters
     arguments = {"img_ids": image_ids} if takes_ids else {}

@@ -60,14 +60,14 @@ def describe_corrections(corrected: np.ndarray, batch_size: int = 1) -> list[str
     Returns:
         a line, if some got less than all.
     """
-    less = corrected < 1
-    if not less.any():
+    held_back = corrected < 1
+    if not held_back.any():
         return []
     units = "images" if batch_size == 1 else "batches"
     return [
-        f"the calibration is held back in {less.sum()} of {len(corrected)} {units}, unlike those that it was fitted to "
-        f"({100 * corrected[less].mean():.0f} % of the correction is applied there): calibrate on images like "
-        "these"
+        f"the calibration is held back in {held_back.sum()} of {len(corrected)} {units}, unlike those that it was "
+        f"fitted to ({100 * corrected[held_back].mean():.0f} % of the correction is applied there): calibrate on "
+        "images like these"
     ]
 
 
@@ -80,14 +80,14 @@ def describe_gaps(accuracy: dict[str, dict[str, float]], classes: dict[str, dict
     Returns:
         a line that says why figures that are reported are nan, if any.
     """
-    known = {split_key(key)[0] for key, each in classes.items() if each}
+    tasks = {split_key(key)[0] for key, samples in classes.items() if samples}
     gaps: dict[bool, list[str]] = {True: [], False: []}
     for task, metrics in accuracy.items():
         for figure in reported(task, metrics):
             if math.isnan(metrics[figure.metric]):
-                gaps[task in known].append(figure.label or figure.metric)
+                gaps[task in tasks].append(figure.label or figure.metric)
     reasons = {True: "there is nothing of the kind to find", False: "the evaluator gives none"}
-    return [f"no figure of {', '.join(labels)}: {reasons[known]}" for known, labels in gaps.items() if labels]
+    return [f"no figure of {', '.join(labels)}: {reasons[is_known]}" for is_known, labels in gaps.items() if labels]
 
 
 def describe_weights(model: nn.Module) -> list[str]:
@@ -112,12 +112,12 @@ def describe_limits(crowding: Crowding, max_detections: int, option: str, model:
         at most a line for each limit.
     """
     lines, images = [], len(crowding.objects)
-    for what, counts in (("objects", crowding.objects_of_one), ("detections", crowding.detections_of_one)):
+    for name, counts in (("objects", crowding.objects_of_one), ("detections", crowding.detections_of_one)):
         over = int((counts > max_detections).sum())
         if over:
             override = f"{option}.max_dets_per_image={_round_up(counts.max())}"
             lines.append(
-                f"{over} of {images} images have more {what} of a class than the {max_detections} detections that are "
+                f"{over} of {images} images have more {name} of a class than the {max_detections} detections that are "
                 f"evaluated (up to {counts.max()}): {override} raises the limit"
             )
     key, most = detection_limit(model)
@@ -134,15 +134,15 @@ def describe_limits(crowding: Crowding, max_detections: int, option: str, model:
 
 def detection_limit(model: nn.Module) -> tuple[str, int | None]:
     """The key in a config of the most detections that a model gives of an image, and how many; None without one."""
-    found: tuple[str, int | None] = ("", None)
+    limit: tuple[str, int | None] = ("", None)
     for name, module in model.named_modules():
         for attribute in LIMITS:
             most = getattr(module, attribute, None)
             if isinstance(most, int) and most >= 0:
                 # A cascade's heads are called otherwise in configs; its last one gives the detections.
                 path = name.replace("box_predictor.", "box_predictors.")
-                found = (".".join(part for part in ("model", path, attribute) if part), most)
-    return found
+                limit = (".".join(part for part in ("model", path, attribute) if part), most)
+    return limit
 
 
 def _round_up(count: int) -> int:

@@ -73,9 +73,9 @@ def find_figure(task: str, metric: str) -> Figure | None:
         the table's; of tasks that the table does not have, and those of AP, one for each AP of all classes; None for
         what is not reported.
     """
-    known = _KNOWN.get(f"{task}.{metric}")
-    if known or task in _CLOSED_TASKS or not metric.startswith("AP") or "-" in metric:
-        return known
+    figure = _KNOWN.get(f"{task}.{metric}")
+    if figure or task in _CLOSED_TASKS or not metric.startswith("AP") or "-" in metric:
+        return figure
     main = metric == "AP"
     return Figure(task, metric, f"{_AP_TASKS.get(task, task)} {metric}", main=main, retention=main, interval=main)
 

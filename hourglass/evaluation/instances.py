@@ -83,7 +83,7 @@ class InstanceEvaluator(COCOEvaluator):
         check_count("max_dets_per_image", self.max_detections, 10)
         self._use_fast_impl = False
         self._classes = name_classes(
-            {id: str(each.get("name", id)) for id, each in sorted(self._coco_api.cats.items())}
+            {id: str(category.get("name", id)) for id, category in sorted(self._coco_api.cats.items())}
         )
 
     def set_sides(self, sides: Sequence[float]) -> None:
@@ -163,7 +163,8 @@ class InstanceEvaluator(COCOEvaluator):
     def _eval_predictions(self, predictions: list[dict], img_ids: list | None = None) -> None:
         # Detectron2 writes the data set's categories into what it is given, and evaluation may be asked for again.
         predictions = [
-            {**prediction, "instances": [dict(one) for one in prediction["instances"]]} for prediction in predictions
+            {**prediction, "instances": [dict(instance) for instance in prediction["instances"]]}
+            for prediction in predictions
         ]
         self._chosen = list(self._coco_api.imgs) if img_ids is None else list(img_ids)
         self.crowding = self._count(predictions)
@@ -179,16 +180,16 @@ class InstanceEvaluator(COCOEvaluator):
         ids = np.unique(self._chosen)
         index = {id: i for i, id in enumerate(ids.tolist())}
         objects = [
-            (id, one["category_id"])
+            (id, annotation["category_id"])
             for id in index
-            for one in self._coco_api.imgToAnns.get(id, ())
-            if not one.get("iscrowd")
+            for annotation in self._coco_api.imgToAnns.get(id, ())
+            if not annotation.get("iscrowd")
         ]
         detections = [
-            (prediction["image_id"], one["category_id"])
+            (prediction["image_id"], instance["category_id"])
             for prediction in predictions
             if prediction["image_id"] in index
-            for one in prediction["instances"]
+            for instance in prediction["instances"]
         ]
         counts = []
         for pairs in (objects, detections):
@@ -230,9 +231,9 @@ class InstanceEvaluator(COCOEvaluator):
         """
         figures = {}
         for task, matches in self.matches.items():
-            known = {each.category: class_precision(each, weights) for each in matches}
+            precisions = {category.category: class_precision(category, weights) for category in matches}
             nothing = np.full(len(weights), np.nan)
-            figures[f"{task}.AP"] = {name: known.get(id, nothing) for id, name in self._classes.items()}
+            figures[f"{task}.AP"] = {name: precisions.get(id, nothing) for id, name in self._classes.items()}
         return figures
 
 
@@ -299,24 +300,24 @@ def read_matches(coco_eval: Any, area: tuple[float, float] | None = None) -> lis
     most = params.maxDets[-1]
     images = len(params.imgIds)
     # Of each category, each range of areas and each image, in this order; the first range is of all.
-    known = np.empty(len(coco_eval.evalImgs), dtype=object)
-    known[:] = coco_eval.evalImgs
-    ranges = [tuple(each) for each in params.areaRng]
+    evaluations = np.empty(len(coco_eval.evalImgs), dtype=object)
+    evaluations[:] = coco_eval.evalImgs
+    ranges = [tuple(limits) for limits in params.areaRng]
     evaluated = 0 if area is None else ranges.index(area) if area in ranges else None
-    known = known.reshape(-1, len(params.areaRng), images)[:, evaluated or 0]
+    evaluations = evaluations.reshape(-1, len(params.areaRng), images)[:, evaluated or 0]
     categories = []
-    for category, results in zip(params.catIds, known):
+    for category, results in zip(params.catIds, evaluations):
         if evaluated is None:
             results = [coco_eval.evaluateImg(image, category, area, most) for image in params.imgIds]
-        objects = np.array([0 if one is None else int(np.sum(one["gtIgnore"] == 0)) for one in results])
+        objects = np.array([0 if result is None else int(np.sum(result["gtIgnore"] == 0)) for result in results])
         if not objects.any():
             continue
-        each = [(i, one) for i, one in enumerate(results) if one is not None]
-        score = np.concatenate([one["dtScores"][:most] for _, one in each])
+        numbered = [(i, result) for i, result in enumerate(results) if result is not None]
+        score = np.concatenate([result["dtScores"][:most] for _, result in numbered])
         order = np.argsort(-score, kind="mergesort")  # as COCO's, for equal scores
-        matched = np.concatenate([one["dtMatches"][:, :most] for _, one in each], axis=1)[:, order] > 0
-        ignored = np.concatenate([one["dtIgnore"][:, :most] for _, one in each], axis=1)[:, order] > 0
-        image = np.concatenate([np.full(len(one["dtScores"][:most]), i) for i, one in each])[order]
+        matched = np.concatenate([result["dtMatches"][:, :most] for _, result in numbered], axis=1)[:, order] > 0
+        ignored = np.concatenate([result["dtIgnore"][:, :most] for _, result in numbered], axis=1)[:, order] > 0
+        image = np.concatenate([np.full(len(result["dtScores"][:most]), i) for i, result in numbered])[order]
         categories.append(Matches(category, objects, image, matched & ~ignored, ~ignored))
     return categories
 
@@ -344,13 +345,13 @@ def class_precision(category: Matches, weights: np.ndarray) -> np.ndarray:
     times = weights[:, category.image]
     mean = np.zeros(len(weights))
     counts, detections = None, np.zeros(0)
-    for found, its_counts in zip(category.found, category.counts):
-        if counts is None or (its_counts != counts).any():  # the same at most thresholds
-            counts, detections = its_counts, np.cumsum(times * its_counts, axis=1)
+    for true_positives, counted in zip(category.found, category.counts):
+        if counts is None or (counted != counts).any():  # the same at most thresholds
+            counts, detections = counted, np.cumsum(times * counted, axis=1)
         # Precision falls between two that find something, so that only these are looked at.
-        true = np.cumsum(times[:, found], axis=1)
+        true = np.cumsum(times[:, true_positives], axis=1)
         recall = true / np.maximum(objects, 1)[:, None]
-        precision = true / np.maximum(detections[:, found], 1)
+        precision = true / np.maximum(detections[:, true_positives], 1)
         # The best precision at this recall or a higher one; 0 where it is not reached.
         precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
         precision = np.pad(precision, ((0, 0), (0, 1)))

@@ -81,19 +81,20 @@ class Journal:
             yield from read_records(self._path)
 
     def _why_anew(self) -> str:
-        others = sorted(self._root.glob("*/settings.json"), key=lambda path: path.stat().st_mtime)
-        if not others:
+        settings_files = sorted(self._root.glob("*/settings.json"), key=lambda path: path.stat().st_mtime)
+        if not settings_files:
             return f"{self._root} has no interrupted run"
-        before, now = _flatten(json.loads(others[-1].read_text())), _flatten(json.loads(json.dumps(self._settings)))
+        before = _flatten(json.loads(settings_files[-1].read_text()))
+        current = _flatten(json.loads(json.dumps(self._settings)))
         differing = []
-        for name in {**before, **now}:
-            values = [repr(each.get(name)) for each in (before, now)]
+        for name in {**before, **current}:
+            values = [repr(settings.get(name)) for settings in (before, current)]
             if values[0] != values[1]:
                 # Checksums and long lists tell a reader nothing.
-                told = max(map(len, values)) <= 30
-                differing.append(f"{name} (was {values[0]}, is {values[1]})" if told else name)
-        more = ", ..." if len(differing) > 5 else ""
-        return f"the interrupted run in {self._root} differs in {', '.join(differing[:5])}{more}"
+                is_short = max(map(len, values)) <= 30
+                differing.append(f"{name} (was {values[0]}, is {values[1]})" if is_short else name)
+        ellipsis = ", ..." if len(differing) > 5 else ""
+        return f"the interrupted run in {self._root} differs in {', '.join(differing[:5])}{ellipsis}"
 
     def records(self) -> Iterator[dict[str, Any]]:
         """This process's records, in the order in which they were appended."""
@@ -109,14 +110,14 @@ class Journal:
             InputError: where the file cannot be written, such as on a full disk.
         """
         packed = msgpack.packb(record)
-        rest = memoryview(_HEAD.pack(len(packed), zlib.crc32(packed)) + packed)
+        remaining = memoryview(_HEAD.pack(len(packed), zlib.crc32(packed)) + packed)
         try:
             if self._file is None:
                 self._open()
             assert self._file is not None
             # Past Python's buffer, so that a process that is killed has lost nothing that it appended.
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            while remaining:
+                remaining = remaining[self._file.write(remaining) :]
         except OSError as error:
             raise InputError(f"{self._path} cannot be written ({error.strerror}); {self.describe()}") from error
         self.done.update(record["image_ids"])
@@ -215,7 +216,9 @@ def open_journal(
     config["image_scaling"] = cfg.dataloader.get("image_scaling", "full")
     settings = {
         "weights": digest_weights(models),
-        "evaluators": {name: [type(each).__name__ for each in members(subjects[name].evaluator)] for name in subjects},
+        "evaluators": {
+            name: [type(member).__name__ for member in members(subject.evaluator)] for name, subject in subjects.items()
+        },
         "plans": {name: plan.describe() for name, plan in plans.items()},
         "data": digest_data(records),
         "config": config,
@@ -233,17 +236,17 @@ def members(evaluator: DatasetEvaluator) -> list[DatasetEvaluator]:
 def digest(value: Any) -> str:
     """A checksum of plain values; of others their text, of arrays their contents."""
 
-    def plain(other: Any) -> Any:
-        if isinstance(other, (np.ndarray, np.generic)):
-            return [str(other.dtype), other.shape, hashlib.blake2b(np.ascontiguousarray(other).data).hexdigest()]
-        return str(other)
+    def plain(item: Any) -> Any:
+        if isinstance(item, (np.ndarray, np.generic)):
+            return [str(item.dtype), item.shape, hashlib.blake2b(np.ascontiguousarray(item).data).hexdigest()]
+        return str(item)
 
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=plain).encode(), digest_size=16).hexdigest()
 
 
 def digest_weights(models: Iterable[nn.Module]) -> str:
     """A checksum of the names and values in the models' ``state_dict()``; what they share is read once."""
-    known: dict[Any, str] = {}
+    checksums: dict[Any, str] = {}
     total = hashlib.blake2b(digest_size=16)
     for model in models:
         for name, value in model.state_dict().items():
@@ -251,10 +254,10 @@ def digest_weights(models: Iterable[nn.Module]) -> str:
                 total.update(digest([name, value]).encode())
                 continue
             key = value.data_ptr(), value.dtype, value.shape, value.stride()
-            if key not in known:
+            if key not in checksums:
                 contents = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                known[key] = hashlib.blake2b(contents.data, digest_size=16).hexdigest()
-            total.update(f"{name} {value.dtype} {tuple(value.shape)} {known[key]}\n".encode())
+                checksums[key] = hashlib.blake2b(contents.data, digest_size=16).hexdigest()
+            total.update(f"{name} {value.dtype} {tuple(value.shape)} {checksums[key]}\n".encode())
     return total.hexdigest()
 
 

@@ -113,10 +113,10 @@ def panoptic_quality(counts: np.ndarray, isthing: Sequence[bool]) -> dict[str, f
     """
     per_category = quality_of_categories(counts)
     occurs = ~np.isnan(per_category["PQ"])
-    things = np.asarray(isthing, bool)
+    is_thing = np.asarray(isthing, bool)
     return {
         f"{name}{suffix}": float(values[group].mean()) if group.any() else float("nan")
-        for suffix, group in (("", occurs), ("_th", occurs & things), ("_st", occurs & ~things))
+        for suffix, group in (("", occurs), ("_th", occurs & is_thing), ("_st", occurs & ~is_thing))
         for name, values in per_category.items()
     }
 
@@ -210,8 +210,8 @@ class PanopticEvaluator(DatasetEvaluator):
     def restore(self, image_id: Any, record: list[list[float]]) -> None:
         """Take what :meth:`dump` gave of an image, in the place of :meth:`process`."""
         counts = np.zeros(self._evaluated.shape[1:])
-        for category, *its_counts in record:
-            counts[int(category)] = its_counts
+        for category, *values in record:
+            counts[int(category)] = values
         self.counts[image_id] = counts
 
     def _prediction(self, segments: Any, info: list[dict] | None) -> tuple[np.ndarray, list[dict[str, int]]]:
@@ -238,18 +238,18 @@ class PanopticEvaluator(DatasetEvaluator):
         """(H, W) int64 segment ids, which agree with their info."""
         path = self._path(annotation)
         ids = segment_ids(read_panoptic_png(path))
-        found = set(np.unique(ids).tolist()) - {VOID}
+        present = set(np.unique(ids).tolist()) - {VOID}
         expected = {segment["id"]: segment for segment in annotation["segments_info"]}
-        unknown = found - set(expected)
+        unknown = present - set(expected)
         if unknown:
-            what = f"{len(unknown)} segment ids that its segments_info lacks, such as {min(unknown)}"
-            raise InputError(f"panoptic PNG {path} has {what}")
+            problem = f"{len(unknown)} segment ids that its segments_info lacks, such as {min(unknown)}"
+            raise InputError(f"panoptic PNG {path} has {problem}")
         # Things may hide all of a stuff (they do in ADE20K as Mask2Former prepares it): that one is missed.
         things = {id for id, segment in expected.items() if self._truth.categories[segment["category_id"]]["isthing"]}
-        absent = things - found
+        absent = things - present
         if absent:
-            what = f"{len(absent)} of the things in its segments_info, such as segment {min(absent)}"
-            raise InputError(f"panoptic PNG {path} lacks {what}")
+            problem = f"{len(absent)} of the things in its segments_info, such as segment {min(absent)}"
+            raise InputError(f"panoptic PNG {path} lacks {problem}")
         return ids
 
     def evaluate(self, img_ids: Sequence | None = None) -> dict[str, dict[str, float]]:
@@ -266,7 +266,7 @@ class PanopticEvaluator(DatasetEvaluator):
         shares = comm.gather(self.counts)
         if not comm.is_main_process():
             return {}
-        counts = {image_id: each for share in shares for image_id, each in share.items()}
+        counts = {image_id: image_counts for share in shares for image_id, image_counts in share.items()}
         chosen = list(self._truth.annotations) if img_ids is None else list(img_ids)
         self.image_ids = check_evaluated(self._name, chosen, counts)
         self._evaluated = np.array([counts[image_id] for image_id in self.image_ids]).reshape(
@@ -301,24 +301,24 @@ def _size(segments: np.ndarray) -> str:
     return " x ".join(str(length) for length in segments.shape)
 
 
-def _classes(what: str, info: Sequence[dict[str, Any]], index: dict[int, int]) -> np.ndarray:
+def _classes(name: str, info: Sequence[dict[str, Any]], index: dict[int, int]) -> np.ndarray:
     """Indices of the segments' categories."""
-    seen = set()
+    ids = set()
     for segment in info:
-        if segment["id"] in seen:
-            raise InputError(f"the {what} has segment {segment['id']} twice in segments_info: ids must be distinct")
-        seen.add(segment["id"])
+        if segment["id"] in ids:
+            raise InputError(f"the {name} has segment {segment['id']} twice in segments_info: ids must be distinct")
+        ids.add(segment["id"])
         if segment["category_id"] not in index:
-            where = f"segment {segment['id']} of the {what}"
-            raise InputError(f"{where} has category_id {segment['category_id']}, which is none of {list(index)}")
+            name = f"segment {segment['id']} of the {name}"
+            raise InputError(f"{name} has category_id {segment['category_id']}, which is none of {list(index)}")
         if segment["id"] == VOID:
-            raise InputError(f"segment ids are at least 1 (0 stands for none), the {what} has segment 0")
+            raise InputError(f"segment ids are at least 1 (0 stands for none), the {name} has segment 0")
     return np.array([index[segment["category_id"]] for segment in info], int)
 
 
 def _positions(ids: np.ndarray, info: Sequence[dict[str, Any]]) -> np.ndarray:
     """Where in `info` each id is, from 1; 0 for void and -1 for an id that is not there."""
-    known = np.array([VOID, *(segment["id"] for segment in info)])
-    order = known.argsort(kind="stable")
-    position = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
-    return np.where(known[position] == ids, position, -1)
+    segment_ids = np.array([VOID, *(segment["id"] for segment in info)])
+    order = segment_ids.argsort(kind="stable")
+    position = order[np.searchsorted(segment_ids, ids, sorter=order).clip(max=len(segment_ids) - 1)]
+    return np.where(segment_ids[position] == ids, position, -1)

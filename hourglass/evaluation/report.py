@@ -64,7 +64,7 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
         }
     document["difference_by_class"] = {
         name: {
-            key: {each: difference._asdict() for each, difference in classes.items()}
+            key: {class_name: difference._asdict() for class_name, difference in classes.items()}
             for key, classes in comparison.difference_by_class(name).items()
         }
         for name in list(models)[1:]
@@ -186,29 +186,29 @@ def to_class_tables(document: dict[str, Any], tablefmt: str = "simple") -> str:
         first. Of one model alone, the lowest figure first.
     """
     models = document["models"]
-    other = "expedited" if "expedited" in document["difference_by_class"] else list(models)[-1]
+    compared = "expedited" if "expedited" in document["difference_by_class"] else list(models)[-1]
     tables = []
     for key in _keys(models):
-        known = {name: model["by_class"][key] for name, model in models.items() if key in model["by_class"]}
-        if not known:
+        by_class = {name: model["by_class"][key] for name, model in models.items() if key in model["by_class"]}
+        if not by_class:
             continue
-        differences = document["difference_by_class"].get(other, {}).get(key)
-        classes = [each for each in dict.fromkeys(each for model in known.values() for each in model)]
+        differences = document["difference_by_class"].get(compared, {}).get(key)
+        classes = dict.fromkeys(class_name for model in by_class.values() for class_name in model)
         rows = []
-        for each in classes:
-            cells = [_number(model.get(each), 1) for model in known.values()]
+        for class_name in classes:
+            cells = [_number(model.get(class_name), 1) for model in by_class.values()]
             if set(cells) == {"-"}:
                 continue
             if differences is None:
-                rank = next(iter(known.values()))[each]
+                rank = next(iter(by_class.values()))[class_name]
             else:
-                difference = differences.get(each, dict.fromkeys(("points", "low", "high")))
+                difference = differences.get(class_name, dict.fromkeys(("points", "low", "high")))
                 rank = difference["points"]
                 cells.append(_points(difference))
-            rows.append((math.inf if rank is None else rank, [each, *cells]))
-        headers = [f"{label_of(key, document['max_detections'])} by class", *known]
+            rows.append((math.inf if rank is None else rank, [class_name, *cells]))
+        headers = [f"{label_of(key, document['max_detections'])} by class", *by_class]
         if differences is not None:
-            headers.append(f"{other} - {next(iter(models))}")
+            headers.append(f"{compared} - {next(iter(models))}")
         tables.append(tabulate_rows([cells for _, cells in sorted(rows, key=lambda row: row[0])], headers, tablefmt))
     return "\n\n".join(tables)
 
@@ -239,15 +239,15 @@ def to_csv(document: dict[str, Any]) -> str:
             for metric, value in metrics.items():
                 add(name, f"accuracy.{task}.{metric}", value)
         for key, classes in model["by_class"].items():
-            for each, value in classes.items():
-                add(name, f"accuracy.{key}", value, name=each)
+            for class_name, value in classes.items():
+                add(name, f"accuracy.{key}", value, name=class_name)
         for part, times in model["latency_ms"].items():
             for statistic, value in times.items():
                 add(name, f"latency_ms.{part}.{statistic}", value)
         for figure in ("images_per_second", "encoder_gflops", "peak_memory_mb"):
             add(name, figure, model[figure])
-        for which, count in model["tokens"].items():
-            add(name, f"tokens.{which}", count)
+        for part, count in model["tokens"].items():
+            add(name, f"tokens.{part}", count)
         against = _against(document).get(name, {})
         for key, share in against.get("retention", {}).items():
             add(name, f"retention.{key}", share["ratio"], share)
@@ -258,8 +258,8 @@ def to_csv(document: dict[str, Any]) -> str:
         if name == "expedited" and "efficiency" in document:
             add(name, "efficiency", document["efficiency"])
         for key, classes in document["difference_by_class"].get(name, {}).items():
-            for each, difference in classes.items():
-                add(name, f"difference.{key}", difference["points"], difference, each)
+            for class_name, difference in classes.items():
+                add(name, f"difference.{key}", difference["points"], difference, class_name)
     return text.getvalue()
 
 
@@ -310,8 +310,8 @@ def describe(document: dict[str, Any]) -> str:
     if "keys" in plan:
         planned += f", keys pooled {plan['keys']} x {plan['keys']}"
     if "calibration" in plan:
-        seen = plan["calibration"]
-        planned += f", calibrated on {seen['images']} images of {seen['about']}"
+        calibration = plan["calibration"]
+        planned += f", calibrated on {calibration['images']} images of {calibration['about']}"
     device = f"{environment['device']} ({environment['threads']} threads)"
     images = f"{document['images']} images" + (f" in batches of {size}" if (size := document["batch_size"]) > 1 else "")
     return f"{document['dataset']}, {images}, {device}, {document['dtype']}; plan: {planned}"

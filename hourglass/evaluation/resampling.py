@@ -61,8 +61,8 @@ def check_evaluated(dataset: str, chosen: Collection[Any], run: Collection[Any])
     """
     unseen = [image_id for image_id in chosen if image_id not in run]
     if unseen:
-        what = f"{len(unseen)} of the {len(chosen)} images of data set {dataset!r} to be evaluated"
-        raise InputError(f"{what} were not run, such as {unseen[0]!r}: img_ids takes those that were")
+        images = f"{len(unseen)} of the {len(chosen)} images of data set {dataset!r} to be evaluated"
+        raise InputError(f"{images} were not run, such as {unseen[0]!r}: img_ids takes those that were")
     return sorted(chosen)
 
 
@@ -83,9 +83,9 @@ def mean_of_classes(classes: Iterable[np.ndarray], samples: int) -> np.ndarray:
     """
     total, present = np.zeros(samples), np.zeros(samples)
     for figures in classes:
-        known = ~np.isnan(figures)
-        total += np.where(known, figures, 0)
-        present += known
+        is_finite = ~np.isnan(figures)
+        total += np.where(is_finite, figures, 0)
+        present += is_finite
     return np.divide(total, present, out=np.full(samples, np.nan), where=present > 0)
 
 
@@ -96,11 +96,11 @@ def draw_samples(images: int, samples: int = 500, seed: int = 0) -> np.ndarray:
         the images themselves, of one image the only one: there is no other sample of it. The same arguments give the
         same samples, so that figures of two models are paired.
     """
-    whole = np.ones((1, images), dtype=int)
+    original = np.ones((1, images), dtype=int)
     if images == 1:
-        return whole
+        return original
     draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=samples)
-    return np.concatenate([whole, draws])
+    return np.concatenate([original, draws])
 
 
 def ratio_of_samples(first: np.ndarray, kept: np.ndarray) -> Interval:

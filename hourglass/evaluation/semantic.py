@@ -36,9 +36,9 @@ def count_pixels(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.n
         many are both.
     """
     truth, predicted = truth.reshape(-1), predicted.reshape(-1)
-    known = truth < classes
-    if not known.all():
-        truth, predicted = truth[known], predicted[known]
+    labelled = truth < classes
+    if not labelled.all():
+        truth, predicted = truth[labelled], predicted[labelled]
     right = truth[truth == predicted]
     return np.stack([np.bincount(pixels, minlength=classes) for pixels in (truth, predicted, right)])
 
@@ -52,9 +52,9 @@ def class_figures(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         (..., K) intersection over union and (..., K) accuracy, in percent, of each class; nan for those that the ground
         truth lacks.
     """
-    truth, predicted, both = (counts[..., i, :].astype(float) for i in range(len(COUNTS)))
+    truth, predicted, intersection = (counts[..., i, :].astype(float) for i in range(len(COUNTS)))
     truth = np.where(truth > 0, truth, np.nan)
-    return 100 * both / (truth + predicted - both), 100 * both / truth
+    return 100 * intersection / (truth + predicted - intersection), 100 * intersection / truth
 
 
 def semantic_figures(counts: np.ndarray) -> dict[str, float]:
@@ -68,13 +68,13 @@ def semantic_figures(counts: np.ndarray) -> dict[str, float]:
         pixels. nan where the ground truth has no class.
     """
     iou, accuracy = class_figures(counts)
-    truth, _, both = counts.astype(float)
+    truth, _, intersection = counts.astype(float)
     total = truth.sum() if truth.any() else np.nan
     return {
         "mIoU": float(mean_of_classes(iou[:, None], 1)[0]),
         "fwIoU": float(np.nansum(iou * truth / total)) if truth.any() else np.nan,
         "mACC": float(mean_of_classes(accuracy[:, None], 1)[0]),
-        "pACC": float(100 * both.sum() / total),
+        "pACC": float(100 * intersection.sum() / total),
     }
 
 
@@ -101,8 +101,8 @@ class SemanticEvaluator(DatasetEvaluator):
                 raise InputError(f"data set {dataset_name!r} has no {key!r} in its metadata: a semantic one is needed")
         without = [record["file_name"] for record in records if "sem_seg_file_name" not in record]
         if without:
-            what = f"{len(without)} of the {len(records)} images of data set {dataset_name!r}"
-            raise InputError(f"{what} have no 'sem_seg_file_name', such as {without[0]}: ground truth is needed")
+            images = f"{len(without)} of the {len(records)} images of data set {dataset_name!r}"
+            raise InputError(f"{images} have no 'sem_seg_file_name', such as {without[0]}: ground truth is needed")
         self._truth = {record["file_name"]: record["sem_seg_file_name"] for record in records}
         self._ignored = metadata.ignore_label
         self._classes = list(name_classes(dict(enumerate(metadata.stuff_classes))).values())
@@ -128,8 +128,8 @@ class SemanticEvaluator(DatasetEvaluator):
                 raise InputError(f"image {image_id!r}, {input['file_name']}, is not in data set {self._name!r}")
             logits = output["sem_seg"]
             if len(logits) != len(self._classes):
-                which = f"{len(logits)} classes, data set {self._name!r} has {len(self._classes)}"
-                raise InputError(f"image {image_id!r}: the model's 'sem_seg' has {which}")
+                mismatch = f"{len(logits)} classes, data set {self._name!r} has {len(self._classes)}"
+                raise InputError(f"image {image_id!r}: the model's 'sem_seg' has {mismatch}")
             predicted = logits.argmax(dim=0)
             # Where a logit is nan or inf, so is the highest.
             if not torch.isfinite(logits.gather(0, predicted[None]).sum(dtype=torch.float64)):
@@ -137,7 +137,7 @@ class SemanticEvaluator(DatasetEvaluator):
             predicted = predicted.cpu().numpy()
             truth = self._read_truth(self._truth[input["file_name"]])
             if truth.shape != predicted.shape:
-                sizes = [" x ".join(map(str, each.shape)) for each in (predicted, truth)]
+                sizes = [" x ".join(map(str, array.shape)) for array in (predicted, truth)]
                 raise InputError(f"image {image_id!r}: the prediction is {sizes[0]}, the ground truth {sizes[1]}")
             counts = count_pixels(truth, predicted, len(self._classes))
             present = np.flatnonzero(counts.any(axis=0))
@@ -160,8 +160,9 @@ class SemanticEvaluator(DatasetEvaluator):
         classes[ignored] = len(self._classes)
         wrong = (classes < 0) | ((classes >= len(self._classes)) & ~ignored)
         if wrong.any():
-            known = f"0 to {len(self._classes) - 1}, and {self._ignored} where there is none"
-            raise InputError(f"semantic PNG {path} has class {classes[wrong][0]}: data set {self._name!r} has {known}")
+            accepted = f"0 to {len(self._classes) - 1}, and {self._ignored} where there is none"
+            value = classes[wrong][0]
+            raise InputError(f"semantic PNG {path} has class {value}: data set {self._name!r} has {accepted}")
         return classes
 
     def dump(self, image_id: Any) -> dict[str, Any]:
@@ -195,13 +196,13 @@ class SemanticEvaluator(DatasetEvaluator):
         shares = comm.gather((self._counts, self._not_finite))
         if not comm.is_main_process():
             return {}
-        counts = {image_id: each for share, _ in shares for image_id, each in share.items()}
+        counts = {image_id: image_counts for share, _ in shares for image_id, image_counts in share.items()}
         chosen = list(counts) if img_ids is None else list(img_ids)
         self.image_ids = check_evaluated(self._name, chosen, counts)
         self._evaluated = np.zeros((len(chosen), len(COUNTS), len(self._classes)), np.int32)
         for i, image_id in enumerate(self.image_ids):
-            present, its_counts = counts[image_id]
-            self._evaluated[i][:, present] = its_counts
+            present, values = counts[image_id]
+            self._evaluated[i][:, present] = values
         not_finite = len({image_id for _, share in shares for image_id in share} & set(chosen))
         self.warnings = []
         if not_finite:

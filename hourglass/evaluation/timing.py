@@ -163,7 +163,7 @@ class Stopwatch:
             return
         self._stop("encoder")
         maps = _maps(output)
-        self._size = max(each.shape[0] * each.shape[-2] * each.shape[-1] for each in maps)
+        self._size = max(feature_map.shape[0] * feature_map.shape[-2] * feature_map.shape[-1] for feature_map in maps)
         # What is not finite reaches the smallest output too; its sum costs least, and is read when the device is done.
         smallest = min(maps, key=torch.Tensor.numel)
         self._sums.append(smallest.sum(dtype=torch.float32))
@@ -199,4 +199,5 @@ def _maps(output: Any) -> list[torch.Tensor]:
     """The maps (B, C, H, W) that an encoder returned: a tensor, or a dictionary or sequence of some."""
     if isinstance(output, torch.Tensor):
         return [output]
-    return [each for part in (output.values() if isinstance(output, dict) else output) for each in _maps(part)]
+    parts = output.values() if isinstance(output, dict) else output
+    return [feature_map for part in parts for feature_map in _maps(part)]

@@ -55,11 +55,11 @@ def learn_slopes(results: Iterable[Result]) -> dict[str, Slope]:
             lost = _lost(result, figure)
             if lost is not None and len(labelled) == len(lost) > 2 and np.isfinite(labelled[0]):
                 pairs.setdefault(figure, []).append((lost, 1 - labelled))
-    return {figure: _learn(each) for figure, each in pairs.items()}
+    return {figure: _learn(losses) for figure, losses in pairs.items()}
 
 
 def _learn(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Slope:
-    lost, lost_of_labels = (np.stack(each) for each in zip(*pairs))
+    lost, lost_of_labels = (np.stack(losses) for losses in zip(*pairs))
     squares = (lost**2).sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):
         samples = np.where(squares > 0, (lost * lost_of_labels).sum(0) / squares, np.nan)

@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
 
 def enumerate_plans(traced: Traced, errors: Errors, latency: Latency) -> list[Candidate]:
     """All plans that the encoder can follow, with what is predicted of them."""
-    found = []
+    candidates = []
     choices = [
         (start, stop, option)
         for option in range(len(traced.options))
@@ -58,25 +58,26 @@ def enumerate_plans(traced: Traced, errors: Errors, latency: Latency) -> list[Ca
     for start, stop, option in [(0, 0, None), *choices]:
         for keys in KEYS:
             planned = range(start, stop)
-            if keys > 1 and not any(block not in planned for block, its_keys in errors.pooled if its_keys == keys):
+            pooled = [block for block, pooled_keys in errors.pooled if pooled_keys == keys and block not in planned]
+            if keys > 1 and not pooled:
                 continue
-            time = latency.of(traced, start, stop, option, keys)
-            error = errors.of(traced, start, stop, option, keys)
-            found.append(Candidate(start, stop, option, keys, time, error))
-    return found
+            time = latency.of_plan(traced, start, stop, option, keys)
+            error = errors.of_plan(traced, start, stop, option, keys)
+            candidates.append(Candidate(start, stop, option, keys, time, error))
+    return candidates
 
 
 def _is_measured(traced: Traced, errors: Errors, start: int, stop: int, option: int) -> bool:
     parts = [(max(start, stage.first), min(stop, stage.stop)) for stage in traced.stages]
-    return all((first, last, option) in errors.left for first, last in parts if first < last)
+    return all((first, last, option) in errors.remaining for first, last in parts if first < last)
 
 
 def pareto_front(candidates: list[Candidate]) -> list[Candidate]:
     """Those that none is both faster and nearer than, the slowest first."""
     front: list[Candidate] = []
-    for each in sorted(candidates, key=lambda each: (each.time, each.error)):
-        if not front or each.error < front[-1].error:
-            front.append(each)
+    for candidate in sorted(candidates, key=lambda candidate: (candidate.time, candidate.error)):
+        if not front or candidate.error < front[-1].error:
+            front.append(candidate)
     return front[::-1]
 
 
@@ -86,13 +87,13 @@ def make_pool(traced: Traced, candidates: list[Candidate], slowest: float) -> di
     from one reducer to the next. A kind's plans that another kind's are far better than are left out.
     """
     kinds: dict[str, list[Candidate]] = {}
-    for each in candidates:
-        if each.time < slowest and each.error <= MOST:
-            kinds.setdefault(each.kind(traced), []).append(each)
-    overall = pareto_front([each for group in kinds.values() for each in group])
+    for candidate in candidates:
+        if candidate.time < slowest and candidate.error <= MOST:
+            kinds.setdefault(candidate.kind(traced), []).append(candidate)
+    overall = pareto_front([candidate for group in kinds.values() for candidate in group])
     pool = {}
     for kind, group in kinds.items():
-        front = [each for each in pareto_front(group) if each.error <= FAR * _error_at(overall, each.time)]
+        front = [plan for plan in pareto_front(group) if plan.error <= FAR * _error_at(overall, plan.time)]
         if front:
             pool[kind] = front
     return pool
@@ -100,18 +101,18 @@ def make_pool(traced: Traced, candidates: list[Candidate], slowest: float) -> di
 
 def _error_at(front: list[Candidate], time: float) -> float:
     """The least error of plans that take no longer."""
-    return min((each.error for each in front if each.time <= time * (1 + 1e-9)), default=float("inf"))
+    return min((candidate.error for candidate in front if candidate.time <= time * (1 + 1e-9)), default=float("inf"))
 
 
 def spread(front: list[Candidate], number: int) -> list[Candidate]:
     """So many of a front, at even steps of the logarithm of their error, each once."""
     if len(front) <= number:
         return list(front)
-    logs = [math.log(max(each.error, 1e-12)) for each in front]
+    logs = [math.log(max(candidate.error, 1e-12)) for candidate in front]
     low, high = min(logs), max(logs)
     chosen: dict[int, None] = {}
     for i in range(number):
         level = low + (high - low) * i / max(1, number - 1)
-        left = [j for j in range(len(front)) if j not in chosen]
-        chosen[min(left, key=lambda j: (abs(logs[j] - level), j))] = None
+        remaining = [j for j in range(len(front)) if j not in chosen]
+        chosen[min(remaining, key=lambda j: (abs(logs[j] - level), j))] = None
     return [front[i] for i in sorted(chosen)]

@@ -38,13 +38,13 @@ class Latency(NamedTuple):
     reducing: dict[tuple[int, int], float]
     pooled: dict[tuple[int, Any, int], float]
 
-    def of(self, traced: Traced, start: int, stop: int, option: int | None, keys: int) -> float:
+    def of_plan(self, traced: Traced, start: int, stop: int, option: int | None, keys: int) -> float:
         """The encoder's under a plan."""
         blocks = [(number, kind) for number, stage in enumerate(traced.stages) for kind in stage.kinds]
-        whole = sum(self.full[each] for each in blocks)
+        of_blocks = sum(self.full[block] for block in blocks)
         # Blocks that were timed while the machine did something else do not take longer than the encoder does.
-        scale = min(1.0, self.encoder / whole)
-        total = self.encoder - scale * whole
+        scale = min(1.0, self.encoder / of_blocks)
+        total = self.encoder - scale * of_blocks
         for number, stage in enumerate(traced.stages):
             if option is not None and max(start, stage.first) < min(stop, stage.stop):
                 total += scale * self.reducing[number, option]
@@ -75,7 +75,7 @@ def measure_latency(traced: Traced, model: torch.nn.Module, inputs: list[dict[st
             runs["full", number, kind] = _call(stage.blocks[i], tokens, place)
             if kind[0] == 0 and traced.family.pools_keys:
                 for keys in KEYS[1:]:
-                    block = traced.family.placed(traced.own[stage.first + i], True, keys=keys)
+                    block = traced.family.placed(traced.original_blocks[stage.first + i], True, keys=keys)
                     runs["pooled", number, kind, keys] = _call(block, tokens, place)
         _add_options(runs, traced, number, stage, kept[0])
     clock = Clock(device)
@@ -113,8 +113,8 @@ def _add_options(
     channels = tokens.shape[-1]
     rank = max(1, channels // 8)
     corrections = {name: torch.zeros(channels, rank) for name in ("tokens", "reduced", "refined")}
-    others = {"last": (rank, channels), "constant": (channels,), "whitening": (channels, channels)}
-    tensors = {**corrections, **{name: torch.zeros(size) for name, size in others.items()}}
+    shapes = {"last": (rank, channels), "constant": (channels,), "whitening": (channels, channels)}
+    tensors = {**corrections, **{name: torch.zeros(size) for name, size in shapes.items()}}
     for j, option in enumerate(traced.options):
         if option.scope == "window" and not any(stage.windows):
             continue

@@ -42,13 +42,15 @@ class Measured:
         self.path = path
         self._content: dict[str, Any] = {"schema": SCHEMA, "settings": settings, "results": {}}
         try:
-            found = json.loads(path.read_text())
+            content = json.loads(path.read_text())
         except (OSError, ValueError):
-            found = None
+            content = None
         #: Whether the file had something to go on from.
-        self.resumed = isinstance(found, dict) and found.get("schema") == SCHEMA and found.get("settings") == settings
+        self.resumed = (
+            isinstance(content, dict) and content.get("schema") == SCHEMA and content.get("settings") == settings
+        )
         if self.resumed:
-            self._content = found
+            self._content = content
 
     def errors(self, measure: Callable[[], Errors]) -> Errors:
         return Errors(*self._tables("errors", measure))
@@ -58,18 +60,20 @@ class Measured:
 
     def result(self, images: str, plan: str) -> Result | None:
         """Of a plan on some images, by their names."""
-        found = self._content["results"].get(images, {}).get(plan)
-        if found is None:
+        record = self._content["results"].get(images, {}).get(plan)
+        if record is None:
             return None
-        figures = [{key: np.array(values) for key, values in found[name].items()} for name in ("agreement", "labelled")]
-        return Result(found["time"], found["speed"], *figures)
+        agreement, labelled = (
+            {key: np.array(values) for key, values in record[name].items()} for name in ("agreement", "labelled")
+        )
+        return Result(record["time"], record["speed"], agreement, labelled)
 
     def add(self, images: str, results: dict[str, Result]) -> None:
         of_images = self._content["results"].setdefault(images, {})
         for plan, result in results.items():
             plain = result._asdict()
             for name in ("agreement", "labelled"):
-                plain[name] = {key: [round(float(each), 6) for each in values] for key, values in plain[name].items()}
+                plain[name] = {key: [round(float(value), 6) for value in values] for key, values in plain[name].items()}
             of_images[plan] = plain
         self._write()
 
@@ -81,14 +85,14 @@ class Measured:
     def _tables(self, name: str, measure: Callable[[], Any]) -> list[Any]:
         if name not in self._content:
             tables = [
-                [[list(_listed(key)), value] for key, value in each.items()] if isinstance(each, dict) else each
-                for each in measure()
+                [[list(_listed(key)), value] for key, value in table.items()] if isinstance(table, dict) else table
+                for table in measure()
             ]
             self._content[name] = json.loads(json.dumps(tables))
             self._write()
         return [
-            {_key(key): value for key, value in each} if isinstance(each, list) else each
-            for each in self._content[name]
+            {_key(key): value for key, value in table} if isinstance(table, list) else table
+            for table in self._content[name]
         ]
 
     def _write(self) -> None:

@@ -11,20 +11,20 @@ from hourglass.encoders import Plan
 from hourglass.evaluation.figures import label_of
 from hourglass.files import write_whole
 from hourglass.search.goal import Goal
-from hourglass.search.run import Found, Row
+from hourglass.search.run import Outcome, Row
 
 
-def to_table(found: Found, tablefmt: str = "simple") -> str:
+def to_table(outcome: Outcome, tablefmt: str = "simple") -> str:
     """The plans that ran, the slowest first; below them the answer and its controls on images of the check."""
-    if not found.rows:
+    if not outcome.rows:
         return "no plan ran"
-    first = found.rows[0].result
+    first = outcome.rows[0].result
     figures = list(first.agreement)
     headers = ["plan", "images", "encoder", "predicted", "kept, about"]
     headers += [f"agreement, {label_of(figure)}" for figure in figures]
     headers += [f"{label_of(figure)} kept" for figure in figures if first.labelled]
-    rows = [_cells(row, figures, " (the answer)" if row.plan is found.plan else "") for row in found.rows]
-    rows += [_cells(row, figures, " (check)") for row in found.checked.values()]
+    rows = [_cells(row, figures, " (the answer)" if row.plan is outcome.plan else "") for row in outcome.rows]
+    rows += [_cells(row, figures, " (check)") for row in outcome.checked.values()]
     align = ["left"] + ["right"] * (len(headers) - 1)
     return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=align)
 
@@ -51,21 +51,21 @@ def _labelled(samples: np.ndarray | None) -> str:
     return f"{100 * samples[0]:.1f} % ({100 * low:.1f}-{100 * high:.1f})"
 
 
-def describe(found: Found, goal: Goal, about: str) -> str:
+def describe(outcome: Outcome, goal: Goal, about: str) -> str:
     """How the table is to be read."""
-    lines = [f"Asked for {goal}, on images of {about}: {found.why}."]
-    if found.rows:
+    lines = [f"Asked for {goal}, on images of {about}: {outcome.why}."]
+    if outcome.rows:
         slopes = "about a quarter"
-        if found.slopes:
-            shares = (f"{100 * slope.samples[0]:.0f} % ({label_of(each)})" for each, slope in found.slopes.items())
+        if outcome.slopes:
+            shares = (f"{100 * slope.samples[0]:.0f} % ({label_of(key)})" for key, slope in outcome.slopes.items())
             slopes = f"on these images {', '.join(shares)}"
-        sources = "labels and agreement" if found.rows[0].result.labelled else "agreement alone"
+        sources = "labels and agreement" if outcome.rows[0].result.labelled else "agreement alone"
         lines.append(
             "Speeds are the encoder's, over fast attention alone. What is kept of the figure that loses most is "
             f"estimated from {sources}, of whose loss {slopes} is lost against labels; in parentheses its "
             "one-sided 95 % bound."
         )
-        errors = [abs(row.predicted / row.result.speed - 1) for row in found.rows]
+        errors = [abs(row.predicted / row.result.speed - 1) for row in outcome.rows]
         lines.append(
             f"Times that were predicted from blocks are off by {100 * np.median(errors):.0f} %, at most by "
             f"{100 * max(errors):.0f} %."
@@ -73,7 +73,7 @@ def describe(found: Found, goal: Goal, about: str) -> str:
     return "\n".join(lines)
 
 
-def draw(found: Found, goal: Goal, path: Path) -> None:
+def draw(outcome: Outcome, goal: Goal, path: Path) -> None:
     """The plans that ran: what each keeps against the encoder's speed."""
     import matplotlib
 
@@ -81,12 +81,12 @@ def draw(found: Found, goal: Goal, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    speed = np.array([row.result.speed for row in found.rows])
-    share = 100 * np.array([row.kept for row in found.rows])
-    low = np.maximum(share - 100 * np.array([row.lower for row in found.rows]), 0)
+    speed = np.array([row.result.speed for row in outcome.rows])
+    share = 100 * np.array([row.kept for row in outcome.rows])
+    low = np.maximum(share - 100 * np.array([row.lower for row in outcome.rows]), 0)
     axes.errorbar(speed, share, yerr=[low, np.zeros(len(low))], fmt="o", capsize=3, label="plans, with their bounds")
-    for row in found.rows:
-        if row.plan is found.plan:
+    for row in outcome.rows:
+        if row.plan is outcome.plan:
             axes.plot(row.result.speed, 100 * row.kept, "*", markersize=16, label=f"the answer: {row.name}")
     if goal.keep is not None:
         axes.axhline(100 * goal.keep, color="grey", linestyle="--", linewidth=1, label=f"keep={goal.keep:g}")

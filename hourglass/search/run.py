@@ -83,7 +83,7 @@ class Row(NamedTuple):
     verdict: str = ""
 
 
-class Found(NamedTuple):
+class Outcome(NamedTuple):
     """
     What a search found.
 
@@ -134,7 +134,7 @@ class Search:
         self._calibrations: dict[str, Calibration] = {}
         self._slopes: dict[str, Slope] = {}
 
-    def run(self) -> Found:
+    def run(self) -> Outcome:
         """
         Raises:
             InputError: for a model that cannot be searched, and for too few images.
@@ -152,10 +152,10 @@ class Search:
         kinds = ", ".join(f"{len(front)} {kind}" for kind, front in pool.items()) or "none"
         self.say(f"{len(plans)} plans are predicted; the best of their kind at their time: {kinds}")
         if not pool:
-            fastest = latency.encoder / min(each.time for each in plans)
-            return self._nothing(f"the fastest plan is predicted to be at {fastest:.2f}x of fast attention alone")
-        each_kind = max(2, FIRST // len(pool))
-        first = [each for front in pool.values() for each in spread(front, each_kind)]
+            fastest = latency.encoder / min(candidate.time for candidate in plans)
+            return self._no_plan(f"the fastest plan is predicted to be at {fastest:.2f}x of fast attention alone")
+        per_kind = max(2, FIRST // len(pool))
+        first = [candidate for front in pool.values() for candidate in spread(front, per_kind)]
         rows = self._round(traced, latency.encoder, first, "first")
         second = self._promising(traced, pool, rows)
         if second:
@@ -165,25 +165,26 @@ class Search:
     # --- running plans --------------------------------------------------------------------------------------------
 
     def _round(
-        self, traced: Traced, encoder: float, candidates: list[Candidate], which: str
+        self, traced: Traced, encoder: float, candidates: list[Candidate], phase: str
     ) -> list[tuple[Candidate, Row]]:
         """Run plans on the first few images of the ranking, or on all; the slowest plan first."""
-        number = min(FEW, len(self.images.rank)) if which == "first" else len(self.images.rank)
+        number = min(FEW, len(self.images.rank)) if phase == "first" else len(self.images.rank)
         images = [inputs for i, inputs in enumerate(self.images.rank) if i < number]
-        plans = {key(each.plan(traced)): each for each in candidates}
-        views = {name: self._calibrated(each.plan(traced)) for name, each in plans.items()}
+        plans = {key(candidate.plan(traced)): candidate for candidate in candidates}
+        views = {name: self._calibrated(candidate.plan(traced)) for name, candidate in plans.items()}
         results = self._measure(views, images, f"rank {number}")
         self._slopes = learn_slopes(results.values())
         rows = [
-            (each, self._row(views[name], encoder / each.time, results[name], number)) for name, each in plans.items()
+            (candidate, self._row(views[name], encoder / candidate.time, results[name], number))
+            for name, candidate in plans.items()
         ]
         rows.sort(key=lambda pair: pair[1].result.speed)
         best, marked = -math.inf, []
-        for each, row in reversed(rows):
-            marked.append((each, row._replace(verdict="" if row.kept > best else "a faster one keeps more")))
+        for candidate, row in reversed(rows):
+            marked.append((candidate, row._replace(verdict="" if row.kept > best else "a faster one keeps more")))
             best = max(best, row.kept)
         marked.reverse()
-        self.say(f"{which} round, {len(rows)} plans on {number} images:")
+        self.say(f"{phase} round, {len(rows)} plans on {number} images:")
         for _, row in marked:
             verdict = f"  ({row.verdict})" if row.verdict else ""
             self.say(f"  {row.result.speed:.2f}x, keeps about {100 * row.kept:.1f} %  {row.name}{verdict}")
@@ -201,25 +202,25 @@ class Search:
             self._calibrations[name] = calibrate(self.model, plan, self.images.fit, self.images.about)
         return plan.calibrated(self._calibrations[name])
 
-    def _measure(self, plans: dict[str, Plan], images: list[list[dict[str, Any]]], which: str) -> dict[str, Result]:
+    def _measure(self, plans: dict[str, Plan], images: list[list[dict[str, Any]]], phase: str) -> dict[str, Result]:
         """The results of plans on some images, those that are not known yet measured."""
-        which += "" if self.build_evaluator is None else ", with labels"
-        known = {name: self.measured.result(which, name) for name in plans}
-        missing = {name: plan for name, plan in plans.items() if known[name] is None}
+        phase += "" if self.build_evaluator is None else ", with labels"
+        results = {name: self.measured.result(phase, name) for name in plans}
+        missing = {name: plan for name, plan in plans.items() if results[name] is None}
         if missing:
-            found = self._compare(missing, images, which)
-            self.measured.add(which, found)
-            known |= found
-        return {name: result for name, result in known.items() if result is not None}
+            measured = self._compare(missing, images, phase)
+            self.measured.add(phase, measured)
+            results |= measured
+        return {name: result for name, result in results.items() if result is not None}
 
-    def _compare(self, plans: dict[str, Plan], images: list[list[dict[str, Any]]], which: str) -> dict[str, Result]:
+    def _compare(self, plans: dict[str, Plan], images: list[list[dict[str, Any]]], phase: str) -> dict[str, Result]:
         subjects = {}
         for name, plan in {BASE: Plan(attention="fast"), **plans}.items():
             labels = members(self.build_evaluator(name)) if self.build_evaluator is not None else []
             view = expedite(self.model, plan)
             subjects[name] = Subject(view, find_encoder(view)[1], recording(labels))
-        what = f"{which.split()[0]}ing {len(plans)} plans"
-        comparison = compare(subjects, images, self.device, self.dtype, warmup=1, what=what)
+        title = f"{phase.split()[0]}ing {len(plans)} plans"
+        comparison = compare(subjects, images, self.device, self.dtype, warmup=1, title=title)
         assert comparison is not None, "a search is of one process"
         return {
             name: Result(
@@ -242,26 +243,26 @@ class Search:
         """
         kinds = list(pool)
         system, target = [[1.0] + [0.0] * len(kinds)], [0.5]  # a weak prior: the square root
-        for each, row in rows:
-            system.append([_log(each.error)] + [float(each.kind(traced) == kind) for kind in kinds])
+        for candidate, row in rows:
+            system.append([_log(candidate.error)] + [float(candidate.kind(traced) == kind) for kind in kinds])
             target.append(_log(1 - row.kept, 2e-4))
         power, *factors = np.linalg.lstsq(np.array(system), np.array(target), rcond=None)[0]
         predicted = {
-            each: math.exp(max(power, 0.1) * _log(each.error) + factor)
+            candidate: math.exp(max(power, 0.1) * _log(candidate.error) + factor)
             for factor, front in zip(factors, pool.values())
-            for each in front
+            for candidate in front
         }
         if self.goal.keep is None:
-            chosen = sorted(predicted, key=lambda each: predicted[each])[:SECOND]
+            chosen = sorted(predicted, key=lambda candidate: predicted[candidate])[:SECOND]
         else:
             chosen = []
             for level in (1 - self.goal.keep) * np.geomspace(0.25, 1.5, SECOND):
                 # Of those that are predicted to lose no more, the fastest.
-                enough = [each for each, loss in predicted.items() if loss <= level and each not in chosen]
-                chosen += sorted(enough, key=lambda each: each.time)[:1]
-        return sorted(chosen, key=lambda each: -each.time)
+                enough = [plan for plan, loss in predicted.items() if loss <= level and plan not in chosen]
+                chosen += sorted(enough, key=lambda candidate: candidate.time)[:1]
+        return sorted(chosen, key=lambda candidate: -candidate.time)
 
-    def _choose(self, rows: list[Row]) -> Found:
+    def _choose(self, rows: list[Row]) -> Outcome:
         if self.goal.keep is None:
             assert self.goal.speed is not None
             enough = [row for row in rows if row.result.speed >= self.goal.speed] or rows[-1:]
@@ -281,9 +282,9 @@ class Search:
             checked = self._check(row)
             answer = checked[row.name]
             if self.goal.keep is None or answer.kept >= self.goal.keep:
-                return Found(row.plan, reached, self._explain(checked, reached), rows, checked, self._slopes)
+                return Outcome(row.plan, reached, self._explain(checked, reached), rows, checked, self._slopes)
             self.say(f"on images that nothing was chosen on it keeps about {100 * answer.kept:.1f} %: a step back")
-        return self._nothing(f"no plan is sure to keep {self.goal.keep:g}", rows, checked)
+        return self._no_plan(f"no plan is sure to keep {self.goal.keep:g}", rows, checked)
 
     def _check(self, row: Row) -> dict[str, Row]:
         """The plan and its controls on images that nothing was chosen on."""
@@ -291,11 +292,11 @@ class Search:
         if row.plan.reducer is not None:
             plans["its blocks left out"] = row.plan.control()
             plans["an affine map in their place"] = self._calibrated(row.plan.linear_control())
-        found = self._measure({key(plan): plan for plan in plans.values()}, list(self.images.check), "check")
+        results = self._measure({key(plan): plan for plan in plans.values()}, list(self.images.check), "check")
         number = len(self.images.check)
         self._slopes = {figure: slope.settled() for figure, slope in self._slopes.items()}
         return {
-            name: self._row(plan, row.predicted, found[key(plan)], number)._replace(name=name)
+            name: self._row(plan, row.predicted, results[key(plan)], number)._replace(name=name)
             for name, plan in plans.items()
         }
 
@@ -310,9 +311,9 @@ class Search:
                 text += f"; with {row.name} the model keeps {100 * row.kept:.1f} %: it does not need these blocks"
         return text
 
-    def _nothing(self, why: str, rows: list[Row] | None = None, checked: dict[str, Row] | None = None) -> Found:
+    def _no_plan(self, why: str, rows: list[Row] | None = None, checked: dict[str, Row] | None = None) -> Outcome:
         text = f"{why}: fast attention alone, which changes nothing"
-        return Found(Plan(attention="fast"), False, text, rows or [], checked or {}, self._slopes)
+        return Outcome(Plan(attention="fast"), False, text, rows or [], checked or {}, self._slopes)
 
 
 def _log(value: float, least: float = 1e-9) -> float:
@@ -336,11 +337,11 @@ def describe(plan: Plan) -> str:
 
 
 def _labelled(comparison: Comparison, name: str) -> dict[str, np.ndarray]:
-    first, other = comparison.models[BASE], comparison.models[name]
+    first, compared = comparison.models[BASE], comparison.models[name]
     shares = {}
     for figure in comparison.retention(name):
-        if figure in first.samples and figure in other.samples:
+        if figure in first.samples and figure in compared.samples:
             with np.errstate(divide="ignore", invalid="ignore"):
-                whole, part = first.samples[figure], other.samples[figure]
-                shares[figure] = np.where(whole > 0, part / whole, np.nan)
+                reference, kept = first.samples[figure], compared.samples[figure]
+                shares[figure] = np.where(reference > 0, kept / reference, np.nan)
     return shares

@@ -69,7 +69,7 @@ class Traced(NamedTuple):
     Attributes:
         view: of the model; its blocks are those of the stages.
         family: of the encoder.
-        own: the encoder's own blocks, in order.
+        original_blocks: those of the encoder itself, in order.
         stages: in order.
         maps: of each stage and image, before its blocks and after the last (B, H, W, C).
         options: that fit the encoder.
@@ -77,7 +77,7 @@ class Traced(NamedTuple):
 
     view: nn.Module
     family: Family
-    own: list[nn.Module]
+    original_blocks: list[nn.Module]
     stages: list[Stage]
     maps: list[list[list[Tensor]]]
     options: list[Option]
@@ -86,7 +86,7 @@ class Traced(NamedTuple):
     def depth(self) -> int:
         return self.stages[-1].stop
 
-    def can(self, option: Option, start: int, stop: int) -> bool:
+    def supports(self, option: Option, start: int, stop: int) -> bool:
         """Whether a plan with this option can have these blocks."""
         windows = {
             window
@@ -113,15 +113,16 @@ def trace(model: nn.Module, images: Iterable[list[dict[str, Any]]], most: int = 
     view = expedite(model, Plan(SkipBlocks(), 0, None))
     encoder = unmodified(find_encoder(view)[1])
     family = family_of(encoder)
-    own = [block for stage in family.stages_of(encoder) for block in stage]
+    original_blocks = [block for stage in family.stages_of(encoder) for block in stage]
     stages: dict[int, Stage] = {}
     maps: dict[int, list[list[Tensor]]] = {}
 
     def visit(first: int, tokens: Tensor, blocks: Sequence[nn.Module], reducer: Reducer) -> Tensor:
         if first not in stages:
-            hows = [unwrapped(block).attn.how for block in blocks]
-            windows = [how.window_size for how in hows]
-            stages[first] = Stage(first, list(blocks), windows, [(how.window_size, how.shifted) for how in hows])
+            attentions = [unwrapped(block).attn.attention_options for block in blocks]
+            windows = [options.window_size for options in attentions]
+            kinds = [(options.window_size, options.shifted) for options in attentions]
+            stages[first] = Stage(first, list(blocks), windows, kinds)
         kept = [tokens]
         for block in blocks:
             kept.append(block(kept[-1], Place(map_size(tokens))))
@@ -131,12 +132,13 @@ def trace(model: nn.Module, images: Iterable[list[dict[str, Any]]], most: int = 
     with visiting(view, visit) as run:
         for count, inputs in enumerate(images, start=1):
             run(inputs)
-            size = sum(each.numel() * each.element_size() for kept in maps.values() for each in kept[0])
+            size = sum(tokens.numel() * tokens.element_size() for kept in maps.values() for tokens in kept[0])
             if count >= most or (count >= 2 and (count + 1) * size > MEMORY):
                 break
     ordered = [stages[first] for first in sorted(stages)]
     windows = {window for stage in ordered for window in stage.windows} - {0}
-    return Traced(view, family, own, ordered, [maps[stage.first] for stage in ordered], make_options(windows))
+    ordered_maps = [maps[stage.first] for stage in ordered]
+    return Traced(view, family, original_blocks, ordered, ordered_maps, make_options(windows))
 
 
 class Errors(NamedTuple):
@@ -144,23 +146,23 @@ class Errors(NamedTuple):
     Squared errors, as shares of the variance of the map that they are in.
 
     Attributes:
-        left: (start, stop, number of the option) -> after the block before ``stop``, calibrated, of images that were
-            not fitted to. Start and stop are of one stage.
+        remaining: (start, stop, number of the option) -> after the block before ``stop``, calibrated, on images that it
+            was not fitted to. Start and stop are of one stage.
         carried: number of a block -> what an error before it is at the end of its stage, over what it was.
         pooled: (number of the block, keys) -> of global blocks.
     """
 
-    left: dict[tuple[int, int, int], float]
+    remaining: dict[tuple[int, int, int], float]
     carried: dict[int, float]
     pooled: dict[tuple[int, int], float]
 
-    def of(self, traced: Traced, start: int, stop: int, option: int | None, keys: int) -> float:
+    def of_plan(self, traced: Traced, start: int, stop: int, option: int | None, keys: int) -> float:
         """Of a plan, at the ends of the stages."""
         total = 0.0
         for stage in traced.stages:
             first, last = max(start, stage.first), min(stop, stage.stop)
             if option is not None and first < last:
-                total += self.left[first, last, option] * self.carried.get(last, 1.0)
+                total += self.remaining[first, last, option] * self.carried.get(last, 1.0)
             if keys > 1:
                 for i in range(stage.first, stage.stop):
                     if (i, keys) in self.pooled and (option is None or not start <= i < stop):
@@ -170,7 +172,7 @@ class Errors(NamedTuple):
 
 def measure_errors(traced: Traced) -> Errors:
     """The errors of every start, stop and option."""
-    left: dict[tuple[int, int, int], float] = {}
+    remaining: dict[tuple[int, int, int], float] = {}
     carried: dict[int, list[float]] = {}
     pooled: dict[tuple[int, int], float] = {}
     starts = [
@@ -186,7 +188,7 @@ def measure_errors(traced: Traced) -> Errors:
             stops = [
                 stop
                 for stop in range(start + 1, len(stage.blocks) + 1)
-                if traced.can(option, first, stage.first + stop)
+                if traced.supports(option, first, stage.first + stop)
             ]
             if not stops:
                 continue
@@ -199,16 +201,16 @@ def measure_errors(traced: Traced) -> Errors:
                             carried.setdefault(stage.first + stop, []).append(_carry(stage, stop, restored, kept))
             forms = ("full",) if maps[0][0].shape[-1] <= WIDE else ("detail",)
             for stop, moments in folds.items():
-                left[first, stage.first + stop, i] = fit(moments, forms, (1e-2,), guard=False).left
+                remaining[first, stage.first + stop, i] = fit(moments, forms, (1e-2,), guard=False).remaining
         for stage, maps in zip(traced.stages, traced.maps):
             for j, window in enumerate(stage.windows):
                 if window or not traced.family.pools_keys:
                     continue
                 for keys in KEYS[1:]:
-                    block = traced.family.placed(traced.own[stage.first + j], True, keys=keys)
+                    block = traced.family.placed(traced.original_blocks[stage.first + j], True, keys=keys)
                     errors = [relative(block(kept[j], Place(map_size(kept[j]))), kept[j + 1]) for kept in maps]
                     pooled[stage.first + j, keys] = sum(errors) / len(errors)
-    return Errors(left, {block: sum(each) / len(each) for block, each in carried.items()}, pooled)
+    return Errors(remaining, {block: sum(ratios) / len(ratios) for block, ratios in carried.items()}, pooled)
 
 
 def _restored(
@@ -221,7 +223,7 @@ def _restored(
     for stop in range(start + 1, len(stage.blocks) + 1):
         refined = refine(reduction._replace(tokens=refined), size, [stage.blocks[stop - 1]])
         if stop in folds:
-            folds[stop][fold].see(tokens, reduction, refined, kept[stop])
+            folds[stop][fold].observe(tokens, reduction, refined, kept[stop])
             yield stop, reduction.restore(refined)
 
 

@@ -35,9 +35,9 @@ FIRST = instances(BOXES, [0.9, 0.8, 0.3], [0, 1, 0])
 @pytest.mark.parametrize("masks", [True, False])
 def test_what_agrees_is_found_again(masks):
     first = instances(BOXES, [0.9, 0.8, 0.3], [0, 1, 0], masks)
-    found = compared([first, first], [first, first])
-    assert set(found) == ({"bbox.AP", "segm.AP"} if masks else {"bbox.AP"})
-    for samples in found.values():
+    figures = compared([first, first], [first, first])
+    assert set(figures) == ({"bbox.AP", "segm.AP"} if masks else {"bbox.AP"})
+    for samples in figures.values():
         np.testing.assert_allclose(samples, 100)
 
 
@@ -71,7 +71,7 @@ def test_panoptic_segments_agree_as_panoptic_quality_says():
     smaller[:, 36:40] = 2
     other = compared([first], [{"panoptic_seg": (smaller, info)}])["panoptic_seg.PQ"][0]
     assert other == pytest.approx(100 * (36 / 40 + 40 / 44) / 2)
-    swapped = [{**each, "isthing": not each["isthing"]} for each in info]
+    swapped = [{**segment, "isthing": not segment["isthing"]} for segment in info]
     assert compared([first], [{"panoptic_seg": (segments, swapped)}])["panoptic_seg.PQ"][0] == 0
 
 
@@ -107,9 +107,9 @@ def test_what_was_kept_comes_back_from_a_journal():
     for i in range(2):
         record = msgpack.unpackb(msgpack.packb(first.dump(i)))
         again.restore(i, record)
-    found = agreement(first, again, [0, 1], draw_samples(2))
-    assert set(found) == {"bbox.AP", "segm.AP", "panoptic_seg.PQ", "sem_seg.mIoU"}
-    for samples in found.values():
+    figures = agreement(first, again, [0, 1], draw_samples(2))
+    assert set(figures) == {"bbox.AP", "segm.AP", "panoptic_seg.PQ", "sem_seg.mIoU"}
+    for samples in figures.values():
         np.testing.assert_allclose(samples, 100)
 
 

@@ -44,7 +44,7 @@ class Recorder(DatasetEvaluator):
         self.seen = []
 
     def process(self, inputs, outputs):
-        self.seen += [each["image_id"] for each in inputs]
+        self.seen += [record["image_id"] for record in inputs]
 
     def evaluate(self, img_ids=None):
         print("a table of its own")
@@ -103,22 +103,22 @@ def test_several_evaluators_of_one_run():
 
 def whole_set_evaluators(tmp_path) -> list[DatasetEvaluator]:
     """Those of Detectron2 that evaluate all images of their annotations, here 0 to 2, whichever ran."""
-    every = SimpleNamespace(imgs={0: {}, 1: {}, 2: {}})
+    whole_set = SimpleNamespace(imgs={0: {}, 1: {}, 2: {}})
     kinds = (LVISEvaluator, RotatedCOCOEvaluator, PascalVOCDetectionEvaluator)
     found = [(mixed := type(kind.__name__, (Recorder, kind), {})).__new__(mixed) for kind in kinds]
-    found[0]._lvis_api = found[1]._coco_api = every
+    found[0]._lvis_api = found[1]._coco_api = whole_set
     (tmp_path / "val.txt").write_text("0\n1\n2\n")
     found[2]._image_set_path = str(tmp_path / "val.txt")
     return found
 
 
-@pytest.mark.parametrize("which", range(3))
-def test_evaluators_of_a_whole_data_set_refuse_a_part_of_it(tmp_path, which):
+@pytest.mark.parametrize("evaluator_name", range(3))
+def test_evaluators_of_a_whole_data_set_refuse_a_part_of_it(tmp_path, evaluator_name):
     compared = subjects()
-    text = which == 2  # Pascal VOC's ids are file names
+    text = evaluator_name == 2  # Pascal VOC's ids are file names
     inputs = [[{**image[0], "image_id": str(i) if text else i}] for i, image in enumerate(images(3))]
     for name, subject in compared.items():
-        compared[name] = subject._replace(evaluator=whole_set_evaluators(tmp_path)[which])
+        compared[name] = subject._replace(evaluator=whole_set_evaluators(tmp_path)[evaluator_name])
     with pytest.raises(InputError, match="evaluates all 3 images of its annotations, 2 ran"):
         compare(compared, inputs[:2])
     assert compare(compared, inputs).models["unmodified"].accuracy == {"bbox": {"AP": 3.0}}
@@ -212,8 +212,8 @@ def test_classes_of_evaluators_that_cannot_be_resampled():
     assert samples == {} and classes == {"sem_seg.mIoU": {"sky": np.array([3.0])}}
     _, classes = _resample(Recorder(), {"bbox": {"AP": 4.0, "AP-a-b": 4.0, "AP50": 5.0}})
     assert classes == {"bbox.AP": {"a-b": np.array([4.0])}}
-    one = measurement(4.0, [5.0])._replace(classes=classes)
-    content = document(unmodified=one, expedited=one)
+    single = measurement(4.0, [5.0])._replace(classes=classes)
+    content = document(unmodified=single, expedited=single)
     assert content["difference_by_class"]["expedited"]["bbox.AP"]["a-b"] == {"points": 0, "low": None, "high": None}
     assert rows(to_class_tables(content, "github")) == [["a-b", "4.0", "4.0", "+0.0"]]
 
@@ -260,13 +260,13 @@ def test_a_calibration_that_is_held_back_is_said():
     """One of the images that it was fitted to, and one that is far brighter."""
     model = Detector(tiny_vit()).eval()
     plan = Plan(AveragePooling((4, 4)), 1)
-    seen = images(6)
-    plan = plan.calibrated(calibrate(model, plan, seen))
+    batches = images(6)
+    plan = plan.calibrated(calibrate(model, plan, batches))
     view = expedite(model, plan)
     compared = {"expedited": Subject(view, view.encoder, Recorder())}
-    known, strange = seen[:2]
+    annotated, strange = batches[:2]
     strange[0]["image"] = 60 * strange[0]["image"].float()
-    comparison = compare(compared, [known, strange], warmup=0)
+    comparison = compare(compared, [annotated, strange], warmup=0)
     assert comparison.models["expedited"].runs["corrected"].tolist() == [1.0, 0.0]
     (line,) = comparison.warnings()
     assert (
@@ -304,9 +304,9 @@ class CocoResults(COCOEvaluator):
         self.detections = detections
 
     def process(self, inputs, outputs):
-        for each in inputs:
-            found = [one for one in self.detections if one["image_id"] == each["image_id"]]
-            self._predictions.append({"image_id": each["image_id"], "instances": [dict(one) for one in found]})
+        for record in inputs:
+            instances = [dict(entry) for entry in self.detections if entry["image_id"] == record["image_id"]]
+            self._predictions.append({"image_id": record["image_id"], "instances": instances})
 
 
 def test_nothing_found_is_0_and_kept_0_percent_from_detectron2s_own_evaluator(tmp_path):
@@ -398,7 +398,7 @@ class Padding(Several):
         self.size_divisibility = multiple
 
     def forward(self, inputs):
-        padded = ImageList.from_tensors([each["image"] for each in inputs], self.size_divisibility)
+        padded = ImageList.from_tensors([record["image"] for record in inputs], self.size_divisibility)
         return super().forward([{"image": image} for image in padded.tensor])
 
 
@@ -572,11 +572,11 @@ def test_the_report_is_written_into_a_new_folder(tmp_path):
 
 
 @pytest.mark.parametrize("files", range(len(FILES)))
-@pytest.mark.parametrize("there", [True, False])
-def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch, there, files):
+@pytest.mark.parametrize("existing", [True, False])
+def test_the_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch, existing, files):
     """The disk is full before the first file, the second or the third."""
     content = document(unmodified=measurement(50.0, [5.0]))
-    if there:
+    if existing:
         write_report(content, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     replace, moved = os.replace, []
@@ -645,7 +645,7 @@ def test_warnings_are_in_the_report(tmp_path):
 
 class TestLimits:
     def crowding(self, *counts):
-        return Crowding(*(np.array(each) for each in counts))
+        return Crowding(*(np.array(values) for values in counts))
 
     def detector(self, most: int) -> nn.Module:
         model = nn.Module()

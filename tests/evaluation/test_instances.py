@@ -57,14 +57,14 @@ def dataset(seed: int, images: int = 12, digits: int = 1) -> tuple[dict, list[di
 
 def sampled(annotations: dict, detections: list[dict], draw: list[int]) -> tuple[dict, list[dict]]:
     """The data set of the images ``draw``, with repeats, which become images of their own."""
-    images, objects, found = [], [], []
+    images, objects, sampled_detections = [], [], []
     for new, old in enumerate(draw, start=1):
         images.append(dict(id=new, width=100, height=100))
-        for one in annotations["annotations"]:
-            if one["image_id"] == old:
-                objects.append(dict(one, id=len(objects) + 1, image_id=new))
-        found += [dict(one, image_id=new) for one in detections if one["image_id"] == old]
-    return dict(annotations, images=images, annotations=objects), found
+        for annotation in annotations["annotations"]:
+            if annotation["image_id"] == old:
+                objects.append(dict(annotation, id=len(objects) + 1, image_id=new))
+        sampled_detections += [dict(entry, image_id=new) for entry in detections if entry["image_id"] == old]
+    return dict(annotations, images=images, annotations=objects), sampled_detections
 
 
 def evaluated(annotations: dict, detections: list[dict]) -> COCOeval:
@@ -72,7 +72,7 @@ def evaluated(annotations: dict, detections: list[dict]) -> COCOeval:
     truth.dataset = annotations
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes([dict(one) for one in detections]), "bbox")
+        evaluation = COCOeval(truth, truth.loadRes([dict(detection) for detection in detections]), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -111,7 +111,7 @@ def test_the_interval_of_retention_is_paired_and_the_same_twice():
         return average_precision(read_matches(evaluated(annotations, detections)), draw_samples(12, 200, **options))
 
     annotations, detections = dataset(1)
-    fewer = [one for i, one in enumerate(detections) if i % 3]
+    fewer = [detection for i, detection in enumerate(detections) if i % 3]
     assert ratio_of_samples(ap(detections), ap(detections)) == (1.0, 1.0, 1.0)
     share, low, high = ratio_of_samples(ap(detections), ap(fewer))
     assert low < share < high and share < 1
@@ -169,10 +169,10 @@ def give(evaluator: InstanceEvaluator, image_id: int, boxes: list, scores=None, 
     for mask, (x, y, w, h) in zip(masks, boxes.round().int().tolist()):
         mask[y : y + h, x : x + w] = True
     boxes[:, 2:] += boxes[:, :2]
-    found = Instances((100, 100), pred_boxes=Boxes(boxes), pred_masks=masks)
-    found.scores = torch.rand(len(boxes)) if scores is None else torch.tensor(scores)
-    found.pred_classes = torch.tensor(classes or [0] * len(boxes), dtype=torch.int64)
-    evaluator.process([{"image_id": image_id}], [{"instances": found}])
+    instances = Instances((100, 100), pred_boxes=Boxes(boxes), pred_masks=masks)
+    instances.scores = torch.rand(len(boxes)) if scores is None else torch.tensor(scores)
+    instances.pred_classes = torch.tensor(classes or [0] * len(boxes), dtype=torch.int64)
+    evaluator.process([{"image_id": image_id}], [{"instances": instances}])
 
 
 def crowded(counts: list[int]) -> dict:
@@ -184,9 +184,9 @@ def crowded(counts: list[int]) -> dict:
         for image, count in enumerate(counts)
         for i in range(count)
     ]
-    for each in objects:
-        x, y, w, h = each["bbox"]
-        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    for entry in objects:
+        x, y, w, h = entry["bbox"]
+        entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
     return dict(annotations, annotations=objects)
 
 
@@ -217,9 +217,9 @@ def test_nothing_found_is_0_where_there_is_something_to_find(registered, tasks, 
 
 def test_only_crowds_are_nothing_to_find(registered):
     annotations = crowded([2])
-    for each in annotations["annotations"]:
-        each["iscrowd"] = 1
-        each["segmentation"] = {"size": [100, 100], "counts": [0, 10000]}
+    for annotation in annotations["annotations"]:
+        annotation["iscrowd"] = 1
+        annotation["segmentation"] = {"size": [100, 100], "counts": [0, 10000]}
     evaluator = InstanceEvaluator(registered(annotations), tasks=("bbox",))
     evaluator.reset()
     give(evaluator, 1, [])
@@ -246,7 +246,7 @@ def test_what_detections_an_image_gave_comes_back_from_json(registered):
         again.reset()
         rng = np.random.default_rng(0)
         for image in range(1, 13):
-            boxes = [one["bbox"] for one in annotations["annotations"] if one["image_id"] == image]
+            boxes = [annotation["bbox"] for annotation in annotations["annotations"] if annotation["image_id"] == image]
             shaken = [[value + rng.normal() for value in box] for box in boxes]
             give(evaluator, image, shaken, classes=[int(rng.integers(3)) for _ in boxes])
         evaluator.process([{"image_id": 99}], [{"panoptic_seg": None}])
@@ -268,7 +268,7 @@ def test_proposals_come_back_from_json(registered):
     proposals = Instances((100, 100), proposal_boxes=Boxes(torch.rand(3, 4)), objectness_logits=torch.randn(3))
     evaluator.process([{"image_id": 1}], [{"proposals": proposals}])
     again.restore(1, json.loads(json.dumps(evaluator.dump(1))))
-    before, after = (each._predictions[0]["proposals"] for each in (evaluator, again))
+    before, after = (item._predictions[0]["proposals"] for item in (evaluator, again))
     assert after.image_size == (100, 100)
     assert torch.equal(after.proposal_boxes.tensor, before.proposal_boxes.tensor)
     assert torch.equal(after.objectness_logits, before.objectness_logits)
@@ -279,11 +279,11 @@ def test_ap_by_class_is_cocos(registered):
     annotations["categories"][1]["name"] = "1"  # as the first is called
     evaluator = InstanceEvaluator(registered(annotations), tasks=("bbox",))
     evaluator.reset()
-    for one in detections:
-        one["category_id"] -= 1
+    for detection in detections:
+        detection["category_id"] -= 1
     for image in range(1, 13):
-        found = [one for one in detections if one["image_id"] == image]
-        evaluator.restore(image, {"instances": found})
+        of_image = [detection for detection in detections if detection["image_id"] == image]
+        evaluator.restore(image, {"instances": of_image})
     results = quiet(evaluator)["bbox"]
     classes = evaluator.resample_classes(np.ones((1, 12), int))["bbox.AP"]
     assert list(classes) == ["1 (1)", "1 (2)", "3", "4"]
@@ -299,9 +299,9 @@ def test_objects_over_the_limit_cost_ap_and_are_said(registered, most, ap):
     evaluator = InstanceEvaluator(registered(annotations), tasks=("bbox",), max_dets_per_image=most)
     evaluator.reset()
     for image in (1, 2):
-        boxes = [one["bbox"] for one in annotations["annotations"] if one["image_id"] == image]
-        found = [dict(image_id=image, category_id=0, bbox=box, score=0.9) for box in boxes]
-        evaluator.restore(image, {"instances": found})
+        boxes = [annotation["bbox"] for annotation in annotations["annotations"] if annotation["image_id"] == image]
+        detected = [dict(image_id=image, category_id=0, bbox=box, score=0.9) for box in boxes]
+        evaluator.restore(image, {"instances": detected})
     assert quiet(evaluator, img_ids=[1])["bbox"]["AP"] == pytest.approx(ap)
     quiet(evaluator)
     lines = find_faults(torch.nn.Linear(2, 2), [evaluator], np.array([True, True]), in_list=False)
@@ -341,9 +341,9 @@ def test_how_crowded_images_are_is_counted_by_category_too(registered):
     give(evaluator, 1, [[0, 0, 6, 6]] * 3, classes=[0, 2, 2])
     give(evaluator, 2, [])
     quiet(evaluator)
-    assert [each.tolist() for each in evaluator.crowding] == [[2, 1], [3, 0], [1, 1], [2, 0]]
+    assert [values.tolist() for values in evaluator.crowding] == [[2, 1], [3, 0], [1, 1], [2, 0]]
     quiet(evaluator, img_ids=[2])
-    assert [each.tolist() for each in evaluator.crowding] == [[1], [0], [1], [0]]
+    assert [values.tolist() for values in evaluator.crowding] == [[1], [0], [1], [0]]
 
 
 def test_the_evaluator_keeps_the_matches(registered):
@@ -353,18 +353,19 @@ def test_the_evaluator_keeps_the_matches(registered):
     assert evaluator.max_detections == 50
     evaluator.reset()
     for image in range(1, 13):
-        found = [dict(one, category_id=one["category_id"] - 1) for one in detections if one["image_id"] == image]
-        evaluator._predictions.append({"image_id": image, "instances": found})
+        of_image = [detection for detection in detections if detection["image_id"] == image]
+        shifted = [dict(detection, category_id=detection["category_id"] - 1) for detection in of_image]
+        evaluator._predictions.append({"image_id": image, "instances": shifted})
     with contextlib.redirect_stdout(io.StringIO()):
         results = evaluator.evaluate()
     ap = average_precision(evaluator.matches["bbox"], np.ones((1, 12), dtype=int))[0]
     np.testing.assert_allclose(ap, results["bbox"]["AP"], atol=1e-9)
     assert evaluator.image_ids == list(range(1, 13))
     np.testing.assert_array_equal(evaluator.resample(np.ones((1, 12), dtype=int))["bbox.AP"], [ap])
-    small, large = (each["bbox"] for each in evaluator.matches_of_size.values())
+    small, large = (matches["bbox"] for matches in evaluator.matches_of_size.values())
     assert list(evaluator.matches_of_size) == [(0, 32), (32, 1e5)]
     ap = average_precision(small, np.ones((1, 12), dtype=int))[0]
     np.testing.assert_allclose(ap, results["bbox"]["APs"], atol=1e-9)
-    assert sum(one.objects.sum() for one in small + large) == sum(
-        one.objects.sum() for one in evaluator.matches["bbox"]
+    assert sum(category.objects.sum() for category in small + large) == sum(
+        category.objects.sum() for category in evaluator.matches["bbox"]
     )

@@ -61,33 +61,34 @@ class Finder(Detector):
 
     def forward(self, inputs):
         super().forward(inputs)
-        return [self.find(each["image_id"]) for each in inputs]
+        return [self.find(record["image_id"]) for record in inputs]
 
     def find(self, image_id: int) -> dict:
         self.ran.append(image_id)
-        found = [each for each in DETECTIONS if each["image_id"] == image_id]
-        shaken = np.random.default_rng((self.seed, image_id)).normal(0, 1.5, (len(found), 4))
+        detections = [detection for detection in DETECTIONS if detection["image_id"] == image_id]
+        shaken = np.random.default_rng((self.seed, image_id)).normal(0, 1.5, (len(detections), 4))
         instances = Instances((100, 100))
-        xywh = torch.tensor([each["bbox"] for each in found]).reshape(-1, 4) + torch.from_numpy(shaken).float()
+        xywh = torch.tensor([detection["bbox"] for detection in detections]).reshape(-1, 4)
+        xywh = xywh + torch.from_numpy(shaken).float()
         instances.pred_boxes = Boxes(torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1))
-        instances.scores = torch.tensor([each["score"] for each in found])
-        instances.pred_classes = torch.tensor([each["category_id"] - 1 for each in found])
+        instances.scores = torch.tensor([detection["score"] for detection in detections])
+        instances.pred_classes = torch.tensor([detection["category_id"] - 1 for detection in detections])
         return {"instances": instances}
 
 
-def make_subjects(kind=InstanceEvaluator, **options) -> dict[str, Subject]:
+def make_subjects(evaluator_class=InstanceEvaluator, **options) -> dict[str, Subject]:
     torch.manual_seed(0)
     encoder = tiny_vit()
     models = {name: Finder(expedite(encoder, plan), seed) for seed, (name, plan) in enumerate(PLANS.items())}
     return {
-        name: Subject(model, model.encoder, kind(NAME, tasks=("bbox",), use_fast_impl=False, **options))
+        name: Subject(model, model.encoder, evaluator_class(NAME, tasks=("bbox",), use_fast_impl=False, **options))
         for name, model in models.items()
     }
 
 
-def run(folder: Path, resume: bool = False, kind=InstanceEvaluator, size: int = 1) -> tuple[dict, list[int]]:
+def run(folder: Path, resume: bool = False, evaluator_class=InstanceEvaluator, size: int = 1) -> tuple[dict, list[int]]:
     """The report, and the images that were run for it."""
-    subjects = make_subjects(kind)
+    subjects = make_subjects(evaluator_class)
     kept = Journal(folder, {"weights": digest_weights(subject.model for subject in subjects.values())}, resume)
     images = [
         {"image": torch.full((3, 64, 64), i / IMAGES), "image_id": i, "height": 100, "width": 100}
@@ -108,7 +109,7 @@ def figures(document: dict) -> dict:
     return {
         "retention": document["retention"],
         "images": document["images"],
-        **{name: [each[key] for key in ("accuracy", "encoder_gflops", "tokens")] for name, each in models.items()},
+        **{name: [model[key] for key in ("accuracy", "encoder_gflops", "tokens")] for name, model in models.items()},
     }
 
 
@@ -143,8 +144,8 @@ def kill_at(patch: pytest.MonkeyPatch, owner, name: str, call: int = 1, after: b
 class Torn:
     """A file that takes a part of what is written, then the process is killed, or the disk is full."""
 
-    def __init__(self, file, whole: int, share: float = 0.5, ending=kill):
-        self.file, self.whole, self.share, self.ending = file, whole, share, ending
+    def __init__(self, file, whole_writes: int, share: float = 0.5, ending=kill):
+        self.file, self.whole, self.share, self.ending = file, whole_writes, share, ending
 
     def write(self, line) -> int:
         if self.whole == 0:
@@ -193,7 +194,7 @@ MOMENTS = {
 }
 
 
-def run_and_be_killed(folder: Path, how) -> None:
+def run_and_be_killed(folder: Path, interruption) -> None:
     """In a child process, which must have been killed."""
     child = os.fork()
     if child == 0:
@@ -201,7 +202,7 @@ def run_and_be_killed(folder: Path, how) -> None:
             # What a fork leaves of the pools of threads cannot be used.
             torch.set_num_threads(1)
             with pytest.MonkeyPatch.context() as patch:
-                how(patch)
+                interruption(patch)
                 run(folder)
         finally:
             os._exit(1)
@@ -211,8 +212,8 @@ def run_and_be_killed(folder: Path, how) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are killed by POSIX signals")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment_it_goes_on(tmp_path, moment, uninterrupted):
-    how, finished = MOMENTS[moment]
-    run_and_be_killed(tmp_path, how)
+    interruption, finished = MOMENTS[moment]
+    run_and_be_killed(tmp_path, interruption)
     for path in tmp_path.glob("comparison.*"):  # whole, where it is there
         assert path.suffix != ".json" or figures(json.loads(path.read_text())) == uninterrupted
     document, ran = run(tmp_path, resume=True)
@@ -240,12 +241,12 @@ def test_killed_again_and_again_it_comes_to_the_end(tmp_path, uninterrupted):
     assert ran == [5, 6] and figures(document) == uninterrupted
 
 
-@pytest.mark.parametrize("kind", [InstanceEvaluator, COCOEvaluator])
-def test_batches_go_on_whole(tmp_path, uninterrupted, kind):
+@pytest.mark.parametrize("evaluator_class", [InstanceEvaluator, COCOEvaluator])
+def test_batches_go_on_whole(tmp_path, uninterrupted, evaluator_class):
     """A batch is finished or not, the last one ragged: its figures are those of one image at a time."""
-    path = interrupted(tmp_path, 1, kind=kind, size=4)
+    path = interrupted(tmp_path, 1, evaluator_class=evaluator_class, size=4)
     assert [record["image_ids"] for record, _ in read_records(path)] == [[1, 2, 3, 4]]
-    document, ran = run(tmp_path, resume=True, kind=kind, size=4)
+    document, ran = run(tmp_path, resume=True, evaluator_class=evaluator_class, size=4)
     assert ran == [5, 6] and document["batch_size"] == 4 and document["images"] == 6
     models = document["models"]
     assert {name: model["accuracy"]["bbox"]["AP"] for name, model in models.items()} == {
@@ -343,8 +344,8 @@ def test_detectron2s_own_evaluator_goes_on_too(tmp_path, uninterrupted):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(COCOEvaluator, "evaluate", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt, match="6 finished images"):
-            run(tmp_path, kind=COCOEvaluator)
-    document, ran = run(tmp_path, resume=True, kind=COCOEvaluator)
+            run(tmp_path, evaluator_class=COCOEvaluator)
+    document, ran = run(tmp_path, resume=True, evaluator_class=COCOEvaluator)
     assert not ran
     for name in PLANS:
         assert document["models"][name]["accuracy"] == uninterrupted[name][0]
@@ -373,11 +374,11 @@ def test_what_figures_depend_on_changes_the_digests(tmp_path):
     image = tmp_path / "1.png"
     image.write_bytes(b"image")
     records = [{"file_name": str(image), "image_id": 1, "annotations": [{"bbox": np.arange(4.0)}]}]
-    whole = digest_data(records)
-    assert whole == digest_data(records)
-    assert digest_data([{**records[0], "annotations": [{"bbox": np.arange(4.0) + 1}]}]) != whole
+    expected = digest_data(records)
+    assert expected == digest_data(records)
+    assert digest_data([{**records[0], "annotations": [{"bbox": np.arange(4.0) + 1}]}]) != expected
     image.write_bytes(b"another")
-    assert digest_data(records) != whole
+    assert digest_data(records) != expected
 
     assert digest_code([first]) == digest_code([second])
     assert digest_code([first]) != digest_code([Finder(first, 0)])  # from this file too
@@ -395,9 +396,9 @@ def test_configs_as_plain_values():
 
 def test_several_evaluators_are_all_restored(tmp_path):
     subjects = make_subjects(max_dets_per_image=50)
-    one, two = subjects["unmodified"].evaluator, subjects["expedited"].evaluator
-    both = {"unmodified": subjects["unmodified"]._replace(evaluator=DatasetEvaluators([one, two]))}
-    for evaluator in (one, two):
+    first, second = subjects["unmodified"].evaluator, subjects["expedited"].evaluator
+    in_list = {"unmodified": subjects["unmodified"]._replace(evaluator=DatasetEvaluators([first, second]))}
+    for evaluator in (first, second):
         evaluator.reset()
     kept = Journal(tmp_path, {}, resume=False)
     with kept:
@@ -406,6 +407,6 @@ def test_several_evaluators_are_all_restored(tmp_path):
         kept.append({"image_ids": [1], "models": models, "gflops": {"unmodified": 2.0}, "padded": 0})
     from hourglass.evaluation.compare import _read
 
-    finished, gflops = _read(Journal(tmp_path, {}, resume=True), both)
-    assert one._predictions == [prediction] and two._predictions == [] and gflops == {"unmodified": 2.0}
+    finished, gflops = _read(Journal(tmp_path, {}, resume=True), in_list)
+    assert first._predictions == [prediction] and second._predictions == [] and gflops == {"unmodified": 2.0}
     assert finished[0].image_ids == [1] and finished[0].models["unmodified"].run.total == 1.0

@@ -50,9 +50,9 @@ class TestCountSegments:
     def test_half_is_no_match_and_a_pixel_more_is(self):
         truth = row((1, 6), (2, 4))
         # 5 and 1 share 3 of 6 pixels, then 4; 6 and 2 share 4 of 7, then 4 of 6.
-        half, more = (count(truth, {1: 1, 2: 2}, row((5, n), (6, 10 - n)), {5: 1, 6: 2}) for n in (3, 4))
+        half, majority = (count(truth, {1: 1, 2: 2}, row((5, n), (6, 10 - n)), {5: 1, 6: 2}) for n in (3, 4))
         assert half == [[0, 0, 1, 1], [4 / 7, 1, 0, 0], NOTHING]
-        assert more == [[4 / 6, 1, 0, 0], [4 / 6, 1, 0, 0], NOTHING]
+        assert majority == [[4 / 6, 1, 0, 0], [4 / 6, 1, 0, 0], NOTHING]
 
     def test_only_the_same_category_matches(self):
         truth = row((1, 10))
@@ -175,7 +175,7 @@ def test_panopticapi_counts_the_same(tmp_path):
         predicted = np.where(rng.random((6, 8)).repeat(8, 0).repeat(8, 1) < 0.8, truth, rng.integers(0, 9, truth.shape))
         kinds = dict(zip(range(1, 9), rng.choice(CATEGORIES, 8).tolist()))
         present = [{id: kinds[id] for id in np.unique(ids).tolist() if id} for ids in (truth, predicted)]
-        infos = [truth_info(ids, each, (1, 2)) for ids, each in zip((truth, predicted), present)]
+        infos = [truth_info(ids, categories, (1, 2)) for ids, categories in zip((truth, predicted), present)]
         total += count_segments(truth, infos[0], predicted, infos[1], CATEGORIES)
         for folder, ids in (("truth", truth), ("predicted", predicted)):
             (tmp_path / folder).mkdir(exist_ok=True)
@@ -269,8 +269,8 @@ class TestPanopticEvaluator:
 
     def test_ids_of_the_data_set_itself(self, cells):
         evaluator = PanopticEvaluator("cells")
-        own = [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 1}, {"id": 4, "category_id": 5}]
-        give(evaluator, "a", info=own)
+        info = [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 1}, {"id": 4, "category_id": 5}]
+        give(evaluator, "a", info=info)
         assert evaluator.evaluate(["a"])["panoptic_seg"]["PQ"] == 100
 
     def test_only_some_images(self, cells):
@@ -343,15 +343,15 @@ class TestPanopticEvaluator:
 
     def test_beside_other_evaluators(self, cells):
         """One run, several tasks; semantic segmentation is Detectron2's, of the images that were run."""
-        both = DatasetEvaluators([PanopticEvaluator("cells"), SemSegEvaluator("cells")])
-        both.reset()
+        evaluators = DatasetEvaluators([PanopticEvaluator("cells"), SemSegEvaluator("cells")])
+        evaluators.reset()
         logits = torch.zeros(2, 4, 8)
         logits[0, :, :4] = 1  # cells
         logits[1, :, 4:] = 1  # ground, of which one column is cell in the prediction
         logits[0, :, 7] = 2
         output = {"panoptic_seg": (torch.tensor(MAP), PERFECT), "sem_seg": logits}
-        both.process([{"image_id": "a", "file_name": str(cells / "a.jpg")}], [output])
-        figures = _evaluate(both, ["a"])
+        evaluators.process([{"image_id": "a", "file_name": str(cells / "a.jpg")}], [output])
+        figures = _evaluate(evaluators, ["a"])
         assert figures["panoptic_seg"]["PQ"] == 100
         # Cells: 16 pixels right, 4 more predicted. Ground: 8 of 12 right.
         assert figures["sem_seg"]["mIoU"] == pytest.approx(100 * (16 / 20 + 8 / 12) / 2)
@@ -435,7 +435,7 @@ def test_a_drawn_scene_against_itself_and_another(tmp_path):
     register_panoptic("scenes", image_root=tmp_path / "val", instances_json=annotations / "instances_val.json", **paths)
     try:
         records = DatasetCatalog.get("scenes")
-        assert {each["isthing"] for each in records[0]["segments_info"]} == {True, False}
+        assert {segment["isthing"] for segment in records[0]["segments_info"]} == {True, False}
         evaluator = PanopticEvaluator("scenes")
         outputs = [
             (cv2.imread(record["pan_seg_file_name"])[..., 2].astype(np.int32), record["segments_info"])

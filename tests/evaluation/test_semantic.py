@@ -51,13 +51,13 @@ def run(evaluator, records: list[dict], seed: int = 0):
 
 def test_figures_are_those_of_detectron2(streets):
     MetadataCatalog.get("streets").stuff_dataset_id_to_contiguous_id = {i: i for i in range(4)}
-    ours = run(SemanticEvaluator("streets"), streets).evaluate()["sem_seg"]
-    theirs = run(SemSegEvaluator("streets", distributed=False), streets).evaluate()["sem_seg"]
+    figures = run(SemanticEvaluator("streets"), streets).evaluate()["sem_seg"]
+    expected = run(SemSegEvaluator("streets", distributed=False), streets).evaluate()["sem_seg"]
     for metric in ("mIoU", "fwIoU", "mACC", "pACC", "IoU-road", "ACC-road", "IoU-tree", "ACC-tree"):
-        assert ours[metric] == pytest.approx(theirs[metric], rel=1e-12), metric
-    assert 30 < ours["mIoU"] < 95
+        assert figures[metric] == pytest.approx(expected[metric], rel=1e-12), metric
+    assert 30 < figures["mIoU"] < 95
     # Of two classes with one name, Detectron2 has the last alone.
-    assert ours["IoU-sky (3)"] == pytest.approx(theirs["IoU-sky"], rel=1e-12) != ours["IoU-sky (0)"]
+    assert figures["IoU-sky (3)"] == pytest.approx(expected["IoU-sky"], rel=1e-12) != figures["IoU-sky (0)"]
 
 
 def test_figures_by_hand():
@@ -77,8 +77,8 @@ def test_figures_by_hand():
 def test_nothing_right_is_0_and_nothing_to_find_is_none():
     wrong = semantic_figures(count_pixels(np.array([[0, 1]]), np.array([[1, 0]]), 2))
     assert set(wrong.values()) == {0.0}
-    none = semantic_figures(count_pixels(np.array([[2, 2]]), np.array([[1, 0]]), 2))
-    assert all(math.isnan(value) for value in none.values())
+    empty = semantic_figures(count_pixels(np.array([[2, 2]]), np.array([[1, 0]]), 2))
+    assert all(math.isnan(value) for value in empty.values())
 
 
 def test_samples_are_data_sets_of_their_images(streets):
@@ -91,7 +91,7 @@ def test_samples_are_data_sets_of_their_images(streets):
     for sample, ids in enumerate(([0, 1, 2, 3, 4, 5], [1, 1, 4])):
         total = sum(count_pixels(*maps(streets[i]), len(CLASSES)) for i in ids)
         assert samples[sample] == pytest.approx(semantic_figures(total)["mIoU"], rel=1e-12)
-        np.testing.assert_allclose([each[sample] for each in classes.values()], class_figures(total)[0])
+        np.testing.assert_allclose([values[sample] for values in classes.values()], class_figures(total)[0])
 
 
 def maps(record: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -112,9 +112,9 @@ def test_the_interval_is_paired(streets):
 
 def test_only_some_images(streets):
     evaluator = run(SemanticEvaluator("streets"), streets[:3])
-    some = evaluator.evaluate(img_ids=[2, 0])
+    of_two = evaluator.evaluate(img_ids=[2, 0])
     assert evaluator.image_ids == [0, 2]
-    np.testing.assert_equal(some, run(SemanticEvaluator("streets"), [streets[0], streets[2]]).evaluate())
+    np.testing.assert_equal(of_two, run(SemanticEvaluator("streets"), [streets[0], streets[2]]).evaluate())
     with pytest.raises(InputError, match="1 of the 2 images of data set 'streets' .* were not run, such as 5"):
         evaluator.evaluate(img_ids=[0, 5])
 

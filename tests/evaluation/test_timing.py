@@ -37,7 +37,7 @@ class Detector(nn.Module):
     def forward(self, inputs: list[dict]) -> list[dict]:
         time.sleep(self.idle)
         with torch.no_grad():
-            return [{"features": self.encoder(torch.stack([each["image"] for each in inputs]))}]
+            return [{"features": self.encoder(torch.stack([record["image"] for record in inputs]))}]
 
 
 INPUTS = [{"image": torch.zeros(3, 64, 64)}]
@@ -69,12 +69,12 @@ def test_the_parts_of_a_run_are_told_apart(device, scope, grid):
     outputs, run = watch.run(inputs)
     watch.run(inputs)  # what one run took is not added to the next
     outputs, again = watch.run(inputs)
-    for each in (run, again):
-        assert each.total >= each.encoder + 50 and each.encoder >= each.reduction >= 50
+    for timed in (run, again):
+        assert timed.total >= timed.encoder + 50 and timed.encoder >= timed.reduction >= 50
         # The detector idles before its encoder.
-        assert each.preprocessing >= 50 and each.rest >= 0 and each.finite
-        assert each.preprocessing + each.encoder + each.rest == pytest.approx(each.total)
-        assert each.reduction < 50 + 1000  # two sleeps, not those of every run so far
+        assert timed.preprocessing >= 50 and timed.rest >= 0 and timed.finite
+        assert timed.preprocessing + timed.encoder + timed.rest == pytest.approx(timed.total)
+        assert timed.reduction < 50 + 1000  # two sleeps, not those of every run so far
     middle = 20 if scope == "map" else 16
     assert (run.full, run.middle, run.size) == (64, middle, 64) == again[3:6]
     assert outputs[0]["features"]["last_feat"].shape == (1, 16, 8, 8)

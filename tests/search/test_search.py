@@ -87,7 +87,7 @@ class TestErrors:
         """As calibrating the plan itself finds it, from the same tokens and folds."""
         for option, start, stop in ((0, 1, 3), (3, 2, 4), (5, 0, 2)):
             chosen = traced.options[option]
-            if (start, stop, option) not in errors.left:
+            if (start, stop, option) not in errors.remaining:
                 continue
             view = hourglass.expedite(traced.view, Plan(chosen.reducer, start, stop, chosen.scope))
             recorder = Recorder()
@@ -95,22 +95,22 @@ class TestErrors:
                 recorder.fold = image % 2
                 with torch.no_grad():
                     recorder(0, kept[start], traced.stages[0].blocks[start:stop], _bound(view))
-            expected = fit(recorder.moments[0], ("full",), (1e-2,)).left
-            assert errors.left[start, stop, option] == pytest.approx(expected, rel=1e-3)
+            expected = fit(recorder.moments[0], ("full",), (1e-2,)).remaining
+            assert errors.remaining[start, stop, option] == pytest.approx(expected, rel=1e-3)
 
     def test_pooled_keys_have_the_error_of_their_block(self, traced, errors):
         for (block, keys), error in errors.pooled.items():
             assert traced.own[block].window_size == 0
             view = traced.family.placed(traced.own[block], True, keys=keys)
             with torch.no_grad():
-                found = [relative(view(kept[block]), kept[block + 1]) for kept in traced.maps[0]]
-            assert error == pytest.approx(np.mean(found), rel=1e-3)
+                found_errors = [relative(view(kept[block]), kept[block + 1]) for kept in traced.maps[0]]
+            assert error == pytest.approx(np.mean(found_errors), rel=1e-3)
         assert errors.pooled
 
     def test_fewer_tokens_err_more_in_the_mean(self, traced, errors):
         def mean(share):
             chosen = [i for i, option in enumerate(traced.options) if option.share == share]
-            return np.mean([error for (_, _, option), error in errors.left.items() if option in chosen])
+            return np.mean([error for (_, _, option), error in errors.remaining.items() if option in chosen])
 
         shares = sorted({option.share for option in traced.options if option.scope == "window"})
         assert mean(shares[0]) > mean(shares[-1])
@@ -118,21 +118,21 @@ class TestErrors:
     def test_the_errors_of_stages_add_up(self):
         swin = trace(of_swin.tiny_swin(), images(2, (128, 192)))
         assert len(swin.stages) > 1 and swin.stages[1].first == len(swin.stages[0].blocks)
-        left = {(0, 1, 0): 0.1, (1, 2, 0): 0.2, (0, 2, 0): 0.4, (2, 3, 0): 0.8}
-        found = Errors(left, {1: 3.0}, {})
+        remaining = {(0, 1, 0): 0.1, (1, 2, 0): 0.2, (0, 2, 0): 0.4, (2, 3, 0): 0.8}
+        table = Errors(remaining, {1: 3.0}, {})
         first = swin.stages[0].stop
-        assert found.of(swin, 0, 1, 0, 1) == pytest.approx(0.1 * (3.0 if first > 1 else 1.0))
+        assert table.of(swin, 0, 1, 0, 1) == pytest.approx(0.1 * (3.0 if first > 1 else 1.0))
         if first == 2:
-            assert found.of(swin, 0, 3, 0, 1) == pytest.approx(0.4 + 0.8)
+            assert table.of(swin, 0, 3, 0, 1) == pytest.approx(0.4 + 0.8)
 
     def test_what_a_plan_may_not_run_is_not_measured(self, traced, errors):
         windows = traced.stages[0].windows
-        for start, stop, option in errors.left:
+        for start, stop, option in errors.remaining:
             scope = traced.options[option].scope
             assert scope == "map" or any(windows[start:stop])
-        for each in enumerate_plans(traced, errors, _even(traced)):
-            if each.start < 2 and each.stop < 4:
-                hourglass.expedite(traced.view, each.plan(traced))
+        for plan in enumerate_plans(traced, errors, _even(traced)):
+            if plan.start < 2 and plan.stop < 4:
+                hourglass.expedite(traced.view, plan.plan(traced))
 
 
 def _bound(view):
@@ -159,18 +159,18 @@ class TestLatency:
     def test_a_plans_time_is_the_sum_of_its_parts(self, traced):
         latency = _even(traced)
         windows = traced.stages[0].windows
-        assert latency.of(traced, 0, 0, None, 1) == 100
-        assert latency.of(traced, 1, 3, 0, 1) == 100 - 2 * 6 + 2
+        assert latency.of_plan(traced, 0, 0, None, 1) == 100
+        assert latency.of_plan(traced, 1, 3, 0, 1) == 100 - 2 * 6 + 2
         outside = sum(window == 0 for i, window in enumerate(windows) if not 1 <= i < 3)
-        assert latency.of(traced, 1, 3, 0, 2) == 100 - 2 * 6 + 2 - 3 * outside
+        assert latency.of_plan(traced, 1, 3, 0, 2) == 100 - 2 * 6 + 2 - 3 * outside
 
     def test_blocks_that_were_timed_beside_other_work_make_no_plan_free(self, traced):
         """The sum of the blocks is over the encoder's time: every plan's is its share of that."""
         slow = _even(traced)._replace(encoder=10.0)
-        whole = 10.0 * traced.depth
-        assert slow.of(traced, 0, 0, None, 1) == pytest.approx(10)
-        assert slow.of(traced, 1, 3, 0, 1) == pytest.approx(10 * (whole - 2 * 6 + 2) / whole)
-        assert slow.of(traced, 0, traced.depth, 0, 1) > 0
+        total = 10.0 * traced.depth
+        assert slow.of_plan(traced, 0, 0, None, 1) == pytest.approx(10)
+        assert slow.of_plan(traced, 1, 3, 0, 1) == pytest.approx(10 * (total - 2 * 6 + 2) / total)
+        assert slow.of_plan(traced, 0, traced.depth, 0, 1) > 0
 
     def test_it_is_measured_for_all_that_plans_are_made_of(self, traced, errors, monkeypatch):
         monkeypatch.setattr("hourglass.search.latency.ROUNDS", 1)
@@ -187,8 +187,8 @@ def candidate(time: float, error: float, option: int | None = 0) -> Candidate:
 class TestFront:
     def test_none_of_it_is_beaten(self):
         times = [(10, 0.5), (9, 0.2), (8, 0.2), (7, 0.4), (12, 0.1), (6, 0.6)]
-        front = pareto_front([candidate(*each) for each in times])
-        assert [(each.time, each.error) for each in front] == [(12, 0.1), (8, 0.2), (7, 0.4), (6, 0.6)]
+        front = pareto_front([candidate(*arguments) for arguments in times])
+        assert [(plan.time, plan.error) for plan in front] == [(12, 0.1), (8, 0.2), (7, 0.4), (6, 0.6)]
 
     def test_each_kind_has_one_of_its_own(self, traced):
         kinds = {candidate(1, 1, i).kind(traced): i for i in range(len(traced.options))}
@@ -202,11 +202,11 @@ class TestFront:
             candidate(20, 0.001, first),  # slower than what changes nothing
         ]
         pool = make_pool(traced, plans, slowest=10)
-        assert [each.time for front in pool.values() for each in front] == [8, 7]
+        assert [plan.time for front in pool.values() for plan in front] == [8, 7]
 
     def test_a_few_stand_for_all_errors(self):
         front = [candidate(20 - i, 10.0 ** (i - 8)) for i in range(8)]
-        assert [each.time for each in spread(front, 3)] == [20, 16, 13] or len(spread(front, 3)) == 3
+        assert [plan.time for plan in spread(front, 3)] == [20, 16, 13] or len(spread(front, 3)) == 3
         assert spread(front, 3)[0] == front[0] and spread(front, 3)[-1] == front[-1]
         assert spread(front, 9) == front
 
@@ -214,8 +214,8 @@ class TestFront:
 def result(agreement: float, labelled: float | None = None, noise: float = 0.0, speed: float = 2.0) -> Result:
     draw = np.random.default_rng(0).normal(size=501)
     draw[0] = 0
-    known = {} if labelled is None else {"segm.AP": labelled + noise * draw}
-    return Result(10.0, speed, {"segm.AP": np.full(501, 100.0 * agreement)}, known)
+    labels = {} if labelled is None else {"segm.AP": labelled + noise * draw}
+    return Result(10.0, speed, {"segm.AP": np.full(501, 100.0 * agreement)}, labels)
 
 
 class TestEstimate:
@@ -255,9 +255,9 @@ class TestEstimate:
         assert learn_slopes([result(0.9)]) == {}
 
     def test_plans_that_differ_in_their_slope_make_it_unsure(self):
-        same = [result(1 - lost, 1 - 0.3 * lost, 0.001) for lost in (0.1, 0.2, 0.3, 0.4)]
+        results = [result(1 - lost, 1 - 0.3 * lost, 0.001) for lost in (0.1, 0.2, 0.3, 0.4)]
         differing = [result(0.8, 1 - slope * 0.2, 0.001) for slope in (0.1, 0.2, 0.4, 0.5)]
-        assert learn_slopes(same)["segm.AP"].deviation < 0.06
+        assert learn_slopes(results)["segm.AP"].deviation < 0.06
         assert learn_slopes(differing)["segm.AP"].deviation == pytest.approx(0.158, rel=0.1)
 
     def test_nothing_found_is_refused(self):
@@ -282,8 +282,8 @@ class TestMeasured:
 
         again = Measured(path, settings)
         assert again.resumed and again.errors(never) == errors and again.latency(never) == latency
-        found = again.result("rank 32", "plan")
-        np.testing.assert_allclose(found.labelled["segm.AP"], result(0.9, 0.98, 0.01).labelled["segm.AP"], atol=1e-6)
+        stored = again.result("rank 32", "plan")
+        np.testing.assert_allclose(stored.labelled["segm.AP"], result(0.9, 0.98, 0.01).labelled["segm.AP"], atol=1e-6)
         assert again.result("rank 64", "plan") is None and again.result("rank 32", "other") is None
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1, "settings": {"weights": "b"}}'])
