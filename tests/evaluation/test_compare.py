@@ -112,14 +112,14 @@ def whole_set_evaluators(tmp_path) -> list[DatasetEvaluator]:
     return found
 
 
-@pytest.mark.parametrize("evaluator_name", range(3))
-def test_evaluators_of_a_whole_data_set_refuse_a_part_of_it(tmp_path, evaluator_name):
+@pytest.mark.parametrize("index", range(3))
+def test_evaluators_of_a_whole_data_set_refuse_a_part_of_it(tmp_path, index):
     compared = subjects()
-    text = evaluator_name == 2  # Pascal VOC's ids are file names
+    text = index == 2  # Pascal VOC's ids are file names
     inputs = [[{**image[0], "image_id": str(i) if text else i}] for i, image in enumerate(images(3))]
     for name, subject in compared.items():
-        compared[name] = subject._replace(evaluator=whole_set_evaluators(tmp_path)[evaluator_name])
-    with pytest.raises(InputError, match="evaluates all 3 images of its annotations, 2 ran"):
+        compared[name] = subject._replace(evaluator=whole_set_evaluators(tmp_path)[index])
+    with pytest.raises(InputError, match="evaluates all 3 images of its annotations, got 2"):
         compare(compared, inputs[:2])
     assert compare(compared, inputs).models["unmodified"].accuracy == {"bbox": {"AP": 3.0}}
 

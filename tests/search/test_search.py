@@ -121,9 +121,9 @@ class TestErrors:
         remaining = {(0, 1, 0): 0.1, (1, 2, 0): 0.2, (0, 2, 0): 0.4, (2, 3, 0): 0.8}
         table = Errors(remaining, {1: 3.0}, {})
         first = swin.stages[0].stop
-        assert table.of(swin, 0, 1, 0, 1) == pytest.approx(0.1 * (3.0 if first > 1 else 1.0))
+        assert table.of_plan(swin, 0, 1, 0, 1) == pytest.approx(0.1 * (3.0 if first > 1 else 1.0))
         if first == 2:
-            assert table.of(swin, 0, 3, 0, 1) == pytest.approx(0.4 + 0.8)
+            assert table.of_plan(swin, 0, 3, 0, 1) == pytest.approx(0.4 + 0.8)
 
     def test_what_a_plan_may_not_run_is_not_measured(self, traced, errors):
         windows = traced.stages[0].windows
