@@ -32,12 +32,12 @@ from hourglass.commands import (
     run_comparison,
     run_search,
     run_waterfall,
-    take_folder,
+    use_folder,
     warn,
 )
 from hourglass.compat import init_process_group
 from hourglass.data.opening import load_test, open_test
-from hourglass.launch import DEMO, build, load_config, one_line, refuse
+from hourglass.launch import DEMO, build, exit_with_error, load_config, one_line
 from hourglass.overrides import is_override
 from hourglass.reduction.selection import RANDOM
 from hourglass.report import check_report
@@ -110,10 +110,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--images have no labels: they are for --eval-only, --waterfall, --calibrate and --search")
     if args.calibrate + args.eval_only + (args.search is not None) > 1:
         parser.error("one of --eval-only, --calibrate and --search at a time: the first takes what the others write")
-    for task, others in ALONE.items():
-        given = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name)]
-        if getattr(args, task) and given:
-            parser.error(f"--{task} is a task of its own, without {' and '.join(given)}")
+    for task, options in ALONE.items():
+        conflicting = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name)]
+        if getattr(args, task) and conflicting:
+            parser.error(f"--{task} is a task of its own, without {' and '.join(conflicting)}")
     if args.predict is None and (args.output or args.compare):
         parser.error("--output and --compare are for --predict")
     if args.predict is not None:
@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     if args.report:
         check_report(cfg.train.output_dir)
     if args.images:
-        take_folder(cfg, args.images)
+        use_folder(cfg, args.images)
     if args.calibrate:
         cfg.plan.calibration = None  # it is made anew
     elif not (args.eval_only or args.waterfall) and goal is None:
@@ -199,7 +199,7 @@ if __name__ == "__main__":
     args = parse()
     logging.captureWarnings(True)
     if args.num_gpus > max(1, torch.cuda.device_count()):
-        refuse(
+        exit_with_error(
             f"--num-gpus takes at most the number of CUDA devices, {torch.cuda.device_count()}, got {args.num_gpus}: "
             f"on CPUs, torchrun --nproc-per-node {args.num_gpus} train_net.py ... starts processes"
         )

@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-class Seen(NamedTuple):
+class Observed(NamedTuple):
     """
     Images, as a plan's restoring leaves them.
 
@@ -77,17 +77,19 @@ class Seen(NamedTuple):
     moments: dict[int, list[Moments]]
     kinds: list[str]
 
-    def of(self, kind: str) -> list[int]:
-        return [i for i, each in enumerate(self.kinds) if each == kind]
+    def indices(self, kind: str) -> list[int]:
+        return [i for i, name in enumerate(self.kinds) if name == kind]
 
 
-def see(view: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]]], kinds: list[str], what: str) -> Seen:
+def observe(
+    view: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]]], kinds: list[str], title: str
+) -> Observed:
     recorder = Recorder(plan.proportional, folds=len(kinds))
     with visiting(view, recorder) as run:
-        for i, inputs in enumerate(tqdm(images, desc=what, total=len(kinds), unit="image", dynamic_ncols=True)):
+        for i, inputs in enumerate(tqdm(images, desc=title, total=len(kinds), unit="image", dynamic_ncols=True)):
             recorder.fold = i
             run(inputs)
-    return Seen(recorder.moments, kinds)
+    return Observed(recorder.moments, kinds)
 
 
 def choose(count: int, total: int) -> list[int]:
@@ -95,71 +97,85 @@ def choose(count: int, total: int) -> list[int]:
     return np.linspace(0, total - 1, count).round().astype(int).tolist()
 
 
-def fit_some(seen: Seen, chosen: list[int], **options: Any) -> dict[int, Fit]:
+def fit_images(observed: Observed, chosen: list[int], **options: Any) -> dict[int, Fit]:
     folds = [chosen[first::FOLDS] for first in range(FOLDS)]
     return {
         first: fit([reduce(add, [moments[i] for i in fold]) for fold in folds if fold], **options)
-        for first, moments in seen.moments.items()
+        for first, moments in observed.moments.items()
     }
 
 
-def fit_all(seen: Seen, counts: list[int]) -> dict[str, tuple[dict[int, Fit], int]]:
+def fit_all(observed: Observed, counts: list[int]) -> dict[str, tuple[dict[int, Fit], int]]:
     """Name of a calibration -> its fits, and how many images they are of."""
-    total = len(seen.kinds)
-    fits = {f"{count} images": (fit_some(seen, choose(count, total)), count) for count in counts if count <= total}
-    for kind in sorted(set(seen.kinds) - {""}):
-        of_kind = seen.of(kind)
+    total = len(observed.kinds)
+    fits = {
+        f"{count} images": (fit_images(observed, choose(count, total)), count) for count in counts if count <= total
+    }
+    for kind in sorted(set(observed.kinds) - {""}):
+        of_kind = observed.indices(kind)
         if len(of_kind) >= 4:
             chosen = [of_kind[i] for i in choose(min(USUAL, len(of_kind)), len(of_kind))]
-            fits[f"{len(chosen)} of {kind} alone"] = fit_some(seen, chosen), len(chosen)
-            fits[f"{len(chosen)} of {kind} alone, without a guard"] = fit_some(seen, chosen, guard=False), len(chosen)
+            fits[f"{len(chosen)} of {kind} alone"] = fit_images(observed, chosen), len(chosen)
+            fits[f"{len(chosen)} of {kind} alone, without a guard"] = (
+                fit_images(observed, chosen, guard=False),
+                len(chosen),
+            )
     usual = choose(min(USUAL, total), total)
     for form in FORMS:
         for share in RANKS:
             rank = "C" if share == 1 else f"C / {round(1 / share)}"
             fits[f"{len(usual)}, {form}, rank {rank}"] = (
-                fit_some(seen, usual, forms=(form,), shares=(share,)),
+                fit_images(observed, usual, forms=(form,), shares=(share,)),
                 len(usual),
             )
     for ridge in (1e-6, *RIDGES, 1.0):
-        fits[f"{len(usual)}, ridge {ridge:g}"] = fit_some(seen, usual, ridges=(ridge,)), len(usual)
-    fits[f"{len(usual)}, without a guard"] = fit_some(seen, usual, guard=False), len(usual)
+        fits[f"{len(usual)}, ridge {ridge:g}"] = fit_images(observed, usual, ridges=(ridge,)), len(usual)
+    fits[f"{len(usual)}, without a guard"] = fit_images(observed, usual, guard=False), len(usual)
     return fits
 
 
-def left_of(fits: dict[int, Fit] | None, seen: Seen, chosen: list[int]) -> float:
+def remaining_error(fits: dict[int, Fit] | None, observed: Observed, chosen: list[int]) -> float:
     """Share of the blocks' output's variance, in the mean over stages, that is wrong on some images."""
     shares = []
-    for first, moments in seen.moments.items():
+    for first, moments in observed.moments.items():
         images = [moments[i] for i in chosen]
         total = reduce(add, images)
         shares.append(total.square / total.variance if fits is None else fits[first].remaining_on(images))
     return float(np.mean(shares))
 
 
-def corrected(fits: dict[int, Fit], seen: Seen) -> float:
+def corrected(fits: dict[int, Fit], observed: Observed) -> float:
     """Share of the correction that images get, in the mean."""
-    return float(np.mean([fits[first].share_of(each) for first, moments in seen.moments.items() for each in moments]))
+    return float(
+        np.mean([fits[first].share_of(image) for first, moments in observed.moments.items() for image in moments])
+    )
 
 
 def to_document(
-    fits: dict[str, tuple[dict[int, Fit], int]], seen: Seen, comparison: Comparison | None, plan: Plan, about: str
+    fits: dict[str, tuple[dict[int, Fit], int]],
+    observed: Observed,
+    comparison: Comparison | None,
+    plan: Plan,
+    about: str,
 ) -> dict[str, Any]:
-    kinds = {kind: seen.of(kind) for kind in sorted(set(seen.kinds) - {""})}
+    kinds = {kind: observed.indices(kind) for kind in sorted(set(observed.kinds) - {""})}
     rows = {}
     for name, (fitted, _) in {WITHOUT: (None, 0), **fits}.items():
-        row: dict[str, Any] = {"left": left_of(fitted, seen, list(range(len(seen.kinds))))}
-        row["left by kind"] = {kind: left_of(fitted, seen, chosen) for kind, chosen in kinds.items()}
+        row: dict[str, Any] = {"left": remaining_error(fitted, observed, list(range(len(observed.kinds))))}
+        row["left by kind"] = {kind: remaining_error(fitted, observed, chosen) for kind, chosen in kinds.items()}
         if fitted is not None:
-            row["corrected"] = corrected(fitted, seen)
-            row["fits"] = [{"form": each.form, "ridge": each.ridge, "rank": each.rank} for each in fitted.values()]
+            row["corrected"] = corrected(fitted, observed)
+            row["fits"] = [
+                {"form": stage_fit.form, "ridge": stage_fit.ridge, "rank": stage_fit.rank}
+                for stage_fit in fitted.values()
+            ]
         if comparison is not None and name in comparison.models:
             row["retention"] = {key: share._asdict() for key, share in comparison.retention(name).items()}
         rows[name] = row
     return {
         "plan": plan.describe(),
         "about": about,
-        "images": len(seen.kinds),
+        "images": len(observed.kinds),
         "images by kind": {kind: len(chosen) for kind, chosen in kinds.items()},
         "max_detections": None if comparison is None else comparison.max_detections,
         "rows": rows,
@@ -181,11 +197,11 @@ def to_table(document: dict[str, Any]) -> str:
     ]
     table = []
     for name, row in rows.items():
-        how = "; ".join("{form}, {ridge:g}, {rank}".format(**each) for each in row.get("fits", []))
-        left = [row["left"], *row["left by kind"].values()]
+        method = "; ".join("{form}, {ridge:g}, {rank}".format(**stage_fit) for stage_fit in row.get("fits", []))
+        remaining = [row["left"], *row["left by kind"].values()]
         kept = [describe_interval(row["retention"][key]) if "retention" in row else "" for key in figures]
         share = f"{100 * row['corrected']:.0f} %" if "corrected" in row else ""
-        table.append([name, how, share, *(f"{100 * each:.2f}" for each in left), *kept])
+        table.append([name, method, share, *(f"{100 * error:.2f}" for error in remaining), *kept])
     align = ["left", "left"] + ["right"] * (len(headers) - 2)
     return tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=align)
 
@@ -204,28 +220,28 @@ def main(args: argparse.Namespace) -> None:
         raise InputError("the config's plan has no reducer: there is nothing to calibrate")
     load_checkpoint(model, cfg.train.init_checkpoint)
     about = search_dataset(cfg)
-    every, load = open_search_records(cfg, model, 10**9 if args.by else max(*args.counts, USUAL))
-    kinds = kinds_of(about, every, args.by) if args.by else [""] * len(every)
+    candidates, load = open_search_records(cfg, model, 10**9 if args.by else max(*args.counts, USUAL))
+    kinds = kinds_of(about, candidates, args.by) if args.by else [""] * len(candidates)
     # Of each kind as many as a calibration of it takes, and those that a calibration of all takes.
-    needed = set(choose(min(max(*args.counts, USUAL), len(every)), len(every)))
+    needed = set(choose(min(max(*args.counts, USUAL), len(candidates)), len(candidates)))
     for kind in set(kinds):
-        of_kind = [i for i, each in enumerate(kinds) if each == kind]
+        of_kind = [i for i, image_kind in enumerate(kinds) if image_kind == kind]
         needed |= {of_kind[i] for i in choose(min(USUAL, len(of_kind)), len(of_kind))} if args.by else set()
-    records = [every[i] for i in sorted(needed)]
+    records = [candidates[i] for i in sorted(needed)]
     kinds = [kinds[i] for i in sorted(needed)]
     test = open_test(cfg, model, args.images)
     view = hourglass.expedite(model, plan.to_be_calibrated())
-    seen = see(view, plan, load(records), kinds, "images to calibrate on")
+    observed = observe(view, plan, load(records), kinds, "images to calibrate on")
     test_names = str(cfg.dataloader.test.dataset.names)
     test_kinds = kinds_of(test_names, test, args.by) if args.by else [""] * len(test)
-    unseen = see(view, plan, load_test(cfg, model, test), test_kinds, "images of the test set")
-    fits = fit_all(seen, sorted(args.counts))
+    unseen = observe(view, plan, load_test(cfg, model, test), test_kinds, "images of the test set")
+    fits = fit_all(observed, sorted(args.counts))
     comparison = None
     if args.ap:
         subjects = {"unmodified": Subject(model, find_encoder(model)[1], build_evaluator(cfg, "unmodified"))}
         for name, (fitted, count) in {WITHOUT: (None, 0), **fits}.items():
-            its_plan = plan if fitted is None else plan.calibrated(to_calibration(fitted, view, plan, count, about))
-            expedited = hourglass.expedite(model, its_plan)
+            model_plan = plan if fitted is None else plan.calibrated(to_calibration(fitted, view, plan, count, about))
+            expedited = hourglass.expedite(model, model_plan)
             subjects[name] = Subject(expedited, find_encoder(expedited)[1], build_evaluator(cfg, name))
         comparison = compare(
             subjects,

@@ -93,9 +93,9 @@ def load_encoder(args: argparse.Namespace) -> tuple[nn.Module, Plan]:
     cfg = load_config(str(ROOT / "configs" / MODELS[args.model]), [f"train.device={args.device}", *args.overrides])
     args.device = cfg.train.device
     node = copy.deepcopy(find_encoder_node(cfg))
-    own = detectron2_encoder("ViT" if args.model.startswith("vit") else "SwinTransformer")
-    if own is not None:
-        node._target_ = own
+    detectron2_class = detectron2_encoder("ViT" if args.model.startswith("vit") else "SwinTransformer")
+    if detectron2_class is not None:
+        node._target_ = detectron2_class
         node.pop("out_names", None)  # which ours has for Mask2Former's
     torch.manual_seed(0)
     encoder = instantiate(node)
@@ -214,12 +214,12 @@ def measure_peak_memory(results: dict[str, Any], names: list[str], args: argpars
             results[name]["peak_memory_mb"] = pool.submit(peak_memory, args, name).result()
 
 
-def in_turn(parts: dict[str, Callable[[], Any]], args: argparse.Namespace, what: str) -> dict[str, np.ndarray]:
+def in_turn(parts: dict[str, Callable[[], Any]], args: argparse.Namespace, title: str) -> dict[str, np.ndarray]:
     """Milliseconds of each part's runs, after one for warm-up."""
     clock = Clock(args.device)
     times: dict[str, list[float]] = {name: [] for name in parts}
     with torch.no_grad(), autocast(args):
-        for i in tqdm(range(-1, args.repeats), desc=what, unit="round"):
+        for i in tqdm(range(-1, args.repeats), desc=title, unit="round"):
             for name in list(parts) if i % 2 else reversed(parts):
                 clock.synchronize()
                 start = clock.mark()
@@ -242,23 +242,25 @@ def measure_parts(encoder: nn.Module, plan: Plan, image: Tensor, args: argparse.
         side = args.size // 16
         # So large that random weights attend to few tokens, as trained ones do.
         tokens = 4 * torch.randn(args.batch, side, side, block.attn.qkv.in_features, device=args.device)
-        plainly, fast = (family_of(encoder).placed(block, way).attn for way in (False, True))
+        plainly, fast = (family_of(encoder).placed(block, is_fast).attn for is_fast in (False, True))
         ways = {
             "plain formula": lambda: plainly(tokens, Place((side, side))),
             "fast": lambda: fast(tokens, Place((side, side))),
         }
         with torch.no_grad(), autocast(args):
-            difference = torch.sub(*(way() for way in ways.values()))
+            difference = torch.sub(*(method() for method in ways.values()))
         parts["attention of a global block"] = _compare(ways, difference, args)
     if isinstance(plan.reducer, TokenClustering) and plan.scope == "map":
         with autocast(args):
             reduced = _reduced_maps(hourglass.expedite(encoder, plan), image)[-1]
         reducer = plan.reducer
         # At one temperature the centres are the same to rounding.
-        same = TokenClustering(reducer.grid, reducer.iterations, reducer.neighborhood, temperature=0.01, k=reducer.k)
-        dense = DenseClustering(same)
+        clustering = TokenClustering(
+            reducer.grid, reducer.iterations, reducer.neighborhood, temperature=0.01, k=reducer.k
+        )
+        dense = DenseClustering(clustering)
         with torch.no_grad():
-            difference = same(reduced).tokens - dense(reduced).tokens
+            difference = clustering(reduced).tokens - dense(reduced).tokens
         ways = {"tokens x centres": _reduction_of(dense, reduced), "ours": _reduction_of(reducer, reduced)}
         parts["reducing and restoring"] = _compare(ways, difference, args)
     return parts
@@ -301,15 +303,15 @@ def to_document(results: dict[str, Any], plan: Plan, args: argparse.Namespace) -
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
-    what = {key: getattr(args, key) for key in ("model", "size", "batch", "device", "dtype", "repeats")}
-    return {**what, **machine(args.device)}
+    settings = {key: getattr(args, key) for key in ("model", "size", "batch", "device", "dtype", "repeats")}
+    return {**settings, **machine(args.device)}
 
 
 def machine(device: str) -> dict[str, Any]:
-    known = {"cpu": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    description = {"cpu": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     if device == "cuda":
-        known["gpu"] = torch.cuda.get_device_name()
-    return known
+        description["gpu"] = torch.cuda.get_device_name()
+    return description
 
 
 def to_table(document: dict[str, Any]) -> str:
@@ -339,11 +341,11 @@ def to_table(document: dict[str, Any]) -> str:
 def parts_to_table(parts: dict[str, Any]) -> str:
     rows = []
     for name, part in parts.items():
-        for way, times in part["ms"].items():
-            last = way == list(part["ms"])[-1]
+        for method, times in part["ms"].items():
+            last = method == list(part["ms"])[-1]
             rows.append(
                 [
-                    f"{name}, {way}",
+                    f"{name}, {method}",
                     "{median:.1f} ({p10:.1f}-{p90:.1f})".format(**times),
                     "{ratio:.2f}x ({low:.2f}-{high:.2f})".format(**part["speedup"]) if last else "",
                     f"{part['difference']:.1e}" if last else "",
@@ -359,10 +361,10 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
     if not isinstance(hourglass.expedite(encoder, plan), HourglassViT):
         raise InputError(f"--scaling takes a ViT's model, got {args.model}")
     family = family_of(encoder)
-    whole = next(block for block in encoder.blocks if block.window_size == 0)
+    global_block = next(block for block in encoder.blocks if block.window_size == 0)
     windowed, fast = (
         family.placed(block, fast=True)
-        for block in (next(block for block in encoder.blocks if block.window_size > 0), whole)
+        for block in (next(block for block in encoder.blocks if block.window_size > 0), global_block)
     )
     if plan.reducer is None or plan.reducer.each_block or plan.scope != "map":
         raise InputError(f'--scaling takes a plan with a reducer that makes one smaller map, scope "map", got {plan!r}')
@@ -372,14 +374,14 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
     for pixels in SCALING_SIZES:
         side = pixels // 16
         torch.manual_seed(pixels)
-        tokens = torch.randn(args.batch, side, side, whole.attn.qkv.in_features, device=args.device)
+        tokens = torch.randn(args.batch, side, side, global_block.attn.qkv.in_features, device=args.device)
         parts = {
             "reducing and restoring": _reduction_of(reducer, tokens),
             "windowed block": lambda tokens=tokens: windowed(tokens),
             "global block": lambda tokens=tokens: fast(tokens),
         }
-        if 4e-6 * args.batch * whole.attn.num_heads * side**4 < SCORES_LIMIT_MB:
-            parts["global block, plain formula"] = lambda tokens=tokens: whole(tokens)
+        if 4e-6 * args.batch * global_block.attn.num_heads * side**4 < SCORES_LIMIT_MB:
+            parts["global block, plain formula"] = lambda tokens=tokens: global_block(tokens)
         for name, values in in_turn(parts, args, f"{pixels} pixels").items():
             times.setdefault(name, {})[side * side] = float(np.median(values))
     exponents = {
@@ -441,8 +443,8 @@ def main(args: argparse.Namespace) -> None:
     plain = list(encoders)
     if args.compile:
         for name in ("fast attention", "expedited"):
-            its_plan = copy.deepcopy(encoders[name].plan)  # with a reducer of its own, that is not timed
-            encoders[f"{name}, compiled"] = Compiled(hourglass.expedite(encoder, its_plan))
+            plan_copy = copy.deepcopy(encoders[name].plan)  # with a reducer of its own, that is not timed
+            encoders[f"{name}, compiled"] = Compiled(hourglass.expedite(encoder, plan_copy))
     image = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
     results = measure(encoders, image, args)
     parts = measure_parts(encoder, plan, image, args)

@@ -139,14 +139,14 @@ def make_plans(
 def merged_a_block(budget: float, full: int, blocks: int) -> int:
     """How many of ``full`` tokens to merge in each block, so that the blocks leave ``budget`` of them in the mean."""
 
-    def mean_left(r: int) -> float:
+    def mean_remaining(r: int) -> float:
         reducer, remaining, total = BipartiteMatching(r), full, 0
         for _ in range(blocks):
             remaining = reducer.remaining(remaining, full)
             total += remaining
         return total / (blocks * full)
 
-    return min(range(full // 2 + 1), key=lambda r: abs(mean_left(r) - budget))
+    return min(range(full // 2 + 1), key=lambda r: abs(mean_remaining(r) - budget))
 
 
 class Measured(NamedTuple):
@@ -186,7 +186,7 @@ def measure(args: argparse.Namespace) -> Measured:
             plan = plans[name] = plan.calibrated(calibrate(model, plan, open_search(cfg, model), search_dataset(cfg)))
         view = hourglass.expedite(model, plan)
         evaluator = build_evaluator(cfg, name)
-        instances[name] = next(each for each in members(evaluator) if isinstance(each, InstanceEvaluator))
+        instances[name] = next(member for member in members(evaluator) if isinstance(member, InstanceEvaluator))
         subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
     comparison = compare(
         subjects,
@@ -270,10 +270,10 @@ def to_parts(measured: Measured) -> dict[str, dict[str, Any]]:
         drawn = draw_samples(len(ids))
         weights = np.zeros((len(drawn), len(chosen)), int)
         weights[:, chosen] = drawn
-        samples = {name: each.resample(weights)["segm.AP"] for name, each in measured.instances.items()}
+        samples = {name: evaluator.resample(weights)["segm.AP"] for name, evaluator in measured.instances.items()}
         parts[group] = {"images": len(ids), **_part(samples)}
     for low, high in first.matches_of_size:
-        of_size = {name: each.matches_of_size[low, high]["segm"] for name, each in measured.instances.items()}
+        of_size = {name: evaluator.matches_of_size[low, high]["segm"] for name, evaluator in measured.instances.items()}
         weights = draw_samples(len(first.image_ids))
         samples = {name: average_precision(matches, weights) for name, matches in of_size.items()}
         objects = sum(int(category.objects.sum()) for category in of_size["unmodified"])
@@ -283,8 +283,8 @@ def to_parts(measured: Measured) -> dict[str, dict[str, Any]]:
 
 
 def _part(samples: dict[str, np.ndarray]) -> dict[str, Any]:
-    kept = {name: ratio_of_samples(samples["unmodified"], each)._asdict() for name, each in samples.items()}
-    return {"accuracy": {name: float(each[0]) for name, each in samples.items()}, "retention": kept}
+    kept = {name: ratio_of_samples(samples["unmodified"], values)._asdict() for name, values in samples.items()}
+    return {"accuracy": {name: float(values[0]) for name, values in samples.items()}, "retention": kept}
 
 
 def pareto_front(points: dict[str, tuple[float, float]]) -> set[str]:
@@ -292,7 +292,7 @@ def pareto_front(points: dict[str, tuple[float, float]]) -> set[str]:
     return {
         name
         for name, point in points.items()
-        if not any(other != point and all(a >= b for a, b in zip(other, point)) for other in points.values())
+        if not any(rival != point and all(a >= b for a, b in zip(rival, point)) for rival in points.values())
     }
 
 

@@ -161,8 +161,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         content = {"model": {name: value for name, value in content.items() if not name.endswith("_momentum")}}
         heuristics = {HEURISTICS: True, "__author__": "Caffe2"}
     weights = _find_weights(content, path)
-    rest = content if isinstance(content.get("model"), dict) else {}
-    return {**rest, **heuristics, "model": _tensors(weights, path)}
+    metadata = content if isinstance(content.get("model"), dict) else {}
+    return {**metadata, **heuristics, "model": _tensors(weights, path)}
 
 
 def _is_caffe2(content: dict) -> bool:
@@ -192,13 +192,13 @@ def _find_weights(content: Mapping[str, Any], path: str) -> Mapping[str, Any]:
         )
     if holder is None:
         raise TypeError(f"it holds no tensors, only {_some([repr(name) for name in content]) or 'nothing'}")
-    others = [name for name in held if name != holder]
-    if others:
+    ignored = [name for name in held if name != holder]
+    if ignored:
         logger.warning(
             "checkpoint %s: the weights under %r are read, those under %s are not",
             path,
             holder,
-            ", ".join(map(repr, others)),
+            ", ".join(map(repr, ignored)),
         )
     return held[holder] if any(map(_is_array, held[holder].values())) else _find_weights(held[holder], path)
 
@@ -230,17 +230,17 @@ def _tensors(weights: Mapping[str, Any], path: str) -> dict[str, Tensor]:
 def _unwrap(weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without the names that wrappers of parts of the model have put in between."""
     inner = [name for name in _INNER_WRAPPERS if not any(name in key.split(".") for key in expected)]
-    found = sorted({part for name in weights for part in name.split(".") if part in inner})
-    if not found:
+    wrappers = sorted({part for name in weights for part in name.split(".") if part in inner})
+    if not wrappers:
         return weights
-    logger.warning("the checkpoint's names are read without %s", " and ".join(repr(f"{part}.") for part in found))
+    logger.warning("the checkpoint's names are read without %s", " and ".join(repr(f"{part}.") for part in wrappers))
 
     def rename(name: str) -> str:
-        return ".".join(part for part in name.split(".") if part not in found)
+        return ".".join(part for part in name.split(".") if part not in wrappers)
 
     unwrapped = OrderedDict((rename(name), tensor) for name, tensor in weights.items())
     if len(unwrapped) < len(weights):
-        raise InputError(f"has the same names with and without {' and '.join(map(repr, found))}: save one set alone")
+        raise InputError(f"has the same names with and without {' and '.join(map(repr, wrappers))}: save one set alone")
     if hasattr(weights, "_metadata"):
         vars(unwrapped)["_metadata"] = {rename(name): value for name, value in weights._metadata.items()}
     return unwrapped
@@ -329,8 +329,8 @@ def _most_common(counts: Counter) -> tuple[str, int]:
 
 def describe_misfit(checkpointer: Checkpointer) -> str:
     """What of the model the checkpoint that was loaded last did not fill, in words; nothing: empty."""
-    shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in checkpointer.misfit.incorrect_shapes}
-    wrong = [f"{name} is {found}, not {wanted}" for name, (found, wanted) in shapes.items()]
+    shapes = {name: (tuple(actual), tuple(expected)) for name, actual, expected in checkpointer.misfit.incorrect_shapes}
+    wrong = [f"{name} is {actual}, not {expected}" for name, (actual, expected) in shapes.items()]
     lacking = [name for name in checkpointer.misfit.missing_keys if name not in shapes]
     reasons = []
     if wrong:
@@ -346,12 +346,12 @@ def _split_query(path: str) -> tuple[str, bool]:
         return path, False
     file, mark, query = path.partition("?")
     options = query.split("&") if mark else []
-    ours = [option for option in options if option.startswith(f"{HEURISTICS}=")]
-    for option in ours:
+    heuristics = [option for option in options if option.startswith(f"{HEURISTICS}=")]
+    for option in heuristics:
         if option.lower() not in (f"{HEURISTICS}=true", f"{HEURISTICS}=false"):
             raise InputError(f"checkpoint {path}: {HEURISTICS} must be True or False, got {option.partition('=')[2]!r}")
-    rest = "&".join(option for option in options if option not in ours)
-    return file + (mark + rest if rest else ""), any(option.lower().endswith("true") for option in ours)
+    remaining = "&".join(option for option in options if option not in heuristics)
+    return file + (mark + remaining if remaining else ""), any(option.lower().endswith("true") for option in heuristics)
 
 
 def _local(path: str, checkpointer: Checkpointer) -> str:
@@ -376,7 +376,7 @@ def _download(name: str) -> str:
     # Many models are there in both formats: the second is asked for where the first is missing.
     for patterns in (["model*.safetensors*"], ["pytorch_model*.bin*"]):
         folder = snapshot_download(name, allow_patterns=patterns)
-        if any(found for pattern in patterns for found in Path(folder).glob(pattern)):
+        if any(file for pattern in patterns for file in Path(folder).glob(pattern)):
             break
     return folder
 

@@ -34,13 +34,13 @@ def check_switch(name: str, value: Any) -> None:
 
 def repeated(values: Iterable[Any]) -> list[Any]:
     """Those that are among the values before them, too."""
-    known: set[Any] = set()
-    again = []
+    seen: set[Any] = set()
+    duplicates = []
     for value in values:
-        if value in known:
-            again.append(value)
-        known.add(value)
-    return again
+        if value in seen:
+            duplicates.append(value)
+        seen.add(value)
+    return duplicates
 
 
 def check_text(name: str, value: Any) -> None:

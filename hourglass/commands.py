@@ -103,12 +103,12 @@ def run_comparison(cfg: DictConfig, model: nn.Module, plan: Plan, options: Optio
         del plans["fast attention"]
     records = open_test(cfg, model, cfg.evaluation.max_images)
     if options.control:
-        plans |= controls(cfg, model, plan)
+        plans |= make_controls(cfg, model, plan)
     if options.only:
         plans = {options.only: plans[options.only]}
     subjects = {}
-    for name, its_plan in plans.items():
-        view = expedite(model, its_plan)
+    for name, model_plan in plans.items():
+        view = expedite(model, model_plan)
         evaluator = build_evaluator(cfg, name)
         reported = options.report and name in ("unmodified", "expedited")
         if reported:
@@ -119,7 +119,7 @@ def run_comparison(cfg: DictConfig, model: nn.Module, plan: Plan, options: Optio
             evaluator = recording(members(evaluator), options.agreement, lowest)
         subjects[name] = Subject(view, find_encoder(view)[1], evaluator)
     journal = open_journal(cfg, subjects, plans, records, options.resume) if options.journal else None
-    remaining = records if journal is None else [each for each in records if each["image_id"] not in journal.done]
+    remaining = records if journal is None else [record for record in records if record["image_id"] not in journal.done]
     comparison = compare(
         subjects,
         load_test(cfg, model, remaining),
@@ -170,7 +170,7 @@ def run_waterfall(cfg: DictConfig, model: nn.Module, plan: Plan, with_agreement:
     records = open_test(cfg, model, cfg.evaluation.max_images)
     rows = waterfall.steps(plan)
     views = [row.view(model) for row in rows]
-    trials = waterfall.attempt(rows, views, _of_two_sizes(cfg, model, records), cfg.train.device)
+    trials = waterfall.attempt(rows, views, _two_batch_sizes(cfg, model, records), cfg.train.device)
     subjects = {}
     for row, view, trial in zip(rows, views, trials):
         if trial.problem:
@@ -192,38 +192,38 @@ def run_waterfall(cfg: DictConfig, model: nn.Module, plan: Plan, with_agreement:
     return document
 
 
-def _of_two_sizes(cfg: DictConfig, model: nn.Module, records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _two_batch_sizes(cfg: DictConfig, model: nn.Module, records: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The first batch and, of the next ones, one of another size: torch compiles anew for the second size it sees."""
-    few = records[: TRIED * cfg.evaluation.batch_size]
-    found: list[list[dict[str, Any]]] = []
-    for batch in load_test(cfg, model, few):
-        sizes = [[each["image"].shape for each in known] for known in found]
-        if [each["image"].shape for each in batch] not in sizes:
-            found.append(batch)
-        if len(found) == 2:
+    candidates = records[: TRIED * cfg.evaluation.batch_size]
+    batches: list[list[dict[str, Any]]] = []
+    for batch in load_test(cfg, model, candidates):
+        sizes = [[record["image"].shape for record in known_batch] for known_batch in batches]
+        if [record["image"].shape for record in batch] not in sizes:
+            batches.append(batch)
+        if len(batches) == 2:
             break
-    return found
+    return batches
 
 
-def predict(cfg: DictConfig, **asked: Any) -> int:
+def predict(cfg: DictConfig, **request: Any) -> int:
     """
     Draw and write what the expedited model finds in images and videos.
 
     Args:
         cfg: of the model.
-        asked: see :class:`hourglass.prediction.run.Asked`.
+        request: see :class:`hourglass.prediction.run.Request`.
 
     Returns:
         the command's exit code.
     """
     try:
-        from hourglass.prediction.run import Asked, run_prediction  # matplotlib is for this alone
+        from hourglass.prediction.run import Request, run_prediction  # matplotlib is for this alone
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
         raise InputError("--predict draws with matplotlib, which is missing: pip install matplotlib") from error
     seed_all_rng(cfg.train.seed)
-    return run_prediction(cfg, Asked(**asked))
+    return run_prediction(cfg, Request(**request))
 
 
 def keep_sizes(evaluators: Sequence[DatasetEvaluator]) -> None:
@@ -248,7 +248,9 @@ def make_page(
     from hourglass.report.tokens import Tokens, find_tokens
 
     pair = [members(subjects[name].evaluator) for name in ("unmodified", "expedited")]
-    first, other = (each for evaluators in pair for each in evaluators if isinstance(each, OutputRecorder))
+    first, other = (
+        evaluator for evaluators in pair for evaluator in evaluators if isinstance(evaluator, OutputRecorder)
+    )
 
     def read(record: dict[str, Any]) -> np.ndarray:
         return read_image(record["file_name"], "RGB", cfg.dataloader.image_scaling)
@@ -274,7 +276,7 @@ def make_page(
     return write_page(cfg.train.output_dir, material)
 
 
-def take_folder(cfg: DictConfig, folder: str) -> None:
+def use_folder(cfg: DictConfig, folder: str) -> None:
     """Let a config run on a folder of images without labels, in the place of its data sets."""
     name = register_folder(folder)
     labelled = cfg.dataloader.test.dataset.get("names")
@@ -289,21 +291,21 @@ def take_folder(cfg: DictConfig, folder: str) -> None:
     cfg.search.dataset = name
 
 
-def controls(cfg: DictConfig, model: nn.Module, plan: Plan) -> dict[str, Plan]:
+def make_controls(cfg: DictConfig, model: nn.Module, plan: Plan) -> dict[str, Plan]:
     """
     The plan's blocks left out, and an affine map in their place, which is fitted to images of ``cfg.search``; without
     those images, with a warning, the first alone.
     """
-    found = {"control": plan.control()}
+    plans = {"control": plan.control()}
     if plan.reducer is None:
-        return found
+        return plans
     try:
         images = open_search(cfg, model)
     except InputError as error:
         warn(f"no linear control, whose affine map is fitted to search.images of search.dataset: {error}")
-        return found
+        return plans
     linear = plan.linear_control()
-    return {**found, "linear control": linear.calibrated(calibrate(model, linear, images, search_dataset(cfg)))}
+    return {**plans, "linear control": linear.calibrated(calibrate(model, linear, images, search_dataset(cfg)))}
 
 
 def run_calibration(cfg: DictConfig, model: nn.Module, plan: Plan) -> str:
@@ -319,13 +321,15 @@ def run_calibration(cfg: DictConfig, model: nn.Module, plan: Plan) -> str:
 
 def describe_fit(calibration: Calibration) -> str:
     """What a calibration was fitted to, and the error that it leaves, in a line a stage."""
-    seen = calibration.seen
-    lines = [f"{seen['images']} images of {seen['about']}; squared error of the blocks' output, in % of its variance:"]
-    for i, stage in enumerate(seen["stages"]):
-        which = f"stage {i + 1} of the plan: " if len(seen["stages"]) > 1 else ""
-        before, left = (f"{100 * stage[key]:.2f} %" for key in ("left without", "left"))
-        how = f"form {stage['form']}, ridge {stage['ridge']:g}, rank {stage['rank']}"
-        lines.append(f"  {which}{before} without, {left} with it, on images that were left out ({how})")
+    fitted = calibration.seen
+    lines = [
+        f"{fitted['images']} images of {fitted['about']}; squared error of the blocks' output, in % of its variance:"
+    ]
+    for i, stage in enumerate(fitted["stages"]):
+        prefix = f"stage {i + 1} of the plan: " if len(fitted["stages"]) > 1 else ""
+        before, remaining = (f"{100 * stage[key]:.2f} %" for key in ("left without", "left"))
+        method = f"form {stage['form']}, ridge {stage['ridge']:g}, rank {stage['rank']}"
+        lines.append(f"  {prefix}{before} without, {remaining} with it, on images that were left out ({method})")
     return "\n".join(lines)
 
 
@@ -341,10 +345,12 @@ def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, 
     folder, about = Path(cfg.train.output_dir), search_dataset(cfg)
     records, load = open_search_records(cfg, model, cfg.search.images or SEARCH_IMAGES)
     records = [records[i] for i in np.random.default_rng(goal.seed).permutation(len(records))]
-    labels = _labels(cfg, model) if goal.labels == "auto" else None
-    few = min(FIT_IMAGES, len(records) // 4)
-    middle = few + 2 * (len(records) - few) // 3
-    fit, rank, check = (Inputs(part, load) for part in (records[:few], records[few:middle], records[middle:]))
+    labels = _label_evaluators(cfg, model) if goal.labels == "auto" else None
+    fit_count = min(FIT_IMAGES, len(records) // 4)
+    middle = fit_count + 2 * (len(records) - fit_count) // 3
+    fit, rank, check = (
+        Inputs(part, load) for part in (records[:fit_count], records[fit_count:middle], records[middle:])
+    )
     settings = {
         "weights": digest_weights([model]),
         "model": digest(to_plain(cfg.model)),
@@ -355,24 +361,26 @@ def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, 
     }
     measured = Measured(folder / "search.json", settings)
     if measured.resumed:
-        _say(f"going on from what {measured.path} has")
+        _print_line(f"going on from what {measured.path} has")
     dtype = getattr(torch, cfg.evaluation.dtype)
     images = Images(fit, rank, check, about)
-    found = Search(model, images, goal, measured, labels, cfg.train.device, dtype, _say).run()
-    table, text = to_table(found), describe_search(found, goal, about)
-    _say(f"\n{table}\n\n{text}")
-    measured.conclude(goal=str(goal), plan=found.plan.describe(), reached=found.reached, why=found.why)
-    write_whole(folder / "search.md", f"{to_table(found, 'github')}\n\n{text}\n")
-    if found.rows:
-        draw(found, goal, folder / "search.png")
-    kept = [each for each in overrides if not each.startswith(("plan.", "plan=", "search.", "train.output_dir"))]
+    outcome = Search(model, images, goal, measured, labels, cfg.train.device, dtype, _print_line).run()
+    table, text = to_table(outcome), describe_search(outcome, goal, about)
+    _print_line(f"\n{table}\n\n{text}")
+    measured.conclude(goal=str(goal), plan=outcome.plan.describe(), reached=outcome.reached, why=outcome.why)
+    write_whole(folder / "search.md", f"{to_table(outcome, 'github')}\n\n{text}\n")
+    if outcome.rows:
+        draw(outcome, goal, folder / "search.png")
+    kept = [
+        override for override in overrides if not override.startswith(("plan.", "plan=", "search.", "train.output_dir"))
+    ]
     name = f"The plan of --search {goal} for {os.path.basename(config_file)}."
-    write_plan(folder / "plan.py", found.plan, config_file, kept, [str(each) for each in cfg], name)
-    _say(f"written to {measured.path}, .md and .png; the plan is {folder / 'plan.py'}, for --config-file")
-    return found
+    write_plan(folder / "plan.py", outcome.plan, config_file, kept, [str(name) for name in cfg], name)
+    _print_line(f"written to {measured.path}, .md and .png; the plan is {folder / 'plan.py'}, for --config-file")
+    return outcome
 
 
-def _labels(cfg: DictConfig, model: nn.Module) -> Callable[[str], DatasetEvaluator] | None:
+def _label_evaluators(cfg: DictConfig, model: nn.Module) -> Callable[[str], DatasetEvaluator] | None:
     """What builds evaluators of the search's labels, if it has some; with a warning where it has none."""
     names = cfg.search.dataset or cfg.dataloader.train.dataset.get("names")
     problem = "the config has no evaluator of them"
@@ -401,7 +409,7 @@ class Inputs:
         return iter(self.load(self.records))
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, flush=True)
 
 

@@ -22,9 +22,9 @@ def check_folder(name: str, folder: str | os.PathLike) -> None:
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write the file whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        whole.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(whole, path)
+        temporary = Path(folder) / path.name
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
 
 
 def write_together(folder: str | os.PathLike, texts: dict[str, str]) -> None:

@@ -154,8 +154,8 @@ class Moments:
         gram: (p + 1, p + 1) products of features, of which the last is 1.
         cross: (p + 1, C) products of features and targets.
         square: of targets, squared, over all channels.
-        total: (C,) of the blocks' output.
-        whole: of that, squared, over all channels.
+        output_sum: (C,) of the blocks' output.
+        output_square: of that, squared, over all channels.
         count: of tokens.
     """
 

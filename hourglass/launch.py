@@ -134,17 +134,17 @@ def one_line() -> Iterator[None]:
         message = str(error).strip()
         if message.startswith("Caught InputError in DataLoader worker"):  # with the worker's traceback
             message = message.splitlines()[-1].removeprefix("hourglass.errors.InputError: ")
-        refuse(message)
+        exit_with_error(message)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        refuse(": ".join(filter(None, (error.filename, error.strerror))))
+        exit_with_error(": ".join(filter(None, (error.filename, error.strerror))))
     except KeyboardInterrupt as interruption:
         if comm.is_main_process():
             print(f"\ninterrupted: {interruption}".removesuffix(": "), file=sys.stderr, flush=True)
         sys.exit(130)
 
 
-def refuse(line: str) -> NoReturn:
+def exit_with_error(line: str) -> NoReturn:
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -54,8 +54,8 @@ def is_override(word: str) -> bool:
 
 def _drop_foreign_arguments(node: DictConfig) -> None:
     """What the config gave to another target goes, where the new one does not take it."""
-    known = _arguments(node._target_)
-    for name in [] if known is None else [str(name) for name in node if name not in ("_target_", *known)]:
+    accepted = _arguments(node._target_)
+    for name in [] if accepted is None else [str(name) for name in node if name not in ("_target_", *accepted)]:
         del node[name]
 
 
@@ -80,23 +80,23 @@ def _check_key(cfg: DictConfig, key: str) -> None:
     node: Any = cfg
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        known = _known(node)
-        if known is None or part in known:
+        accepted = _accepted_keys(node)
+        if accepted is None or part in accepted:
             try:
                 node = OmegaConf.select(cfg, ".".join(parts[: depth + 1]), throw_on_missing=False)
             except Exception:  # an interpolation that does not resolve yet: its key is there
                 node = None
             continue
         parent = ".".join(parts[:depth])
-        near = difflib.get_close_matches(part, known, n=1, cutoff=0.3)
+        near = difflib.get_close_matches(part, accepted, n=1, cutoff=0.3)
         nearest = f"did you mean {'.'.join([*parts[:depth], near[0], *parts[depth + 1 :]])!r}?" if near else ""
         raise InputError(
             f"unknown key {key!r}: {parent or 'the config'} has no {part!r}; "
-            + (nearest or f"it takes {', '.join(sorted(known))}")
+            + (nearest or f"it takes {', '.join(sorted(accepted))}")
         )
 
 
-def _known(node: Any) -> list[str] | None:
+def _accepted_keys(node: Any) -> list[str] | None:
     """The keys that a node takes; None where any may be given."""
     if isinstance(node, ListConfig):
         return [str(i) for i in range(len(node))]
@@ -127,7 +127,11 @@ def _arguments(target: Any) -> list[str] | None:
     names: list[str] = []
     for maker in makers:
         parameters = inspect.signature(maker).parameters.values()
-        names += [each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        names += [
+            parameter.name
+            for parameter in parameters
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        ]
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return [name for name in names if name != "self"]
     return None

@@ -90,10 +90,10 @@ class Predictor:
 
     def unmodified(self) -> "Predictor":
         """A predictor of the same weights, without the plan."""
-        other = copy.copy(self)
-        other.plan = Plan()
-        other.model = expedite(self._unmodified, other.plan).eval()
-        return other
+        view = copy.copy(self)
+        view.plan = Plan()
+        view.model = expedite(self._unmodified, view.plan).eval()
+        return view
 
     @overload
     def __call__(self, image: np.ndarray) -> dict[str, Any]: ...
@@ -118,7 +118,7 @@ class Predictor:
             return self.run([self.prepare(image)])[0]
         if not isinstance(image, Sequence) or isinstance(image, str):
             raise InputError(f"Predictor takes an image (H, W, 3) of uint8 or a list of them, got {_kind(image)}")
-        return self.run([self.prepare(each) for each in image])
+        return self.run([self.prepare(item) for item in image])
 
     def prepare(self, image: np.ndarray, name: str | None = None) -> dict[str, Any]:
         """

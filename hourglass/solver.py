@@ -18,11 +18,11 @@ def layer_of(name: str, depth: int) -> int:
         name: of the parameter, in the ViT.
         depth: number of blocks.
     """
-    part, _, rest = name.partition(".")
+    part, _, remainder = name.partition(".")
     if part in ("pos_embed", "patch_embed"):
         return 0
-    index, _, rest = rest.partition(".")
-    if part == "blocks" and not rest.startswith("residual."):
+    index, _, remainder = remainder.partition(".")
+    if part == "blocks" and not remainder.startswith("residual."):
         return int(index) + 1
     return depth + 1
 

@@ -76,8 +76,8 @@ def _torch_load(file: IO[bytes]) -> Any:
         foreign = _foreign_names(archive, file)
         if not foreign:  # torch's own words would advise to read it without the check
             raise pickle.UnpicklingError("its pickle is damaged, or of a kind that torch does not read") from error
-        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        raise _Foreign(", ".join(foreign[:3]) + more) from error
+        suffix = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise _Foreign(", ".join(foreign[:3]) + suffix) from error
 
 
 def _is_tar(file: IO[bytes]) -> bool:
@@ -103,8 +103,8 @@ def _foreign_names(archive: zipfile.ZipFile | None, file: IO[bytes]) -> list[str
         pickles = [archive.open(name) for name in archive.namelist() if name.endswith("/data.pkl")]
     names = {}
     try:
-        for each in pickles:
-            names.update(dict.fromkeys(_names(each)))
+        for pickled in pickles:
+            names.update(dict.fromkeys(_names(pickled)))
     except ValueError:  # the pickle ends, or is none
         pass
     return [name for name in names if not _OF_TORCH.fullmatch(name)]

@@ -182,9 +182,9 @@ def test_fast_attention_never_holds_the_scores_of_all_pairs():
 
     q, k, v = (torch.randn(1, 2, 32, 32, 8) for _ in range(3))
     rel_h, rel_w = torch.randn(32, 32, 8), torch.randn(32, 32, 8)
-    with Sizes() as seen:
+    with Sizes() as sizes:
         hourglass.attention._attend_chunked(q, k, v, rel_h, rel_w, torch.zeros(1, 32, 32))
-    assert 0 < seen.largest <= hourglass.attention.CHUNK
+    assert 0 < sizes.largest <= hourglass.attention.CHUNK
 
 
 def test_a_key_of_size_two_counts_as_two_equal_keys():

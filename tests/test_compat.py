@@ -64,10 +64,10 @@ def dataset(tmp_path):
 
 def test_detectron2s_evaluator_runs_as_it_is_by_default(dataset):
     evaluator = COCOEvaluator(dataset, tasks=("bbox",), distributed=False)
-    found = Instances((32, 32))
-    found.pred_boxes = Boxes(torch.tensor([[2.0, 2, 10, 10]]))  # one of the two
-    found.scores, found.pred_classes = torch.tensor([0.9]), torch.tensor([0])
+    instances = Instances((32, 32))
+    instances.pred_boxes = Boxes(torch.tensor([[2.0, 2, 10, 10]]))  # one of the two
+    instances.scores, instances.pred_classes = torch.tensor([0.9]), torch.tensor([0])
     evaluator.reset()
-    evaluator.process([{"image_id": 1}], [{"instances": found}])
+    evaluator.process([{"image_id": 1}], [{"instances": instances}])
     # 51 of the 101 recall thresholds.
     assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100 * 51 / 101)

@@ -62,9 +62,9 @@ def demo() -> DictConfig:
 
 
 def same_weights(cfg: DictConfig, model: nn.Module) -> nn.Module:
-    other = instantiate(cfg.model).eval()
-    other.load_state_dict(model.state_dict())
-    return other
+    second = instantiate(cfg.model).eval()
+    second.load_state_dict(model.state_dict())
+    return second
 
 
 def assert_same(cfg: DictConfig, expedited: DictConfig, plan: Plan, size: int = 64) -> None:
@@ -106,11 +106,11 @@ def test_demo_config():
         assert "instances" in model([{"image": torch.zeros(3, 96, 128)}])[0]
 
 
-@pytest.mark.parametrize("given", [plan, plan_node])
+@pytest.mark.parametrize("received", [plan, plan_node])
 @pytest.mark.parametrize("target", [ViT, "hourglass.encoders.ViT", "hourglass.encoders.vit.ViT"], ids=str)
-def test_bare_encoder(target, given):
+def test_bare_encoder(target, received):
     cfg = with_model(bare(target))
-    assert_same(cfg, expedite(cfg, given()), plan())
+    assert_same(cfg, expedite(cfg, received()), plan())
 
 
 def test_node_keeps_its_place_and_arguments():
@@ -311,9 +311,9 @@ def test_nodes_are_added_once():
     before = cfg.clone()
     add_hourglass_config(cfg)
     assert cfg == before
-    other = get_cfg()
-    add_hourglass_config(other)
-    other.MODEL.VIT.WINDOW_BLOCK_INDEXES.append(2)
+    second = get_cfg()
+    add_hourglass_config(second)
+    second.MODEL.VIT.WINDOW_BLOCK_INDEXES.append(2)
     fresh = get_cfg()
     add_hourglass_config(fresh)
     assert 2 not in fresh.MODEL.VIT.WINDOW_BLOCK_INDEXES
@@ -347,17 +347,17 @@ def test_yacs_swin_backbones():
         "build_hourglass_swin_backbone": Plan(TokenClustering((5, 5)), 3),
         "D2HourglassSwinTransformer": build_swin_plan(swin_yacs("D2HourglassSwinTransformer")),
     }
-    for name, its_plan in plans.items():
+    for name, expected_plan in plans.items():
         cfg = swin_yacs(name, OUT_FEATURES=["res3", "res5"])
         cfg.MODEL.HOURGLASS.GRID = [5, 5]
         cfg.MODEL.HOURGLASS.STOP = 10 if name.startswith("build") else None
         cfg.MODEL.HOURGLASS.START = 6
-        its_plan = Plan(TokenClustering((5, 5)), 6, 10) if name.startswith("build") else its_plan
+        expected_plan = Plan(TokenClustering((5, 5)), 6, 10) if name.startswith("build") else expected_plan
         expedited = build_backbone(cfg).eval()
         assert isinstance(expedited, HourglassSwin) and list(expedited.state_dict()) == list(plain.state_dict())
         expedited.load_state_dict(plain.state_dict())
         with torch.no_grad():
-            outputs, expected = expedited(image), hourglass.expedite(plain, its_plan)(image)
+            outputs, expected = expedited(image), hourglass.expedite(plain, expected_plan)(image)
             assert not torch.equal(outputs["res5"], plain(image)["res5"])
         assert all(torch.equal(outputs[level], expected[level]) for level in ("res3", "res5"))
     cfg = swin_yacs("build_swin_backbone", OUT_FEATURES=["p2"])
@@ -405,8 +405,8 @@ def test_expedits_files_merge_into_mask2formers_config():
 def test_a_config_of_mask2formers_own_suffices():
     """Its MODEL.SWIN has none of Expedit's nodes, and no MODEL.HOURGLASS."""
     cfg = get_cfg()
-    own = {name: value for name, value in SWIN_NODES.items() if not name.startswith(("CLUSTERING", "TOKEN_"))}
-    cfg.MODEL.SWIN = CfgNode({**own, "EMBED_DIM": 12, "NUM_HEADS": [1, 1, 1, 1]})
+    nodes = {name: value for name, value in SWIN_NODES.items() if not name.startswith(("CLUSTERING", "TOKEN_"))}
+    cfg.MODEL.SWIN = CfgNode({**nodes, "EMBED_DIM": 12, "NUM_HEADS": [1, 1, 1, 1]})
     cfg.MODEL.BACKBONE.NAME = "D2HourglassSwinTransformer"
     cfg.freeze()
     backbone = build_backbone(cfg)
@@ -414,11 +414,11 @@ def test_a_config_of_mask2formers_own_suffices():
     assert backbone(torch.zeros(1, 3, 64, 64))["res5"].shape == (1, 96, 2, 2)
 
 
-@pytest.mark.parametrize("way", ["file", "code"])
-def test_arguments_of_a_reducer_of_ones_own(way, tmp_path):
+@pytest.mark.parametrize("config_kind", ["file", "code"])
+def test_arguments_of_a_reducer_of_ones_own(config_kind, tmp_path):
     cfg = get_cfg()
     hourglass.add_hourglass_config(cfg)
-    if way == "file":
+    if config_kind == "file":
         nodes = "{REDUCER: tests.test_config.Strided, ARGUMENTS: {STRIDE: 3}}"
         (tmp_path / "own.yaml").write_text(f"MODEL:\n  HOURGLASS: {nodes}\n")
         cfg.merge_from_file(str(tmp_path / "own.yaml"))
@@ -428,8 +428,8 @@ def test_arguments_of_a_reducer_of_ones_own(way, tmp_path):
     saved = get_cfg()
     hourglass.add_hourglass_config(saved)
     saved.merge_from_other_cfg(CfgNode.load_cfg(cfg.dump()))
-    for each in (cfg, saved):
-        plan = build_plan(each)
+    for config in (cfg, saved):
+        plan = build_plan(config)
         assert type(plan.reducer).__name__ == "Strided" and plan.reducer.stride == 3
     cfg.MODEL.HOURGLASS.ARGUMENTS.STEP = 3
     with pytest.raises(InputError, match="MODEL.HOURGLASS.ARGUMENTS of Strided takes 'stride', got 'step'"):

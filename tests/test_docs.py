@@ -40,9 +40,9 @@ def commands(page: Path) -> list[str]:
 COMMANDS = sorted({(page.relative_to(ROOT).as_posix(), command) for page in ALL_PAGES for command in commands(page)})
 
 
-def snippet(page: str, what: str) -> str:
+def snippet(page: str, text: str) -> str:
     (code,) = (
-        code for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL) if what in code
+        code for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL) if text in code
     )
     return code
 
@@ -112,7 +112,7 @@ def test_commands_are_read(page, command):
             hourglass.search.goal.Goal.parse(args.search)
         if not args.config_file.startswith(("my_", "output/")):
             # The files that earlier commands write are not there.
-            overrides = [each for each in args.overrides if "output/" not in each]
+            overrides = [override for override in args.overrides if "output/" not in override]
             load_config(str(ROOT / args.config_file), overrides)
     elif words[1] == "-m" and words[2] != "pip":
         module = importlib.import_module(words[2])
@@ -133,9 +133,9 @@ def test_links_lead_somewhere(page):
         assert path.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w\- ]", "", each).strip().lower().replace(" ", "-") for each in headings}, (
-                target
-            )
+            assert anchor in {
+                re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+            }, target
 
 
 @pytest.fixture

@@ -39,10 +39,10 @@ def two_images(tmp_path):
 def test_16_bits_and_mended_annotations_give_the_same_figures(two_images, tmp_path, caplog):
     register, content = two_images
     register("plain", content)
-    for one in content["annotations"]:
-        del one["iscrowd"], one["area"], one["bbox"]
-    for i, one in enumerate(content["annotations"]):
-        one["id"] = i
+    for annotation in content["annotations"]:
+        del annotation["iscrowd"], annotation["area"], annotation["bbox"]
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["id"] = i
     register("bare", content, deep=True)
     accuracy = []
     for name in ("plain", "bare"):
@@ -58,8 +58,8 @@ def test_16_bits_and_mended_annotations_give_the_same_figures(two_images, tmp_pa
     assert accuracy[0]["bbox"]["AP"] > 20 and accuracy[0]["segm"]["AP"] > 20
     for task, figures in accuracy[0].items():
         assert accuracy[1][task] == pytest.approx(figures, nan_ok=True)
-    for what in ("no iscrowd", "no area", "no bbox", "ids that are no whole numbers over 0"):
-        assert len([line for line in caplog.messages if f"annotations have {what}, such as" in line]) == 1
+    for problem in ("no iscrowd", "no area", "no bbox", "ids that are no whole numbers over 0"):
+        assert len([line for line in caplog.messages if f"annotations have {problem}, such as" in line]) == 1
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])

@@ -39,10 +39,10 @@ def test_it_finds_what_evaluation_finds(images):
     together = [output["instances"] for output in predictor(read)]
     for (loaded,), image in zip(batches, read):
         assert torch.equal(predictor.prepare(image)["image"], loaded["image"])
-    for one, two, truth in zip(alone, together, expected):
-        assert len(truth) > 3 and torch.equal(one.pred_boxes.tensor, truth.pred_boxes.tensor)
-        assert torch.equal(one.scores, truth.scores) and torch.equal(one.pred_masks, truth.pred_masks)
-        torch.testing.assert_close(two.scores, truth.scores, rtol=1e-4, atol=1e-4)
+    for single, batched, truth in zip(alone, together, expected):
+        assert len(truth) > 3 and torch.equal(single.pred_boxes.tensor, truth.pred_boxes.tensor)
+        assert torch.equal(single.scores, truth.scores) and torch.equal(single.pred_masks, truth.pred_masks)
+        torch.testing.assert_close(batched.scores, truth.scores, rtol=1e-4, atol=1e-4)
     assert predictor([]) == []
     unmodified = predictor.unmodified()
     assert find_encoder(unmodified.model)[1].plan.reducer is None and predictor.plan.reducer is not None
@@ -58,12 +58,12 @@ def test_the_mappers_augmentations_and_format(images):
     assert np.array_equal(rgb.numpy(), image[:, :, ::-1].transpose(2, 0, 1))
     cfg.dataloader.train.mapper.image_format = "BGR"  # which the test mapper's refers to
     cfg.dataloader.test.mapper.augmentations = [L(T.ResizeShortestEdge)(short_edge_length=30, max_size=100)]
-    other = hourglass.Predictor(cfg)
-    inputs = other.prepare(image)
+    second = hourglass.Predictor(cfg)
+    inputs = second.prepare(image)
     assert tuple(inputs["image"].shape) == (3, 30, 45) and (inputs["height"], inputs["width"]) == (60, 90)
     flat = np.empty((60, 90, 3), np.uint8)
     flat[:] = (1, 2, 3)
-    assert other.prepare(flat)["image"][:, 0, 0].tolist() == [1, 2, 3]
+    assert second.prepare(flat)["image"][:, 0, 0].tolist() == [1, 2, 3]
     # Without a plan the model runs as the config builds it.
     del cfg["plan"]
     assert hourglass.Predictor(cfg).plan is None

@@ -115,16 +115,18 @@ def test_a_calibrated_plan(tmp_path, capsys):
     printed = capsys.readouterr().out
     path = tmp_path / "calibration.pth"
     assert "3 images of hourglass_demo_search" in printed and f"plan.calibration={path} takes it" in printed
-    few = ["--eval-only", "evaluation.max_images=2", "evaluation.warmup=0", f"train.output_dir={tmp_path}"]
-    run(*few, "--only", "expedited", *plan, f"plan.calibration={path}")
+    arguments = ["--eval-only", "evaluation.max_images=2", "evaluation.warmup=0", f"train.output_dir={tmp_path}"]
+    run(*arguments, "--only", "expedited", *plan, f"plan.calibration={path}")
     assert "calibrated on 3 images of hourglass_demo_search" in capsys.readouterr().out
     content = read(tmp_path)["plan"]["calibration"]
     (stage,) = content["stages"]
     assert content["images"] == 3 and 0 < stage["left"] < stage["left without"]
-    assert "start was 2, and is 3" in refusal(capsys, *few, *plan[::2], "plan.start=3", f"plan.calibration={path}")
-    untrained = refusal(capsys, *few, *plan, f"plan.calibration={path}", "train.init_checkpoint=")
+    assert "start was 2, and is 3" in refusal(
+        capsys, *arguments, *plan[::2], "plan.start=3", f"plan.calibration={path}"
+    )
+    untrained = refusal(capsys, *arguments, *plan, f"plan.calibration={path}", "train.init_checkpoint=")
     assert "made for other weights" in untrained
-    missing = refusal(capsys, *few, *plan, f"plan.calibration={tmp_path / 'none.pth'}")
+    missing = refusal(capsys, *arguments, *plan, f"plan.calibration={tmp_path / 'none.pth'}")
     assert "none.pth cannot be read (FileNotFoundError" in missing
     assert "then calibrate" in refusal(capsys, *plan, f"plan.calibration={path}", "train.expedite=true")
 
@@ -183,8 +185,8 @@ def test_a_folder_of_images_without_labels(tmp_path, capsys):
     """Times and agreement; of an interrupted run too, as what was found is kept."""
     folder = tmp_path / "images"
     projects.demo.write_demo(folder, {"val": 2})
-    few = ["--eval-only", "evaluation.warmup=0", f"train.output_dir={tmp_path / 'out'}"]
-    run(*few, "--images", str(folder / "val"), "plan.reducer.grid=[8,8]")
+    arguments = ["--eval-only", "evaluation.warmup=0", f"train.output_dir={tmp_path / 'out'}"]
+    run(*arguments, "--images", str(folder / "val"), "plan.reducer.grid=[8,8]")
     printed = capsys.readouterr().out
     assert "agreement, mask AP" in printed and "mask AP50" not in printed
     content = read(tmp_path / "out")
@@ -193,7 +195,7 @@ def test_a_folder_of_images_without_labels(tmp_path, capsys):
     assert 0 < content["agreement"]["expedited"]["segm.AP"]["ratio"] < 1
     assert "expedited,agreement.segm.AP" in (tmp_path / "out" / "comparison.csv").read_text()
 
-    run(*few, "--agreement", "evaluation.max_images=2", "plan.reducer.grid=[8,8]")  # with labels
+    run(*arguments, "--agreement", "evaluation.max_images=2", "plan.reducer.grid=[8,8]")  # with labels
     assert "agreement, mask AP" in capsys.readouterr().out
     assert set(read(tmp_path / "out")["agreement"]) == {"fast attention", "expedited"}
 
@@ -202,14 +204,14 @@ def test_a_folder_of_images_without_labels(tmp_path, capsys):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "1.jpg").write_bytes(b"no image")
     for path, message in (("none", "which is none"), ("empty", "without one"), ("torn", "1.jpg cannot be read")):
-        assert message in refusal(capsys, *few, "--images", str(tmp_path / path))
+        assert message in refusal(capsys, *arguments, "--images", str(tmp_path / path))
 
 
 def test_a_waterfall(tmp_path, monkeypatch, capsys):
     """Every part alone and all together, in a table, as JSON, CSV and Markdown."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    few = ["evaluation.max_images=3", "evaluation.batch_size=2", f"train.output_dir={tmp_path}"]
-    run("--waterfall", *UNTRAINED, *few)
+    arguments = ["evaluation.max_images=3", "evaluation.batch_size=2", f"train.output_dir={tmp_path}"]
+    run("--waterfall", *UNTRAINED, *arguments)
     content = json.loads((tmp_path / "waterfall.json").read_text())
     rows = {row["name"]: row for row in content["rows"]}
     assert len(rows) == 9 and content["images"] == 3 and content["batch_size"] == 2
@@ -221,7 +223,7 @@ def test_a_waterfall(tmp_path, monkeypatch, capsys):
     assert "3 images in batches of 2" in printed and "all: plan, bfloat16, compiled" in printed
     assert len((tmp_path / "waterfall.csv").read_text().splitlines()) == 10
     assert "| plan, bfloat16" in (tmp_path / "waterfall.md").read_text()
-    line = refusal(capsys, "--waterfall", *UNTRAINED, *few, "evaluation.dtype=bfloat16")
+    line = refusal(capsys, "--waterfall", *UNTRAINED, *arguments, "evaluation.dtype=bfloat16")
     assert "--waterfall has bfloat16 in rows of its own" in line
     with pytest.raises(SystemExit):
         train_net.parse(["--waterfall", "--eval-only", "--only", "expedited"])
@@ -230,21 +232,21 @@ def test_a_waterfall(tmp_path, monkeypatch, capsys):
 
 def test_batches_have_the_figures_of_one_image_at_a_time(tmp_path):
     """To the last digit, with the demo's weights; of five images, so that the last batch is ragged."""
-    found = {}
+    documents = {}
     for size in (1, 2, 5):
         sized = [f"train.output_dir={tmp_path / str(size)}", f"evaluation.batch_size={size}", "evaluation.warmup=0"]
         run("--eval-only", "--only", "expedited", "dataloader.test.num_workers=0", *sized)
-        found[size] = read(tmp_path / str(size))
-        assert found[size]["images"] == 5 and found[size]["batch_size"] == size
-    figures = [content["models"]["expedited"]["accuracy"] for content in found.values()]
+        documents[size] = read(tmp_path / str(size))
+        assert documents[size]["images"] == 5 and documents[size]["batch_size"] == size
+    figures = [content["models"]["expedited"]["accuracy"] for content in documents.values()]
     assert figures[0]["segm"]["AP"] > 20 and figures[0] == figures[1] == figures[2]
 
 
 def test_a_report(tmp_path, capsys, monkeypatch):
     """Of the shipped weights: it adds up, what it names is there, and an interrupted run gives the same one."""
     plan = ["plan.reducer.grid=[6,6]", "plan.start=2", "plan.stop=6"]  # it changes something
-    few = ["--eval-only", "--report", *plan, "evaluation.max_images=3", "evaluation.warmup=0"]
-    run(*few, f"train.output_dir={tmp_path}")
+    arguments = ["--eval-only", "--report", *plan, "evaluation.max_images=3", "evaluation.warmup=0"]
+    run(*arguments, f"train.output_dir={tmp_path}")
     printed = capsys.readouterr().out
     page = tmp_path / "report" / "index.html"
     assert f"written to {page}" in printed and "agreement" not in printed
@@ -262,18 +264,18 @@ def test_a_report(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("hourglass.commands.make_page", interrupt)
         with pytest.raises(SystemExit):
-            run(*few, f"train.output_dir={tmp_path}")
+            run(*arguments, f"train.output_dir={tmp_path}")
     shutil.rmtree(tmp_path / "report")
-    run(*few, "--resume", f"train.output_dir={tmp_path}")  # nothing is run again
-    losses = [re.findall(r"The (?:un|exp)\w+ model has [^.]*", each) for each in (text, page.read_text())]
+    run(*arguments, "--resume", f"train.output_dir={tmp_path}")  # nothing is run again
+    losses = [re.findall(r"The (?:un|exp)\w+ model has [^.]*", page_text) for page_text in (text, page.read_text())]
     assert losses[0] == losses[1] and not (tmp_path / "journal").exists()
 
 
 def test_a_report_of_a_folder_without_labels(tmp_path, capsys):
     folder = tmp_path / "images"
     projects.demo.write_demo(folder, {"val": 2})
-    few = ["--eval-only", "--report", "evaluation.warmup=0", f"train.output_dir={tmp_path / 'out'}"]
-    run(*few, "--images", str(folder / "val"), "plan.reducer.grid=[6,6]", "evaluation.report.score=0.1")
+    arguments = ["--eval-only", "--report", "evaluation.warmup=0", f"train.output_dir={tmp_path / 'out'}"]
+    run(*arguments, "--images", str(folder / "val"), "plan.reducer.grid=[6,6]", "evaluation.report.score=0.1")
     check_page(tmp_path / "out" / "report" / "index.html")
     text = (tmp_path / "out" / "report" / "index.html").read_text()
     assert "agreement, mask AP" in text and "right before" not in text
@@ -429,7 +431,7 @@ def test_wrong_panoptic_data_is_refused(panoptic_copy, tmp_path, capsys):
     arguments = ["--eval-only", "--only", "unmodified", *PANOPTIC_UNTRAINED, f"train.output_dir={tmp_path}/o"]
     arguments.append("dataloader.test.dataset.names=panoptic_copy")
     png = panoptic_copy / "panoptic_val" / "000000000001.png"
-    whole = png.read_bytes()
+    content = png.read_bytes()
     Image.new("RGB", (512, 512), (200, 0, 0)).save(png)
     assert f"panoptic PNG {png} has 1 segment ids that its segments_info lacks, such as 200" in refusal(
         capsys, *arguments
@@ -438,7 +440,7 @@ def test_wrong_panoptic_data_is_refused(panoptic_copy, tmp_path, capsys):
     assert f"1 of the 2 panoptic PNGs of data set 'panoptic_copy' are missing, such as {png}" in refusal(
         capsys, *arguments
     )
-    png.write_bytes(whole)
+    png.write_bytes(content)
     (panoptic_copy / "panoptic_val.json").write_text("{}")
     assert "has no list 'annotations'" in refusal(capsys, *arguments)
     assert not (tmp_path / "o").exists()
@@ -607,11 +609,11 @@ def test_two_processes_that_are_killed_go_on_to_the_figures_of_one(tmp_path):
     done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "starting anew" not in done.stderr and not (tmp_path / "two" / "journal").exists()
-    one, two = read(tmp_path / "one"), read(tmp_path / "two")
-    assert two["images"] == 5
+    first, second = read(tmp_path / "one"), read(tmp_path / "two")
+    assert second["images"] == 5
     for name in ("unmodified", "fast attention", "expedited"):
         for key in ("accuracy", "tokens", "encoder_gflops"):
-            assert two["models"][name][key] == one["models"][name][key]
+            assert second["models"][name][key] == first["models"][name][key]
 
 
 def test_what_ran_is_what_is_evaluated(tmp_path):
@@ -634,7 +636,9 @@ def test_what_ran_is_what_is_evaluated(tmp_path):
     annotations = json.loads(Path(metadata.json_file).read_text())
     ids = [image["id"] for image in annotations["images"][1:3]]
     annotations["images"] = annotations["images"][1:3]
-    annotations["annotations"] = [each for each in annotations["annotations"] if each["image_id"] in ids]
+    annotations["annotations"] = [
+        annotation for annotation in annotations["annotations"] if annotation["image_id"] in ids
+    ]
     (tmp_path / "part.json").write_text(json.dumps(annotations))
     register_coco_instances("demo_alone", {}, str(tmp_path / "part.json"), metadata.image_root)
     try:
@@ -667,10 +671,10 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path, capsys, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_net, "train", interrupt)
-    for told in ("no checkpoint was written yet", f"--resume goes on from the last checkpoint in {tmp_path}"):
+    for message in ("no checkpoint was written yet", f"--resume goes on from the last checkpoint in {tmp_path}"):
         with pytest.raises(SystemExit) as stopped:
             run(f"train.output_dir={tmp_path}", *UNTRAINED)
-        assert stopped.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == f"interrupted: {told}"
+        assert stopped.value.code == 130 and capsys.readouterr().err.splitlines()[-1] == f"interrupted: {message}"
         (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
 
 
@@ -792,9 +796,11 @@ def test_figures_by_class_and_what_limits_them(tmp_path, capsys):
     content, printed = read(tmp_path), capsys.readouterr()
     classes = content["models"]["expedited"]["by_class"]["segm.AP"]
     assert set(classes) == set(MetadataCatalog.get("hourglass_demo_val").thing_classes)
-    known = {name for name, value in classes.items() if value is not None}
-    assert known == {
-        name for name, each in content["difference_by_class"]["expedited"]["segm.AP"].items() if each["low"] is not None
+    classes_with_figures = {name for name, value in classes.items() if value is not None}
+    assert classes_with_figures == {
+        name
+        for name, difference in content["difference_by_class"]["expedited"]["segm.AP"].items()
+        if difference["low"] is not None
     }
     assert "mask AP by class" in printed.out and "expedited - unmodified" in printed.out
     assert "mask AP by class" in (tmp_path / "comparison.md").read_text()

@@ -292,12 +292,12 @@ def test_a_storage_in_a_pickle_runs_nothing(tmp_path, marker):
 
 def test_damage_is_no_refusal_of_what_it_holds(tmp_path):
     torch.save({"weight": torch.ones(2)}, tmp_path / "a.pth")
-    whole = (tmp_path / "a.pth").read_bytes()
+    content = (tmp_path / "a.pth").read_bytes()
     with zipfile.ZipFile(tmp_path / "b.pth", "w") as damaged, zipfile.ZipFile(tmp_path / "a.pth") as archive:
         for name in archive.namelist():
             data = archive.read(name)
             damaged.writestr(name, data[:-9] if name.endswith("data.pkl") else data)
-    (tmp_path / "c.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "c.pth").write_bytes(content[: len(content) // 2])
     (tmp_path / "d.pkl").write_bytes(pickle.dumps(ARRAYS)[:-20])
     for name in ("b.pth", "c.pth", "d.pkl"):
         with pytest.raises(Exception) as refused:

@@ -106,7 +106,7 @@ def read_images(cfg: DictConfig, model: torch.nn.Module, whole_model: bool, size
     try:
         records = open_test(cfg, model, IMAGES)
         inputs = list(load_test(cfg, model, records))
-        images = [each[0]["image"].to(cfg.train.device) for each in inputs]
+        images = [batch[0]["image"].to(cfg.train.device) for batch in inputs]
         images = images if whole_model else encoder_inputs(model, inputs)
     except InputError as error:
         if size is None:
@@ -114,7 +114,7 @@ def read_images(cfg: DictConfig, model: torch.nn.Module, whole_model: bool, size
         warn(f"compared on noise, as the test images cannot be read: {error}")
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(IMAGES, 3, *size, generator=generator).to(cfg.train.device)
-        images = [255 * torch.sigmoid(each) for each in noise] if whole_model else list(noise.split(1))
+        images = [255 * torch.sigmoid(image) for image in noise] if whole_model else list(noise.split(1))
     height, width = size or images[0].shape[-2:]
     images = [resized(image, (int(height), int(width))) for image in images]
     return [images[i % len(images)] for i in range(IMAGES)]

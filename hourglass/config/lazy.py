@@ -104,17 +104,17 @@ def find_encoder_node(cfg: DictConfig) -> DictConfig:
     """
     backbone = OmegaConf.select(cfg, "model.backbone") if isinstance(cfg, DictConfig) else None
     if not isinstance(backbone, DictConfig):
-        given = f"one with {', '.join(map(str, cfg)) or 'nothing'}" if isinstance(cfg, DictConfig) else repr(cfg)
-        raise InputError(f"expedite takes a LazyConfig with a model.backbone, got {given}")
+        received = f"one with {', '.join(map(str, cfg)) or 'nothing'}" if isinstance(cfg, DictConfig) else repr(cfg)
+        raise InputError(f"expedite takes a LazyConfig with a model.backbone, got {received}")
     nodes = dict(_call_nodes(backbone, "model.backbone"))
-    found = [name for name, node in nodes.items() if _is_encoder(_target(node))]
+    names = [name for name, node in nodes.items() if _is_encoder(_target(node))]
     # The encoder that an hourglass's node holds is that one's.
-    found = [name for name in found if not any(name.startswith(f"{outer}.") for outer in found)]
-    if len(found) != 1:
-        given = " and ".join(found) or f"none: {', '.join(f'{name} is {_name(nodes[name])}' for name in nodes)}"
+    names = [name for name in names if not any(name.startswith(f"{outer}.") for outer in names)]
+    if len(names) != 1:
+        received = " and ".join(names) or f"none: {', '.join(f'{name} is {_name(nodes[name])}' for name in nodes)}"
         kinds = ", ".join(sorted({name for family in families() for name in family.class_names}))
-        raise InputError(f"model.backbone takes one encoder to expedite (a class named {kinds}), got {given}")
-    return nodes[found[0]]
+        raise InputError(f"model.backbone takes one encoder to expedite (a class named {kinds}), got {received}")
+    return nodes[names[0]]
 
 
 def _call_nodes(node: Any, name: str) -> Iterator[tuple[str, DictConfig]]:

@@ -162,12 +162,12 @@ def build_plan(cfg: CfgNode) -> Plan:
     if not nodes.REDUCER:
         return Plan(attention=nodes.ATTENTION)
     kind = _reducer_class(nodes.REDUCER)
-    own = {name.lower(): value for name, value in nodes.ARGUMENTS.items()}
+    explicit = {name.lower(): value for name, value in nodes.ARGUMENTS.items()}
     names = list(inspect.signature(kind).parameters)
-    for name in own:
+    for name in explicit:
         check_choice(f"MODEL.HOURGLASS.ARGUMENTS of {kind.__name__}", name, tuple(names))
     named = _arguments(kind, nodes) if kind.__module__.startswith("hourglass.") else {}
-    return Plan(kind(**{**named, **own}), **_arguments(Plan, nodes))
+    return Plan(kind(**{**named, **explicit}), **_arguments(Plan, nodes))
 
 
 def _reducer_class(name: str) -> type[Reducer]:
@@ -275,8 +275,8 @@ def build_swin_plan(cfg: CfgNode) -> Plan:
         grid = round(nodes.WINDOW_SIZE * 2 / 3) ** 2
     if isinstance(grid, int):
         if math.isqrt(grid) ** 2 != grid:
-            where = "MODEL.SWIN.TOKEN_CLUSTERING_BLOCK.NUM_SPIXELS"
-            raise InputError(f"{where} takes a square number or (rows, columns), got {grid}")
+            node = "MODEL.SWIN.TOKEN_CLUSTERING_BLOCK.NUM_SPIXELS"
+            raise InputError(f"{node} takes a square number or (rows, columns), got {grid}")
         grid = (math.isqrt(grid), math.isqrt(grid))
     make = TokenClustering.published if cfg.MODEL.HOURGLASS.PUBLISHED else TokenClustering
     reducer = make(

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from pycocotools import mask as rle
 
 from hourglass.checks import repeated
-from hourglass.data.mending import original, read_instead
+from hourglass.data.mending import original, substitute_json
 from hourglass.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ BLOCK = 10_000
 TOLERANCE = 2.0
 
 
-class Lacking(NamedTuple):
+class Missing(NamedTuple):
     """
     Annotations that lack something.
 
@@ -55,8 +55,8 @@ class InstanceFile(NamedTuple):
     image_ids: frozenset
     categories: int
     annotations: int
-    without_mask: Lacking
-    without_keypoints: Lacking
+    without_mask: Missing
+    without_keypoints: Missing
 
 
 def open_instances(path: str | os.PathLike, name: str | None = None) -> InstanceFile:
@@ -93,12 +93,12 @@ def _open_instances(path: str, local: str, name: str, modified: int, size: int) 
         reason = str(error).split("\n")[0]
         raise InputError(f"instances JSON {name} cannot be read ({type(error).__name__}: {reason})") from error
     check = InstanceCheck(content, name)
-    found = check.run()
-    read_instead(path, local, content if check.mends else None)
+    checked = check.run()
+    substitute_json(path, local, content if check.mends else None)
     if comm.is_main_process():
         for line in [*check.mends, *check.doubts]:
             logger.warning(line)
-    return found
+    return checked
 
 
 class InstanceCheck:
@@ -128,8 +128,8 @@ class InstanceCheck:
     def mends(self) -> list[str]:
         total = len(self.content["annotations"])
         return [
-            f"instances JSON {self.name}: {count} of the {total} {what}, such as {first}: {how}"
-            for (what, how), (count, first) in self._mends.items()
+            f"instances JSON {self.name}: {count} of the {total} {problem}, such as {first}: {remedy}"
+            for (problem, remedy), (count, first) in self._mends.items()
         ]
 
     def run(self) -> InstanceFile:
@@ -139,29 +139,32 @@ class InstanceCheck:
         """
         for key in ("images", "annotations", "categories"):
             if not isinstance(self.content, dict) or not isinstance(self.content.get(key), list):
-                found = sorted(self.content) if isinstance(self.content, dict) else type(self.content).__name__
+                content = sorted(self.content) if isinstance(self.content, dict) else type(self.content).__name__
                 raise InputError(
-                    f"instances JSON {self.name} has no list {key!r}, it has {found}: COCO's format is taken"
+                    f"instances JSON {self.name} has no list {key!r}, it has {content}: COCO's format is taken"
                 )
         self._check_categories(self.content["categories"])
         self._check_images(self.content["images"])
         annotations = self.content["annotations"]
         self._check_links(annotations)
         self._check_flags(annotations)
-        self._refuse(
-            "whose area is no number from 0", annotations, [_is_area(one.get("area")) for one in annotations], "area"
+        self._require(
+            "whose area is no number from 0",
+            annotations,
+            [_is_area(annotation.get("area")) for annotation in annotations],
+            "area",
         )
         self._unwrap_polygons(annotations)
         for start in range(0, len(annotations), BLOCK):
             self._check_shapes(annotations[start : start + BLOCK])
-        self._conclude()
+        self._check_totals()
         return InstanceFile(
             path=self.name,
             image_ids=frozenset(self._images),
             categories=len(self._categories),
             annotations=len(annotations),
-            without_mask=_lacking(one for one in annotations if "segmentation" not in one),
-            without_keypoints=_lacking(one for one in annotations if not one.get("keypoints")),
+            without_mask=_missing(annotation for annotation in annotations if "segmentation" not in annotation),
+            without_keypoints=_missing(annotation for annotation in annotations if not annotation.get("keypoints")),
         )
 
     # --- images and categories --------------------------------------------------------------------------------------
@@ -206,11 +209,11 @@ class InstanceCheck:
                 )
             self._images[image["id"]] = size
 
-    def _unique(self, what: str, ids: list) -> set:
+    def _unique(self, kind: str, ids: list) -> set:
         twice = repeated(ids)
         if twice:
             raise InputError(
-                f"instances JSON {self.name}: {len(twice)} {what} ids are there more than once, such as {twice[0]!r}"
+                f"instances JSON {self.name}: {len(twice)} {kind} ids are there more than once, such as {twice[0]!r}"
             )
         return set(ids)
 
@@ -218,12 +221,17 @@ class InstanceCheck:
 
     def _check_links(self, annotations: list) -> None:
         """The ids that an annotation has and refers to."""
-        for i, one in enumerate(annotations):
-            if not isinstance(one, dict):
-                raise InputError(f"instances JSON {self.name}: annotation {i} of its list is no object, got {one!r}")
-        known = [isinstance(one.get("image_id"), str) or _is_whole(one.get("image_id")) for one in annotations]
-        self._refuse("whose image_id is neither a whole number nor text", annotations, known)
-        strange = [one for one in annotations if one["image_id"] not in self._images]
+        for i, annotation in enumerate(annotations):
+            if not isinstance(annotation, dict):
+                raise InputError(
+                    f"instances JSON {self.name}: annotation {i} of its list is no object, got {annotation!r}"
+                )
+        valid = [
+            isinstance(annotation.get("image_id"), str) or _is_whole(annotation.get("image_id"))
+            for annotation in annotations
+        ]
+        self._require("whose image_id is neither a whole number nor text", annotations, valid)
+        strange = [annotation for annotation in annotations if annotation["image_id"] not in self._images]
         if strange:
             first = strange[0]
             line = (
@@ -232,197 +240,217 @@ class InstanceCheck:
                 f"none of its images has, such as annotation {first.get('id')!r} with {first['image_id']!r}"
             )
             texts = {str(id) for id in self._images}
-            if len(strange) == len(annotations) or any(str(one["image_id"]) in texts for one in strange):
+            if len(strange) == len(annotations) or any(str(annotation["image_id"]) in texts for annotation in strange):
                 raise InputError(f"{line} (its images have ids such as {next(iter(self._images), None)!r})")
             self.doubts.append(f"{line}: they are left out")
-        right = [_is_whole(one.get("category_id")) for one in annotations]
-        self._refuse("whose category_id is no whole number", annotations, right, "category_id")
-        right = [one["category_id"] in self._categories for one in annotations]
-        self._refuse(f"whose category_id is none of {sorted(self._categories)[:20]}", annotations, right, "category_id")
+        valid = [_is_whole(annotation.get("category_id")) for annotation in annotations]
+        self._require("whose category_id is no whole number", annotations, valid, "category_id")
+        valid = [annotation["category_id"] in self._categories for annotation in annotations]
+        self._require(
+            f"whose category_id is none of {sorted(self._categories)[:20]}", annotations, valid, "category_id"
+        )
 
-        ids = [one.get("id") for one in annotations]
+        ids = [annotation.get("id") for annotation in annotations]
         if "minival" not in self.name:  # COCO 2014's have a few twice, which Detectron2 lets pass
             self._unique("annotation", [id for id in ids if id is not None and not isinstance(id, (list, dict))])
         # A found object is noted by its id: 0 would count as not found, and text cannot be noted.
         bad = [id for id in ids if not _is_whole(id) or id < 1]
         if bad:
-            for i, one in enumerate(annotations, start=1):
-                one["id"] = i
-            self._mend(
+            for i, annotation in enumerate(annotations, start=1):
+                annotation["id"] = i
+            self._record_mend(
                 len(bad), "annotations have ids that are no whole numbers over 0", repr(bad[0]), "all are numbered anew"
             )
 
     def _check_flags(self, annotations: list) -> None:
-        missing = [one for one in annotations if one.get("iscrowd") is None]
-        for one in missing:
-            one["iscrowd"] = 0
+        missing = [annotation for annotation in annotations if annotation.get("iscrowd") is None]
+        for annotation in missing:
+            annotation["iscrowd"] = 0
         if missing:
-            self._mend(len(missing), "annotations have no iscrowd", _names(missing[0]), "0 is taken")
-        right = [one["iscrowd"] in (0, 1) for one in annotations]
-        self._refuse("whose iscrowd is neither 0 nor 1", annotations, right, "iscrowd")
-        right = [one.get("ignore", 0) in (0, None, False) for one in annotations]
-        self._refuse('with "ignore", which Detectron2 does not take (crowds are ignored)', annotations, right)
+            self._record_mend(len(missing), "annotations have no iscrowd", _describe(missing[0]), "0 is taken")
+        valid = [annotation["iscrowd"] in (0, 1) for annotation in annotations]
+        self._require("whose iscrowd is neither 0 nor 1", annotations, valid, "iscrowd")
+        valid = [annotation.get("ignore", 0) in (0, None, False) for annotation in annotations]
+        self._require('with "ignore", which Detectron2 does not take (crowds are ignored)', annotations, valid)
 
     # --- masks and boxes --------------------------------------------------------------------------------------------
 
     def _unwrap_polygons(self, annotations: list) -> None:
         flat, short, useless, bad = [], [], [], []
-        for one in annotations:
-            mask = one.get("segmentation")
+        for annotation in annotations:
+            mask = annotation.get("segmentation")
             if not mask:  # missing, null, [], {}
-                one.pop("segmentation", None)
+                annotation.pop("segmentation", None)
                 continue
-            if isinstance(mask, list) and len(mask) >= 6 and all(_is_number(each) for each in mask):
-                flat.append(one)
-                mask = one["segmentation"] = [mask]
+            if isinstance(mask, list) and len(mask) >= 6 and all(_is_number(number) for number in mask):
+                flat.append(annotation)
+                mask = annotation["segmentation"] = [mask]
             if isinstance(mask, list) and all(isinstance(polygon, list) for polygon in mask):
                 if any(len(polygon) % 2 for polygon in mask):
-                    bad.append(one)
+                    bad.append(annotation)
                     continue
-                whole = [polygon for polygon in mask if len(polygon) >= 6]
-                if not whole:
+                complete = [polygon for polygon in mask if len(polygon) >= 6]
+                if not complete:
                     # Detectron2's loader would drop the object with its box.
-                    useless.append(one)
-                    del one["segmentation"]
-                elif len(whole) < len(mask):
-                    short.append(one)
-                    one["segmentation"] = whole
+                    useless.append(annotation)
+                    del annotation["segmentation"]
+                elif len(complete) < len(mask):
+                    short.append(annotation)
+                    annotation["segmentation"] = complete
             elif not isinstance(mask, dict):
-                bad.append(one)
+                bad.append(annotation)
         if bad:
-            self._fail(
+            self._raise(
                 bad, len(annotations), "whose segmentation is neither RLE nor a list of polygons [x0, y0, x1, y1, ...]"
             )
         if flat:
-            self._mend(len(flat), "annotations have one polygon not in a list", _names(flat[0]), "it is taken as one")
+            self._record_mend(
+                len(flat), "annotations have one polygon not in a list", _describe(flat[0]), "it is taken as one"
+            )
         if short:
-            self._mend(
+            self._record_mend(
                 len(short),
                 "annotations have polygons of under 3 points beside others",
-                _names(short[0]),
+                _describe(short[0]),
                 "those are left out",
             )
         if useless:
-            self._mend(
+            self._record_mend(
                 len(useless),
                 "annotations have polygons of under 3 points alone",
-                _names(useless[0]),
+                _describe(useless[0]),
                 "they count as without a mask",
             )
 
     def _check_shapes(self, annotations: list) -> None:
         total = len(self.content["annotations"])
-        polygons = [one for one in annotations if isinstance(one.get("segmentation"), list)]
-        runs = [one for one in annotations if isinstance(one.get("segmentation"), dict)]
+        polygons = [annotation for annotation in annotations if isinstance(annotation.get("segmentation"), list)]
+        runs = [annotation for annotation in annotations if isinstance(annotation.get("segmentation"), dict)]
         extents = {**self._polygon_extents(polygons, total), **self._run_extents(runs, total)}
 
-        missing = [one for one in annotations if not one.get("bbox")]
-        nowhere = [one for one in missing if id(one) not in extents]
+        missing = [annotation for annotation in annotations if not annotation.get("bbox")]
+        nowhere = [annotation for annotation in missing if id(annotation) not in extents]
         if nowhere:
-            self._fail(nowhere, total, "without a bbox and a mask")
-        for one in missing:
-            x0, y0, x1, y1 = extents[id(one)]
-            one["bbox"] = [x0, y0, x1 - x0, y1 - y0]
+            self._raise(nowhere, total, "without a bbox and a mask")
+        for annotation in missing:
+            x0, y0, x1, y1 = extents[id(annotation)]
+            annotation["bbox"] = [x0, y0, x1 - x0, y1 - y0]
         if missing:
-            self._mend(len(missing), "annotations have no bbox", _names(missing[0]), "their masks' is taken")
-        bad = [one for one in annotations if not _is_box(one["bbox"])]
+            self._record_mend(len(missing), "annotations have no bbox", _describe(missing[0]), "their masks' is taken")
+        bad = [annotation for annotation in annotations if not _is_box(annotation["bbox"])]
         if bad:
-            self._fail(
+            self._raise(
                 bad,
                 total,
                 "whose bbox is not [x, y, width, height] of finite numbers, none of the sides under 0",
                 "bbox",
             )
-        self._judge_boxes(annotations, extents)
+        self._check_boxes(annotations, extents)
 
-        unknown = [one for one in annotations if one.get("area") is None]
-        for one in unknown:
-            one["area"] = self._area(one)
+        unknown = [annotation for annotation in annotations if annotation.get("area") is None]
+        for annotation in unknown:
+            annotation["area"] = self._area(annotation)
         if unknown:
-            self._mend(
-                len(unknown), "annotations have no area", _names(unknown[0]), "their masks' or else boxes' is taken"
+            self._record_mend(
+                len(unknown), "annotations have no area", _describe(unknown[0]), "their masks' or else boxes' is taken"
             )
 
     def _polygon_extents(self, annotations: list, total: int) -> dict[int, tuple[float, float, float, float]]:
         """Of each annotation, by identity: x0, y0, x1, y1."""
         if not annotations:
             return {}
-        owners = [one for one in annotations for _ in one["segmentation"]]
-        polygons = [polygon for one in annotations for polygon in one["segmentation"]]
+        owners = [annotation for annotation in annotations for _ in annotation["segmentation"]]
+        polygons = [polygon for annotation in annotations for polygon in annotation["segmentation"]]
         try:
             values = np.array(list(chain.from_iterable(polygons)))
         except ValueError:  # lists of different lengths
             values = np.array([None])
         if values.ndim != 1 or values.dtype.kind not in "if" or not np.isfinite(values).all():
-            bad = [one for one in annotations if not all(_is_number(x) for each in one["segmentation"] for x in each)]
-            self._fail(bad, total, "with polygons of other values than finite numbers")
+            bad = [
+                annotation
+                for annotation in annotations
+                if not all(_is_number(x) for polygon in annotation["segmentation"] for x in polygon)
+            ]
+            self._raise(bad, total, "with polygons of other values than finite numbers")
         starts = np.cumsum([0, *(len(polygon) // 2 for polygon in polygons[:-1])])
         points = values.astype(np.float64).reshape(-1, 2)
         low = np.minimum.reduceat(points, starts)
         high = np.maximum.reduceat(points, starts)
         extents: dict[int, tuple[float, float, float, float]] = {}
-        for one, (x0, y0), (x1, y1) in zip(owners, low.tolist(), high.tolist()):
-            if id(one) in extents:
-                a0, b0, a1, b1 = extents[id(one)]
+        for annotation, (x0, y0), (x1, y1) in zip(owners, low.tolist(), high.tolist()):
+            if id(annotation) in extents:
+                a0, b0, a1, b1 = extents[id(annotation)]
                 x0, y0, x1, y1 = min(x0, a0), min(y0, b0), max(x1, a1), max(y1, b1)
-            extents[id(one)] = (x0, y0, x1, y1)
+            extents[id(annotation)] = (x0, y0, x1, y1)
         return extents
 
     def _run_extents(self, annotations: list, total: int) -> dict[int, tuple[float, float, float, float]]:
         if not annotations:
             return {}
-        bad = [one for one in annotations if not _is_rle(one["segmentation"])]
+        bad = [annotation for annotation in annotations if not _is_rle(annotation["segmentation"])]
         if bad:
-            self._fail(bad, total, 'whose RLE is not {"size": [height, width], "counts": text or whole numbers}')
+            self._raise(bad, total, 'whose RLE is not {"size": [height, width], "counts": text or whole numbers}')
         # Annotations of images that are not there have no size to be compared with.
-        sized = [(one, self._images[one["image_id"]]) for one in annotations if one["image_id"] in self._images]
-        turned = [one for one, size in sized if tuple(one["segmentation"]["size"]) == size[::-1] != size]
+        sized = [
+            (annotation, self._images[annotation["image_id"]])
+            for annotation in annotations
+            if annotation["image_id"] in self._images
+        ]
+        turned = [
+            annotation for annotation, size in sized if tuple(annotation["segmentation"]["size"]) == size[::-1] != size
+        ]
         if turned:
-            self._fail(turned, total, "whose RLE has the size (width, height), where (height, width) is taken")
-        other = [one for one, size in sized if tuple(one["segmentation"]["size"]) != size]
-        if other:
-            height, width = self._images[other[0]["image_id"]]
-            size = other[0]["segmentation"]["size"]
-            self._fail(other, total, f"whose RLE has another size than their image ({size}, not [{height}, {width}])")
-        pixels = count_pixels([one["segmentation"] for one in annotations])
-        short = [one for one, count in zip(annotations, pixels) if count != math.prod(one["segmentation"]["size"])]
+            self._raise(turned, total, "whose RLE has the size (width, height), where (height, width) is taken")
+        mismatched = [annotation for annotation, size in sized if tuple(annotation["segmentation"]["size"]) != size]
+        if mismatched:
+            height, width = self._images[mismatched[0]["image_id"]]
+            size = mismatched[0]["segmentation"]["size"]
+            self._raise(
+                mismatched, total, f"whose RLE has another size than their image ({size}, not [{height}, {width}])"
+            )
+        pixels = count_pixels([annotation["segmentation"] for annotation in annotations])
+        short = [
+            annotation
+            for annotation, count in zip(annotations, pixels)
+            if count != math.prod(annotation["segmentation"]["size"])
+        ]
         if short:
-            self._fail(short, total, "whose RLE does not count all pixels of its size")
-        masks = [_compressed(one["segmentation"]) for one in annotations]
+            self._raise(short, total, "whose RLE does not count all pixels of its size")
+        masks = [_compressed(annotation["segmentation"]) for annotation in annotations]
         boxes = np.asarray(rle.toBbox(masks)).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        return {id(one): tuple(box) for one, box in zip(annotations, boxes.tolist())}
+        return {id(annotation): tuple(box) for annotation, box in zip(annotations, boxes.tolist())}
 
-    def _judge_boxes(self, annotations: list, extents: dict[int, tuple[float, float, float, float]]) -> None:
+    def _check_boxes(self, annotations: list, extents: dict[int, tuple[float, float, float, float]]) -> None:
         """Count boxes that leave their images, and those that are x0 y0 x1 y1 as their masks have them."""
-        there = [one for one in annotations if one["image_id"] in self._images]
-        if not there:
+        placed = [annotation for annotation in annotations if annotation["image_id"] in self._images]
+        if not placed:
             return
-        boxes = np.array([one["bbox"] for one in there], np.float64)
-        sizes = np.array([self._images[one["image_id"]] for one in there], np.float64)[:, ::-1]
+        boxes = np.array([annotation["bbox"] for annotation in placed], np.float64)
+        sizes = np.array([self._images[annotation["image_id"]] for annotation in placed], np.float64)[:, ::-1]
         ends = boxes[:, :2] + boxes[:, 2:]
         outside = (boxes[:, :2] < -TOLERANCE).any(1) | (ends > sizes + TOLERANCE).any(1)
         self._left += int(outside.sum())
-        self._boxes += len(there)
+        self._boxes += len(placed)
 
-        masked = [i for i, one in enumerate(there) if id(one) in extents]
+        masked = [i for i, annotation in enumerate(placed) if id(annotation) in extents]
         if masked:
-            masks = np.array([extents[id(there[i])] for i in masked])
+            masks = np.array([extents[id(placed[i])] for i in masked])
             as_sides = np.abs(np.concatenate([boxes[masked, :2], ends[masked]], 1) - masks).max(1) <= TOLERANCE
             as_corners = np.abs(boxes[masked] - masks).max(1) <= TOLERANCE
             corners = as_corners & ~as_sides
             self._compared += len(masked)
             self._corners += int(corners.sum())
             if self._first_corners is None and corners.any():
-                self._first_corners = there[masked[int(corners.argmax())]]
+                self._first_corners = placed[masked[int(corners.argmax())]]
 
-    def _conclude(self) -> None:
+    def _check_totals(self) -> None:
         total = len(self.content["annotations"])
         if 2 * self._corners > self._compared:
             raise InputError(
                 f"instances JSON {self.name}: {self._corners} of the {total} annotations have boxes that are x0 y0 x1 "
                 "y1 "
-                f"(XYXY) by their masks, such as {_names(self._first_corners)}: [x, y, width, height] is taken"
+                f"(XYXY) by their masks, such as {_describe(self._first_corners)}: [x, y, width, height] is taken"
             )
         if 2 * self._left > self._boxes:
             self.doubts.append(
@@ -431,40 +459,41 @@ class InstanceCheck:
                 "(XYXY)? [x, y, width, height] is taken"
             )
 
-    def _area(self, one: dict) -> float:
-        mask = one.get("segmentation")
-        if mask is None or one["image_id"] not in self._images:
-            return float(one["bbox"][2] * one["bbox"][3])
+    def _area(self, annotation: dict) -> float:
+        mask = annotation.get("segmentation")
+        if mask is None or annotation["image_id"] not in self._images:
+            return float(annotation["bbox"][2] * annotation["bbox"][3])
         if isinstance(mask, list):
-            masks = rle.frPyObjects(mask, *self._images[one["image_id"]])
+            masks = rle.frPyObjects(mask, *self._images[annotation["image_id"]])
             return float(rle.area(masks[0] if len(masks) == 1 else rle.merge(masks)))
         return float(rle.area(_compressed(mask)))
 
     # --- messages ---------------------------------------------------------------------------------------------------
 
-    def _refuse(self, what: str, annotations: list, right: list[bool], key: str | None = None) -> None:
-        bad = [one for one, fine in zip(annotations, right) if not fine]
+    def _require(self, problem: str, annotations: list, valid: list[bool], key: str | None = None) -> None:
+        bad = [annotation for annotation, fine in zip(annotations, valid) if not fine]
         if bad:
-            self._fail(bad, len(annotations), what, key)
+            self._raise(bad, len(annotations), problem, key)
 
-    def _fail(self, bad: list, total: int, what: str, key: str | None = None) -> None:
+    def _raise(self, bad: list, total: int, problem: str, key: str | None = None) -> None:
         got = "" if key is None else f", which has {bad[0].get(key)!r}"
         raise InputError(
-            f"instances JSON {self.name} has {len(bad)} annotations of {total} {what}, such as {_names(bad[0])}{got}"
+            f"instances JSON {self.name} has {len(bad)} annotations of {total} {problem}, such as "
+            f"{_describe(bad[0])}{got}"
         )
 
-    def _mend(self, count: int, what: str, first: str, how: str) -> None:
-        before, first_of_all = self._mends.get((what, how), (0, first))
-        self._mends[what, how] = (before + count, first_of_all)
+    def _record_mend(self, count: int, problem: str, first: str, remedy: str) -> None:
+        before, first_of_all = self._mends.get((problem, remedy), (0, first))
+        self._mends[problem, remedy] = (before + count, first_of_all)
 
 
-def _names(one: dict) -> str:
-    return f"annotation {one.get('id')!r} of image {one.get('image_id')!r}"
+def _describe(annotation: dict) -> str:
+    return f"annotation {annotation.get('id')!r} of image {annotation.get('image_id')!r}"
 
 
-def _lacking(annotations: Iterable[dict]) -> Lacking:
-    ids = [one["id"] for one in annotations]
-    return Lacking(len(ids), ids[0] if ids else None)
+def _missing(annotations: Iterable[dict]) -> Missing:
+    ids = [annotation["id"] for annotation in annotations]
+    return Missing(len(ids), ids[0] if ids else None)
 
 
 def _is_number(value: Any) -> bool:

@@ -137,8 +137,8 @@ def load_records(
     names = [name] if isinstance(name, str) else list(name)
     if name:
         _check_registered(names)
-    for each in names:
-        check_instances(each)
+    for dataset_name in names:
+        check_instances(dataset_name)
     try:
         records = instantiate(node.dataset)
     except InputError:
@@ -153,10 +153,10 @@ def load_records(
         records = [records[i * len(records) // count] for i in range(count)] if spread else records[:count]
     for key, kind in FILES.items():
         paths = [record[key] for record in records if key in record]
-        missing = [path for path in paths if not _is_there(path)]
+        missing = [path for path in paths if not _exists(path)]
         if missing:
-            what = f"{len(missing)} of the {len(paths)} {kind} of data set {name!r}"
-            raise InputError(f"{what} are missing, such as {missing[0]} ({_where(name)})")
+            problem = f"{len(missing)} of the {len(paths)} {kind} of data set {name!r}"
+            raise InputError(f"{problem} are missing, such as {missing[0]} ({_describe_location(name)})")
     mapper = instantiate(node.mapper)
     _check_headers(records, name, mapper)
     if square:
@@ -221,8 +221,8 @@ def _check_headers(records: Sequence[dict[str, Any]], name: Any, mapper: Any) ->
     if isinstance(mapper, (DatasetMapper, PanopticMapper)) and type(mapper).__call__ in KNOWN_CALLS:
         unread = [record for record in local if headers[id(record)].problem]
         if unread:
-            what = f"{len(unread)} of the {len(records)} images of data set {name!r} cannot be read"
-            raise InputError(f"{what}, such as {unread[0]['file_name']}, which {headers[id(unread[0])].problem}")
+            problem = f"{len(unread)} of the {len(records)} images of data set {name!r} cannot be read"
+            raise InputError(f"{problem}, such as {unread[0]['file_name']}, which {headers[id(unread[0])].problem}")
     bad = []
     for record in local:
         size = record.get("height"), record.get("width")
@@ -233,8 +233,8 @@ def _check_headers(records: Sequence[dict[str, Any]], name: Any, mapper: Any) ->
         raise InputError(
             f"{len(bad)} of the {len(records)} images of data set {name!r} have another size than their annotation "
             "says, "
-            f"such as image {record.get('image_id')!r}: {record['file_name']} is {_size(header.upright)} pixels"
-            f"{_because(header, size)}, annotated is {_size(size)} (height x width)"
+            f"such as image {record.get('image_id')!r}: {record['file_name']} is {_format_size(header.upright)} pixels"
+            f"{_describe_orientation(header, size)}, annotated is {_format_size(size)} (height x width)"
         )
     for key, kind in FILES.items():
         if key == "file_name":
@@ -244,21 +244,21 @@ def _check_headers(records: Sequence[dict[str, Any]], name: Any, mapper: Any) ->
             expected = headers[id(record)].upright
             if header.stored != expected:
                 raise InputError(
-                    f"{kind[:-1]} {record[key]} is {_size(header.stored)} pixels, its image {record['file_name']} "
-                    f"{_size(expected)} (height x width)"
+                    f"{kind[:-1]} {record[key]} is {_format_size(header.stored)} pixels, its image "
+                    f"{record['file_name']} {_format_size(expected)} (height x width)"
                 )
             if key == "pan_seg_file_name" and header.mode not in ("RGB", "RGBA"):
                 raise InputError(f"panoptic PNG {record[key]} is of Pillow's mode {header.mode!r}: 8 bit RGB is taken")
 
 
-def _because(header: Header, annotated: tuple) -> str:
+def _describe_orientation(header: Header, annotated: tuple) -> str:
     if header.orientation == 1:
         return ""
     stored = ", as which it was annotated" if annotated == header.stored else ""
-    return f" upright (its EXIF orientation {header.orientation} turns {_size(header.stored)}{stored})"
+    return f" upright (its EXIF orientation {header.orientation} turns {_format_size(header.stored)}{stored})"
 
 
-def _size(size: Sequence) -> str:
+def _format_size(size: Sequence) -> str:
     return f"{size[0]} x {size[1]}"
 
 
@@ -303,12 +303,12 @@ def _check_registered(names: list[str]) -> None:
         parts = ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root")
         expected = [os.fspath(path) for part in parts if (path := getattr(metadata, part, None))]
         for path in expected:
-            if not _is_there(path):
-                what = f"{path} is missing; {' and '.join(expected)} are expected"
-                raise InputError(f"data set {name!r} is not there: {what} ({_where(name)})")
+            if not _exists(path):
+                problem = f"{path} is missing; {' and '.join(expected)} are expected"
+                raise InputError(f"data set {name!r} is not there: {problem} ({_describe_location(name)})")
 
 
-def _is_there(path: str | os.PathLike) -> bool:
+def _exists(path: str | os.PathLike) -> bool:
     return not _is_local(path) or os.path.exists(path)
 
 
@@ -316,13 +316,13 @@ def _is_local(path: str | os.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
-def _where(name: str | list[str]) -> str:
+def _describe_location(name: str | list[str]) -> str:
     """What says where the data set is; its metadata may name an environment variable of its own for that."""
     first = name if isinstance(name, str) else name[0]
-    own = MetadataCatalog.get(first).get("variable") if first else None
-    if own and os.environ.get(own):
-        return f"{own} is {os.environ[own]!r}"
-    unset = f"{own} is not set, and " if own else ""
+    variable = MetadataCatalog.get(first).get("variable") if first else None
+    if variable and os.environ.get(variable):
+        return f"{variable} is {os.environ[variable]!r}"
+    unset = f"{variable} is not set, and " if variable else ""
     root = os.environ.get("DETECTRON2_DATASETS")
     if root:
         return f"{unset}DETECTRON2_DATASETS is {root!r}"

@@ -78,11 +78,11 @@ class PanopticMapper:
         # Transformed as colours: resizing takes the nearest neighbour of 8-bit images only.
         ids = segment_ids(transforms.apply_segmentation(colours))
 
-        masks, classes, known, gone = [], [], np.zeros(ids.shape, bool), set()
+        masks, classes, annotated, gone = [], [], np.zeros(ids.shape, bool), set()
         sem_seg = np.full(ids.shape, self.ignore_label)
         for segment in segments:
             mask = ids == segment["id"]
-            known |= mask
+            annotated |= mask
             if not mask.any():
                 # Things may hide all of a stuff (they do in ADE20K as Mask2Former prepares it).
                 if segment.get("isthing", True):
@@ -95,7 +95,7 @@ class PanopticMapper:
         if gone:
             _check_listed(gone, colours, path)
         # 0 is "no label"; 255, 255, 255 is what Detectron2 may pad with.
-        unknown = set(np.unique(ids[~known]).tolist()) - {0, 0xFFFFFF}
+        unknown = set(np.unique(ids[~annotated]).tolist()) - {0, 0xFFFFFF}
         if unknown:
             raise InputError(
                 f"panoptic PNG {path} has a segment {min(unknown)} that its annotation does not list among "
@@ -115,9 +115,9 @@ class PanopticMapper:
 
 def _check_listed(numbers: set[int], colours: np.ndarray, path: str) -> None:
     """Segments that augmentations left nothing of are in the PNG all the same."""
-    there = np.unique(segment_ids(colours)).tolist()
-    missing = numbers - set(there)
+    present = np.unique(segment_ids(colours)).tolist()
+    missing = numbers - set(present)
     if missing:
         raise InputError(
-            f"panoptic PNG {path} has no pixel of segment {min(missing)} that its annotation lists, only of {there}"
+            f"panoptic PNG {path} has no pixel of segment {min(missing)} that its annotation lists, only of {present}"
         )

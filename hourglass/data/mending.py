@@ -11,7 +11,7 @@ from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
 
-class _Instead(PathHandler):
+class _SubstituteHandler(PathHandler):
     """Gives a copy of one file in its place. Longer paths that begin as its own does are left as they are."""
 
     def __init__(self, path: str, original: str):
@@ -41,7 +41,7 @@ class _Instead(PathHandler):
         return os.path.isdir(path)
 
 
-_handlers: dict[str, _Instead] = {}
+_handlers: dict[str, _SubstituteHandler] = {}
 _folder: list[str] = []
 
 
@@ -52,7 +52,7 @@ def original(path: str | os.PathLike) -> str:
     return PathManager.get_local_path(path) if handler is None else handler.original
 
 
-def read_instead(path: str | os.PathLike, local: str, content: Any | None) -> None:
+def substitute_json(path: str | os.PathLike, local: str, content: Any | None) -> None:
     """
     Give a mended copy in the place of a JSON, for as long as the process lives.
 
@@ -70,7 +70,7 @@ def read_instead(path: str | os.PathLike, local: str, content: Any | None) -> No
     with tempfile.NamedTemporaryFile("w", dir=folder(), suffix=".json", delete=False, encoding="utf-8") as file:
         file.write(json.dumps(content))  # many times faster than json.dump
     if handler is None:
-        handler = _handlers[path] = _Instead(path, local)
+        handler = _handlers[path] = _SubstituteHandler(path, local)
         PathManager.register_handler(handler)
     handler.copy = file.name
 

@@ -54,17 +54,17 @@ def open_test(cfg: DictConfig, model: nn.Module, max_images: int | None = None) 
             model with other classes than the data.
     """
     node = cfg.dataloader.test
-    name = _one_name(node.dataset)
+    name = _single_name(node.dataset)
     _check_batches(node)
     check_choice("dataloader.image_scaling", _scaling(cfg), SCALINGS)
     records = _with_plain_ids(load_records(node, max_images, square_side(model)), name)
     for evaluator in _evaluators(cfg.dataloader.get("evaluator")):
         if issubclass(evaluator.kind, COCOEvaluator):
             _check_coco(evaluator, records, model)
-        elif _is_one_of(evaluator.kind, PANOPTIC):
+        elif _has_class_name(evaluator.kind, PANOPTIC):
             _check_switch(model, "panoptic_on", evaluator)
-            check_classes(model, evaluator.name, things=True, every=True)
-        elif _is_one_of(evaluator.kind, SEMANTIC):
+            check_classes(model, evaluator.name, things=True, segments=True)
+        elif _has_class_name(evaluator.kind, SEMANTIC):
             _check_switch(model, "semantic_on", evaluator)
             check_classes(model, evaluator.name, semantic=True)
     return records
@@ -105,7 +105,7 @@ def open_search_records(
     """
     node, square = _search_node(cfg), square_side(model)
     records = _with_plain_ids(load_records(node, count, square, spread=True), search_dataset(cfg))
-    return records, lambda some: load_images(node, some, _scaling(cfg), square)
+    return records, lambda chosen: load_images(node, chosen, _scaling(cfg), square)
 
 
 def _search_node(cfg: DictConfig) -> DictConfig:
@@ -144,7 +144,7 @@ def open_train(cfg: DictConfig, model: nn.Module) -> Any:
     semantic = panoptic and options.get("semantic", False) or plain and "sem_seg_file_name" in records[0]
     for name in filter(None, names):
         stuff = panoptic and options.get("stuff", True)
-        check_classes(model, name, things=True, every=stuff, semantic=semantic)
+        check_classes(model, name, things=True, segments=stuff, semantic=semantic)
     if plain:
         _check_categories(records, model)
         _check_masks(records, options, model)
@@ -157,8 +157,8 @@ def _scaling(cfg: DictConfig) -> str:
 
 def square_side(model: nn.Module) -> int:
     """The side in pixels of the square that a model of Detectron2's pads its images to; 0: none."""
-    ours = any(kind.__module__.startswith("detectron2.modeling.meta_arch") for kind in type(model).__mro__)
-    constraints = getattr(getattr(model, "backbone", None), "padding_constraints", None) if ours else None
+    is_detectron2 = any(kind.__module__.startswith("detectron2.modeling.meta_arch") for kind in type(model).__mro__)
+    constraints = getattr(getattr(model, "backbone", None), "padding_constraints", None) if is_detectron2 else None
     return int((constraints or {}).get("square_size", 0))
 
 
@@ -176,11 +176,11 @@ class _Evaluator(NamedTuple):
 
 def _evaluators(node: Any) -> Iterable[_Evaluator]:
     listed = isinstance(node, (ListConfig, list))
-    for i, each in enumerate(node if listed else [node]):
-        kind = _target(each) if isinstance(each, DictConfig) else None
+    for i, call in enumerate(node if listed else [node]):
+        kind = _target(call) if isinstance(call, DictConfig) else None
         if isinstance(kind, type):
-            name = each.get("dataset_name")
-            yield _Evaluator(f"dataloader.evaluator{f'.{i}' if listed else ''}", kind, each, name or "")
+            name = call.get("dataset_name")
+            yield _Evaluator(f"dataloader.evaluator{f'.{i}' if listed else ''}", kind, call, name or "")
 
 
 def _target(node: DictConfig) -> Any:
@@ -193,11 +193,11 @@ def _target(node: DictConfig) -> Any:
     return target
 
 
-def _is_one_of(kind: type, names: tuple[str, ...]) -> bool:
+def _has_class_name(kind: type, names: tuple[str, ...]) -> bool:
     return any(base.__name__ in names for base in kind.__mro__)
 
 
-def _one_name(dataset: DictConfig) -> str:
+def _single_name(dataset: DictConfig) -> str:
     names = dataset.get("names", "")
     if isinstance(names, str):
         return names
@@ -222,11 +222,11 @@ def _check_batches(node: DictConfig) -> None:
 
 def _with_plain_ids(records: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The records with ids that are no types of numpy's, each with one of its own."""
-    without = [i for i, record in enumerate(records) if record.get("image_id") is None]
-    if without:
+    missing = [i for i, record in enumerate(records) if record.get("image_id") is None]
+    if missing:
         raise InputError(
-            f"{len(without)} of the {len(records)} records of data set {name!r} have no image_id, such as number "
-            f"{without[0]}, {records[without[0]].get('file_name')}: evaluators need one for each image"
+            f"{len(missing)} of the {len(records)} records of data set {name!r} have no image_id, such as number "
+            f"{missing[0]}, {records[missing[0]].get('file_name')}: evaluators need one for each image"
         )
     strange = [record for record in records if not isinstance(record["image_id"], (str, Integral))]
     if strange:
@@ -249,44 +249,46 @@ def _with_plain_ids(records: list[dict[str, Any]], name: str) -> list[dict[str, 
 
 
 def _check_coco(evaluator: _Evaluator, records: list[dict[str, Any]], model: nn.Module) -> None:
-    found = _provide_json(evaluator.name, records)
-    if found is None:
+    instances = _provide_json(evaluator.name, records)
+    if instances is None:
         return
-    strange = [record for record in records if record["image_id"] not in found.image_ids]
+    strange = [record for record in records if record["image_id"] not in instances.image_ids]
     if strange:
         raise InputError(
-            f"{len(strange)} of the {len(records)} images to be run are not in the instances JSON {found.path} that "
-            f"{evaluator.key} reads, "
-            f"such as {strange[0]['image_id']!r} ({strange[0].get('file_name')})"
+            f"{len(strange)} of the {len(records)} images to be run are not in the instances JSON {instances.path} "
+            f"that {evaluator.key} reads, such as {strange[0]['image_id']!r} ({strange[0].get('file_name')})"
         )
-    if not found.annotations:
-        raise InputError(f"the instances JSON {found.path} has no annotation to evaluate against")
+    if not instances.annotations:
+        raise InputError(f"the instances JSON {instances.path} has no annotation to evaluate against")
     _check_switch(model, "instance_on", evaluator)
-    given = evaluator.node.get("tasks")
-    tasks = list(given) if given else ["bbox", *(["segm"] if _has(model, "mask_on") is not False else [])]
+    requested = evaluator.node.get("tasks")
+    tasks = (
+        list(requested) if requested else ["bbox", *(["segm"] if _has_output(model, "mask_on") is not False else [])]
+    )
     parts = {
-        "segm": ("masks", "mask_on", found.without_mask),
-        "keypoints": ("keypoints", "keypoint_on", found.without_keypoints),
+        "segm": ("masks", "mask_on", instances.without_mask),
+        "keypoints": ("keypoints", "keypoint_on", instances.without_keypoints),
     }
     for task in tasks:
         if task not in ("bbox", *parts):
             raise InputError(f"{evaluator.key}.tasks takes bbox, segm and keypoints, got {task!r}")
         if task == "bbox":
             continue
-        what, switch, lacking = parts[task]
-        rest = [other for other in tasks if other != task]
-        instead = f"'{evaluator.key}.tasks=[{','.join(rest or ['bbox'])}]' leaves {task} out"
-        if _has(model, switch) is False:
-            raise InputError(f"{evaluator.key}.tasks has {task!r}, but the model gives no {what}: {instead}")
+        outputs, switch, missing = parts[task]
+        remaining = [name for name in tasks if name != task]
+        instead = f"'{evaluator.key}.tasks=[{','.join(remaining or ['bbox'])}]' leaves {task} out"
+        if _has_output(model, switch) is False:
+            raise InputError(f"{evaluator.key}.tasks has {task!r}, but the model gives no {outputs}: {instead}")
         if task == "keypoints":
-            if lacking.number == found.annotations:
+            if missing.number == instances.annotations:
                 raise InputError(
-                    f"{evaluator.key}.tasks has {task!r}, but the instances JSON {found.path} has no {what}: {instead}"
+                    f"{evaluator.key}.tasks has {task!r}, but the instances JSON {instances.path} has no {outputs}: "
+                    f"{instead}"
                 )
-        elif lacking.number:
+        elif missing.number:
             raise InputError(
-                f"{evaluator.key}.tasks has {task!r}, but {lacking.number} of the {found.annotations} annotations of "
-                f"the instances JSON {found.path} have no mask, such as annotation {lacking.first!r}: {instead}"
+                f"{evaluator.key}.tasks has {task!r}, but {missing.number} of the {instances.annotations} annotations "
+                f"of the instances JSON {instances.path} have no mask, such as annotation {missing.first!r}: {instead}"
             )
     check_classes(model, evaluator.name, things=True)
 
@@ -317,19 +319,19 @@ def _provide_json(name: str, records: list[dict[str, Any]]) -> InstanceFile | No
     try:
         content = convert_to_coco_dict(name)
         with tempfile.NamedTemporaryFile("w", dir=folder(), suffix=".json", delete=False, encoding="utf-8") as file:
-            json.dump(content, file, default=_plain)
+            json.dump(content, file, default=_to_plain)
     except Exception as error:  # a function gives whatever it likes
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise InputError(f"data set {name!r} cannot be converted to COCO's format ({reason})") from error
     old = _converted.pop(name, None)
     if old:
         os.unlink(old)
-    found = open_instances(file.name, f"of data set {name!r}")
+    instances = open_instances(file.name, f"of data set {name!r}")
     metadata.json_file = _converted[name] = file.name
-    return found
+    return instances
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is no JSON")
@@ -338,7 +340,7 @@ def _plain(value: Any) -> Any:
 # --- what a model has -----------------------------------------------------------------------------------------------
 
 
-def _has(model: nn.Module, switch: str) -> bool | None:
+def _has_output(model: nn.Module, switch: str) -> bool | None:
     """Whether a model gives masks or keypoints; None where that cannot be known."""
     heads = getattr(model, "roi_heads", None)
     if isinstance(heads, ROIHeads):
@@ -364,7 +366,7 @@ class _Classes(NamedTuple):
     number: int
 
 
-def _thing_counts(model: nn.Module) -> list[_Classes]:
+def _thing_classes(model: nn.Module) -> list[_Classes]:
     heads = getattr(model, "roi_heads", None)
     if isinstance(heads, ROIHeads):
         counts = [_Classes("model.roi_heads.num_classes", heads.num_classes)]
@@ -380,7 +382,7 @@ def _thing_counts(model: nn.Module) -> list[_Classes]:
     return []
 
 
-def _every_count(model: nn.Module) -> _Classes | None:
+def _segment_classes(model: nn.Module) -> _Classes | None:
     """Of a model of segments, things and stuff alike."""
     if not hasattr(model, "panoptic_on"):
         return None
@@ -390,13 +392,13 @@ def _every_count(model: nn.Module) -> _Classes | None:
     return _Classes("model.sem_seg_head.num_classes", count) if isinstance(count, int) else None
 
 
-def _semantic_count(model: nn.Module) -> _Classes | None:
+def _semantic_classes(model: nn.Module) -> _Classes | None:
     count = getattr(getattr(getattr(model, "sem_seg_head", None), "predictor", None), "out_channels", None)
-    return _Classes("model.sem_seg_head.num_classes", count) if isinstance(count, int) else _every_count(model)
+    return _Classes("model.sem_seg_head.num_classes", count) if isinstance(count, int) else _segment_classes(model)
 
 
 def check_classes(
-    model: nn.Module, name: str, things: bool = False, every: bool = False, semantic: bool = False
+    model: nn.Module, name: str, things: bool = False, segments: bool = False, semantic: bool = False
 ) -> None:
     """
     Raise InputError where a model has other classes than a data set.
@@ -405,41 +407,46 @@ def check_classes(
         model: Detectron2's with ``roi_heads``, a ``DenseDetector``, or one such as Mask2Former; others pass.
         name: of the data set, loaded before.
         things: its classes of things are found.
-        every: things and stuff are, as the segments of one range of classes.
+        segments: things and stuff are, as the segments of one range of classes.
         semantic: each pixel's class is.
     """
     if name not in DatasetCatalog.list():
         return
     metadata = MetadataCatalog.get(name)
-    its_things, its_stuff = _contiguous(metadata, "thing"), _contiguous(metadata, "stuff")
-    whole = _every_count(model)
-    if things and its_things is not None:
-        for classes in _thing_counts(model):
-            _compare(classes, len(its_things), name, "of things")
-        if whole and not every and not getattr(model, "panoptic_on", False):
-            _compare(whole, len(its_things), name, "of things")
-        told = getattr(model, "things", None)
-        if whole and isinstance(told, Collection) and getattr(model, "panoptic_on", False) and set(told) != its_things:
+    thing_classes, stuff_classes = _contiguous_ids(metadata, "thing"), _contiguous_ids(metadata, "stuff")
+    segment_classes = _segment_classes(model)
+    if things and thing_classes is not None:
+        for classes in _thing_classes(model):
+            _check_number(classes, len(thing_classes), name, "of things")
+        if segment_classes and not segments and not getattr(model, "panoptic_on", False):
+            _check_number(segment_classes, len(thing_classes), name, "of things")
+        model_things = getattr(model, "things", None)
+        if (
+            segment_classes
+            and isinstance(model_things, Collection)
+            and getattr(model, "panoptic_on", False)
+            and set(model_things) != thing_classes
+        ):
             raise InputError(
-                f"the model's things are the classes {_span(told)} (model.things), those of data set {name!r} are "
-                f"{_span(its_things)}"
+                f"the model's things are the classes {_format_classes(model_things)} (model.things), those of data set "
+                f"{name!r} are {_format_classes(thing_classes)}"
             )
-    if every and whole and its_things is not None and its_stuff is not None:
-        _compare(whole, len(its_things | its_stuff), name, "of things and stuff")
-    semantic = semantic or every and _thing_counts(model) != []
-    if semantic and metadata.get("stuff_classes") is not None and (of_pixels := _semantic_count(model)):
-        _compare(of_pixels, len(metadata.stuff_classes), name, "of pixels")
+    if segments and segment_classes and thing_classes is not None and stuff_classes is not None:
+        _check_number(segment_classes, len(thing_classes | stuff_classes), name, "of things and stuff")
+    semantic = semantic or segments and _thing_classes(model) != []
+    if semantic and metadata.get("stuff_classes") is not None and (of_pixels := _semantic_classes(model)):
+        _check_number(of_pixels, len(metadata.stuff_classes), name, "of pixels")
 
 
-def _compare(classes: _Classes, count: int, name: str, what: str) -> None:
+def _check_number(classes: _Classes, count: int, name: str, subject: str) -> None:
     if classes.number != count:
         raise InputError(
-            f"the model has {classes.number} classes {what} ({classes.key}), data set {name!r} has {count}: "
+            f"the model has {classes.number} classes {subject} ({classes.key}), data set {name!r} has {count}: "
             f"{classes.key}={count} fits it, with weights of as many"
         )
 
 
-def _contiguous(metadata: Metadata, kind: str) -> set[int] | None:
+def _contiguous_ids(metadata: Metadata, kind: str) -> set[int] | None:
     ids = metadata.get(f"{kind}_dataset_id_to_contiguous_id")
     names = metadata.get(f"{kind}_classes")
     if ids is not None:
@@ -447,7 +454,7 @@ def _contiguous(metadata: Metadata, kind: str) -> set[int] | None:
     return None if names is None else set(range(len(names)))
 
 
-def _span(classes: Collection[int]) -> str:
+def _format_classes(classes: Collection[int]) -> str:
     ordered = sorted(classes)
     if ordered == list(range(len(ordered))):
         return f"0 to {len(ordered) - 1}"
@@ -461,7 +468,7 @@ def _check_masks(records: list[dict[str, Any]], options: DictConfig, model: nn.M
     """What a `DatasetMapper` makes masks of; it leaves crowds out."""
     mapper = "dataloader.train.mapper"
     if not options.get("use_instance_mask", False):
-        if _has(model, "mask_on"):
+        if _has_output(model, "mask_on"):
             raise InputError(
                 f"the model learns masks, which {mapper} does not give: {mapper}.use_instance_mask=true, or "
                 "model.roi_heads.mask_in_features=null to train boxes alone"
@@ -469,10 +476,10 @@ def _check_masks(records: list[dict[str, Any]], options: DictConfig, model: nn.M
         return
     total, lacking, runs = 0, [], []
     for record in records:
-        for one in record.get("annotations", ()):
-            if not one.get("iscrowd", 0):
+        for annotation in record.get("annotations", ()):
+            if not annotation.get("iscrowd", 0):
                 total += 1
-                mask = one.get("segmentation")
+                mask = annotation.get("segmentation")
                 if mask is None or len(mask) == 0:
                     lacking.append(record)
                 elif isinstance(mask, dict):
@@ -480,31 +487,32 @@ def _check_masks(records: list[dict[str, Any]], options: DictConfig, model: nn.M
     if lacking:
         raise InputError(
             f"{len(lacking)} of the {total} objects to be trained on have no mask, such as one of image "
-            f"{_named(lacking[0])}, and {mapper} takes masks: {mapper}.use_instance_mask=false "
+            f"{_describe_record(lacking[0])}, and {mapper} takes masks: {mapper}.use_instance_mask=false "
             f"{mapper}.recompute_boxes=false model.roi_heads.mask_in_features=null train boxes alone"
         )
     if runs and options.get("instance_mask_format", "polygon") == "polygon":
         raise InputError(
             f"{len(runs)} of the {total} objects to be trained on have masks as RLE, such as one of image "
-            f"{_named(runs[0])}, and {mapper} takes polygons: {mapper}.instance_mask_format=bitmask takes both"
+            f"{_describe_record(runs[0])}, and {mapper} takes polygons: {mapper}.instance_mask_format=bitmask takes "
+            "both"
         )
 
 
-def _named(record: dict[str, Any]) -> str:
+def _describe_record(record: dict[str, Any]) -> str:
     return f"{record.get('image_id')!r} ({record.get('file_name')})"
 
 
 def _check_categories(records: list[dict[str, Any]], model: nn.Module) -> None:
     """Of data sets that have no names of classes, too: Detectron2 takes the class after the last for background."""
-    counts = [*_thing_counts(model), *filter(None, [_every_count(model)])]
+    counts = [*_thing_classes(model), *filter(None, [_segment_classes(model)])]
     if not counts:
         return
     key, count = min(counts, key=lambda classes: classes.number)
     for record in records:
-        for one in record.get("annotations", ()):
-            if not 0 <= one.get("category_id", 0) < count:
+        for annotation in record.get("annotations", ()):
+            if not 0 <= annotation.get("category_id", 0) < count:
                 raise InputError(
                     f"image {record.get('image_id')!r} ({record.get('file_name')}) has an annotation of the "
                     "category_id "
-                    f"{one['category_id']!r}, the model has the classes 0 to {count - 1} ({key})"
+                    f"{annotation['category_id']!r}, the model has the classes 0 to {count - 1} ({key})"
                 )

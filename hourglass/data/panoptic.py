@@ -66,9 +66,9 @@ def _read_panoptic_json(path: str, modified: int, size: int) -> PanopticTruth:
         raise InputError(f"panoptic JSON {path} cannot be read ({type(error).__name__}: {reason})") from error
     for key in ("annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            found = sorted(content) if isinstance(content, dict) else type(content).__name__
-            what = f"has no list {key!r}, it has {found}"
-            raise InputError(f"panoptic JSON {path} {what}: COCO's panoptic format is taken")
+            keys = sorted(content) if isinstance(content, dict) else type(content).__name__
+            problem = f"has no list {key!r}, it has {keys}"
+            raise InputError(f"panoptic JSON {path} {problem}: COCO's panoptic format is taken")
     try:
         _check_unique(path, "category", [category["id"] for category in content["categories"]])
         _check_unique(path, "image", [image["id"] for image in content.get("images") or []])
@@ -84,49 +84,49 @@ def _read_panoptic_json(path: str, modified: int, size: int) -> PanopticTruth:
         _check_segments(path, annotations, categories)
         images = {image["id"]: image for image in content.get("images") or []}
     except (KeyError, TypeError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else f"is not in COCO's panoptic format: {error}"
-        raise InputError(f"panoptic JSON {path}: an entry {what}") from error
+        problem = f"lacks {error}" if isinstance(error, KeyError) else f"is not in COCO's panoptic format: {error}"
+        raise InputError(f"panoptic JSON {path}: an entry {problem}") from error
     return PanopticTruth(images, annotations, categories)
 
 
-def _check_unique(path: str, what: str, ids: list) -> None:
+def _check_unique(path: str, kind: str, ids: list) -> None:
     twice = repeated(ids)
     if twice:
         raise InputError(
-            f"panoptic JSON {path}: {len(twice)} {what} ids are there more than once, such as {twice[0]!r}"
+            f"panoptic JSON {path}: {len(twice)} {kind} ids are there more than once, such as {twice[0]!r}"
         )
     kinds = {type(id).__name__ for id in ids}
-    if not (kinds <= {"int"} or kinds <= {"str"} and "image" in what):
+    if not (kinds <= {"int"} or kinds <= {"str"} and "image" in kind):
         first = next(id for id in ids if type(id) is not int)
-        raise InputError(f"panoptic JSON {path}: {what} ids are whole numbers, got {first!r}")
+        raise InputError(f"panoptic JSON {path}: {kind} ids are whole numbers, got {first!r}")
 
 
 def _check_segments(path: str, annotations: dict[Any, dict], categories: dict[int, dict]) -> None:
     """Ids and categories; the area and box are not read, as they can be counted."""
-    without, total = [], 0
+    missing_crowd, total = [], 0
     for image_id, annotation in annotations.items():
-        known = set()
+        ids = set()
         for segment in annotation["segments_info"]:
             total += 1
             missing = {"id", "category_id"} - set(segment)
             if missing:
                 raise InputError(f"panoptic JSON {path}: a segment of image {image_id} has no {min(missing)!r}")
-            what = f"segment {segment['id']!r} of image {image_id}"
+            place = f"segment {segment['id']!r} of image {image_id}"
             if type(segment["id"]) is not int or not 0 < segment["id"] < 256**3:
-                raise InputError(f"panoptic JSON {path}: {what} is named by no whole number from 1 to {256**3 - 1}")
-            if segment["id"] in known:
-                raise InputError(f"panoptic JSON {path}: {what} is there more than once")
-            known.add(segment["id"])
+                raise InputError(f"panoptic JSON {path}: {place} is named by no whole number from 1 to {256**3 - 1}")
+            if segment["id"] in ids:
+                raise InputError(f"panoptic JSON {path}: {place} is there more than once")
+            ids.add(segment["id"])
             if segment["category_id"] not in categories:
-                which = f"category_id {segment['category_id']!r}, which is none of {list(categories)}"
-                raise InputError(f"panoptic JSON {path}: {what} has {which}")
+                problem = f"category_id {segment['category_id']!r}, which is none of {list(categories)}"
+                raise InputError(f"panoptic JSON {path}: {place} has {problem}")
             if segment.get("iscrowd") is None:
-                without.append(what)
+                missing_crowd.append(place)
                 segment["iscrowd"] = 0
             elif segment["iscrowd"] not in (0, 1):
-                raise InputError(f"panoptic JSON {path}: {what} has iscrowd {segment['iscrowd']!r}, which is 0 or 1")
-    if without and comm.is_main_process():
-        line = f"{len(without)} of the {total} segments have no iscrowd, such as {without[0]}: 0 is taken"
+                raise InputError(f"panoptic JSON {path}: {place} has iscrowd {segment['iscrowd']!r}, which is 0 or 1")
+    if missing_crowd and comm.is_main_process():
+        line = f"{len(missing_crowd)} of the {total} segments have no iscrowd, such as {missing_crowd[0]}: 0 is taken"
         logger.warning(f"panoptic JSON {path}: {line}")
 
 
@@ -184,9 +184,9 @@ class PanopticMetadata(Metadata):
     @property
     def thing_classes(self) -> list[str]:
         """Names by contiguous id: the things alone where they come first, all categories where they do not."""
-        things = sum(bool(category["isthing"]) for category in self.categories)
-        first = all(category["isthing"] for category in self.categories[:things])
-        return self.stuff_classes[:things] if first else self.stuff_classes
+        count = sum(bool(category["isthing"]) for category in self.categories)
+        first = all(category["isthing"] for category in self.categories[:count])
+        return self.stuff_classes[:count] if first else self.stuff_classes
 
     @property
     def stuff_classes(self) -> list[str]:

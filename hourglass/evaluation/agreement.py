@@ -39,7 +39,7 @@ class _Map(NamedTuple):
     content: bytes
 
     @classmethod
-    def of(cls, values: torch.Tensor) -> "_Map":
+    def from_tensor(cls, values: torch.Tensor) -> "_Map":
         array = np.ascontiguousarray(values.detach().cpu().numpy().astype(np.int32))
         return cls(array.shape, zlib.compress(array.data, 1))
 
@@ -70,7 +70,7 @@ class OutputRecorder(DatasetEvaluator):
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         for input, output in zip(inputs, outputs):
-            self.outputs[input["image_id"]] = _kept(output, self.lowest)
+            self.outputs[input["image_id"]] = _kept_output(output, self.lowest)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Nothing; the main process has the outputs of all afterwards."""
@@ -110,7 +110,7 @@ def recording(evaluators: Sequence[DatasetEvaluator], compared: bool = True, low
     return DatasetEvaluators([*evaluators, OutputRecorder(limits[0] if limits else 100, compared, lowest)])
 
 
-def _kept(output: dict[str, Any], lowest: float) -> dict[str, Any]:
+def _kept_output(output: dict[str, Any], lowest: float) -> dict[str, Any]:
     kept: dict[str, Any] = {}
     if "instances" in output:
         instances = output["instances"]
@@ -129,10 +129,10 @@ def _kept(output: dict[str, Any], lowest: float) -> dict[str, Any]:
     if output.get("panoptic_seg") is not None:
         segments, info = output["panoptic_seg"]
         if info is not None:
-            kept["panoptic_seg"] = _Map.of(segments), [_segment(segment) for segment in info]
+            kept["panoptic_seg"] = _Map.from_tensor(segments), [_segment(segment) for segment in info]
     if "sem_seg" in output:
         scores = output["sem_seg"]
-        kept["sem_seg"] = _Map.of(scores.argmax(dim=0)), len(scores)
+        kept["sem_seg"] = _Map.from_tensor(scores.argmax(dim=0)), len(scores)
     return kept
 
 
@@ -180,13 +180,13 @@ def agreement(
     if pairs and all("panoptic_seg" in expected and "panoptic_seg" in actual for expected, actual in pairs):
         figures["panoptic_seg.PQ"] = _panoptic(pairs, weights)
     if pairs and all("sem_seg" in expected and "sem_seg" in actual for expected, actual in pairs):
-        counts = np.stack([_pixels(expected["sem_seg"], actual["sem_seg"]) for expected, actual in pairs])
+        counts = np.stack([_confusion(expected["sem_seg"], actual["sem_seg"]) for expected, actual in pairs])
         iou, _ = class_figures(np.tensordot(weights, counts, axes=1))
         figures["sem_seg.mIoU"] = mean_of_classes(iou.T, len(weights))
     return figures
 
 
-def _pixels(first: tuple[_Map, int], other: tuple[_Map, int]) -> np.ndarray:
+def _confusion(first: tuple[_Map, int], other: tuple[_Map, int]) -> np.ndarray:
     return count_pixels(first[0].read(), other[0].read(), first[1])
 
 

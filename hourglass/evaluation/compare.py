@@ -202,7 +202,7 @@ def compare(
         device: "cuda" or "cpu".
         dtype: float32, or another type for autocast.
         warmup: untimed runs of each model on the first batch.
-        what: text before the progress bar; None: the names of the models.
+        title: text before the progress bar; None: the names of the models.
         journal: what was finished before, without which `images` are, and where batches go as they are finished; of
             evaluators that :func:`~hourglass.evaluation.journal.can_dump`. None: an interruption loses everything.
 
@@ -470,7 +470,7 @@ def _agreement(subjects: dict[str, Subject], image_ids: list) -> dict[str, dict[
     return {name: agreement(recorders[first], recorders[name], ids, weights) for name in others if name in recorders}
 
 
-def _own_images(evaluator: DatasetEvaluator) -> set[Any] | None:
+def _required_images(evaluator: DatasetEvaluator) -> set[Any] | None:
     """The images that an evaluator takes whichever ran; None where it takes those that ran."""
     if isinstance(evaluator, LVISEvaluator):
         return set(evaluator._lvis_api.imgs)
@@ -490,7 +490,7 @@ def _evaluate(evaluator: DatasetEvaluator, image_ids: list) -> dict[str, dict[st
                     raise InputError(f"an evaluator for each task is taken, got two that evaluate {task!r}")
                 results[task] = metrics
         return results
-    annotated = _own_images(evaluator)
+    annotated = _required_images(evaluator)
     if annotated is not None and annotated != set(image_ids):
         raise InputError(
             f"{type(evaluator).__name__} evaluates all {len(annotated)} images of its annotations, got {len(image_ids)}"

@@ -203,7 +203,7 @@ class InstanceEvaluator(COCOEvaluator):
 
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict:
         if coco_eval is None:
-            coco_eval = evaluate_nothing(self, iou_type, self._chosen)
+            coco_eval = evaluate_without_detections(self, iou_type, self._chosen)
         self.image_ids = list(coco_eval.params.imgIds)
         self.matches[iou_type] = read_matches(coco_eval)
         for size, area in self._areas.items():
@@ -237,7 +237,7 @@ class InstanceEvaluator(COCOEvaluator):
         return figures
 
 
-def evaluate_nothing(evaluator: COCOEvaluator, iou_type: str, img_ids: Sequence) -> COCOeval:
+def evaluate_without_detections(evaluator: COCOEvaluator, iou_type: str, img_ids: Sequence) -> COCOeval:
     """
     What Detectron2 leaves out where there is no detection at all, as ``loadRes`` takes no empty list.
 
@@ -283,7 +283,7 @@ def complete_accuracy(
                 chosen = evaluator._coco_api.getImgIds() if img_ids is None else img_ids
                 classes = evaluator._metadata.get("thing_classes")
                 accuracy[task] = evaluator._derive_coco_results(
-                    evaluate_nothing(evaluator, task, chosen), task, class_names=classes
+                    evaluate_without_detections(evaluator, task, chosen), task, class_names=classes
                 )
 
 

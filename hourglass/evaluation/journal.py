@@ -61,7 +61,7 @@ class Journal:
         self._file: BinaryIO | None = None
         if comm.is_main_process():
             if resume and not self._folder.exists():
-                _logger.warning("nothing to resume, starting anew: %s", self._why_anew())
+                _logger.warning("nothing to resume, starting anew: %s", self._explain_new_start())
             if not resume and self._folder.exists():
                 paths = self._folder.glob("*.msgpack")
                 finished = sum(len(record["image_ids"]) for path in paths for record, _ in read_records(path))
@@ -80,7 +80,7 @@ class Journal:
         if self._path.exists():
             yield from read_records(self._path)
 
-    def _why_anew(self) -> str:
+    def _explain_new_start(self) -> str:
         settings_files = sorted(self._root.glob("*/settings.json"), key=lambda path: path.stat().st_mtime)
         if not settings_files:
             return f"{self._root} has no interrupted run"

@@ -49,9 +49,9 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
         "models": {name: _model(measurement, reduced) for name, measurement in models.items()},
     }
     if "unmodified" in models and "expedited" in models:
-        document.update(_against_first(comparison, "expedited"))
+        document.update(_ratios_to_first(comparison, "expedited"))
     if "unmodified" in models and "fast attention" in models:
-        document["fast_attention"] = _against_first(comparison, "fast attention")
+        document["fast_attention"] = _ratios_to_first(comparison, "fast attention")
     if "expedited" in models:
         document["efficiency"] = comparison.efficiency("expedited")
     for name in ("control", "linear control"):
@@ -73,7 +73,7 @@ def to_json(comparison: Comparison, **about: Any) -> dict[str, Any]:
     return without_nan(document)
 
 
-def _against_first(comparison: Comparison, name: str) -> dict[str, Any]:
+def _ratios_to_first(comparison: Comparison, name: str) -> dict[str, Any]:
     speedup = {part: comparison.speedup(name, part)._asdict() for part in ("encoder", "total")}
     return {"speedup": speedup, "retention": _retention(comparison, name)}
 
@@ -130,13 +130,13 @@ def to_table(document: dict[str, Any], tablefmt: str = "simple") -> str:
         a row for each figure, a column for each model, and one for each of the others' ratio to the unmodified.
     """
     models = document["models"]
-    against = _against(document)
+    against = _ratios_by_model(document)
     rows = []
 
     def row(label: str, cells: list[str], ratios: dict[str, str] | None = None) -> None:
         rows.append([label, *cells, *((ratios or {}).get(name, "") for name in against)])
 
-    for key in _keys(models):
+    for key in _figure_keys(models):
         task, metric = split_key(key)
         figure = find_figure(task, metric)
         if figure is None or figure.label is None:
@@ -188,7 +188,7 @@ def to_class_tables(document: dict[str, Any], tablefmt: str = "simple") -> str:
     models = document["models"]
     compared = "expedited" if "expedited" in document["difference_by_class"] else list(models)[-1]
     tables = []
-    for key in _keys(models):
+    for key in _figure_keys(models):
         by_class = {name: model["by_class"][key] for name, model in models.items() if key in model["by_class"]}
         if not by_class:
             continue
@@ -248,7 +248,7 @@ def to_csv(document: dict[str, Any]) -> str:
             add(name, figure, model[figure])
         for part, count in model["tokens"].items():
             add(name, f"tokens.{part}", count)
-        against = _against(document).get(name, {})
+        against = _ratios_by_model(document).get(name, {})
         for key, share in against.get("retention", {}).items():
             add(name, f"retention.{key}", share["ratio"], share)
         for part, speedup in against.get("speedup", {}).items():
@@ -263,7 +263,7 @@ def to_csv(document: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def _keys(models: dict[str, Any]) -> list[str]:
+def _figure_keys(models: dict[str, Any]) -> list[str]:
     """ "task.metric" of every figure that a model has, in the models' order."""
     return list(
         dict.fromkeys(
@@ -275,7 +275,7 @@ def _keys(models: dict[str, Any]) -> list[str]:
     )
 
 
-def _against(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _ratios_by_model(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Model -> its retention and speed-up against the unmodified one, as far as they are known."""
     against = {
         "fast attention": document.get("fast_attention"),

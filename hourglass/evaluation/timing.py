@@ -105,7 +105,7 @@ class Stopwatch:
         reducers: list[str] = []
         for name, module in encoder.named_modules() if inside else ():
             if isinstance(module, Guard):
-                self._handles.append(module.register_forward_hook(self._guarded))
+                self._handles.append(module.register_forward_hook(self._record_share))
             # A reducer may call others, whose time is in its own.
             if isinstance(module, Reducer) and not any(name.startswith(f"{outer}.") for outer in reducers):
                 reducers.append(name)
@@ -168,7 +168,7 @@ class Stopwatch:
         smallest = min(maps, key=torch.Tensor.numel)
         self._sums.append(smallest.sum(dtype=torch.float32))
 
-    def _guarded(self, module: nn.Module, inputs: tuple, share: torch.Tensor) -> None:
+    def _record_share(self, module: nn.Module, inputs: tuple, share: torch.Tensor) -> None:
         if self._running:
             self._shares.append(share.flatten().float())
 

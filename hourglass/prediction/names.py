@@ -25,7 +25,7 @@ class Names(NamedTuple):
     stuff_ids: Mapping[int, int]
 
     @classmethod
-    def of(cls, metadata: Metadata) -> "Names":
+    def from_metadata(cls, metadata: Metadata) -> "Names":
         """Those that Detectron2's metadata have, or the data set's JSON where that has not been read yet."""
         things, stuff = (_known(metadata, f"{kind}_classes") or [] for kind in ("thing", "stuff"))
         ids = {kind: _known(metadata, f"{kind}_dataset_id_to_contiguous_id") or {} for kind in ("thing", "stuff")}
@@ -57,13 +57,13 @@ class Names(NamedTuple):
 
     def categories(self) -> list[dict[str, Any]]:
         """As COCO's JSONs list them."""
-        found = {}
+        categories = {}
         for thing, names in ((False, self.stuff), (True, self.things)):
             for number, name in names.items():
                 id = self.category_id(number, thing)
                 # Panoptic data sets may count their things among the stuff too.
-                found[id] = {"id": id, "name": name, "isthing": int(thing)}
-        return [found[id] for id in sorted(found)]
+                categories[id] = {"id": id, "name": name, "isthing": int(thing)}
+        return [categories[id] for id in sorted(categories)]
 
 
 def _known(metadata: Metadata, key: str) -> Any:

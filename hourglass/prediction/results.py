@@ -32,11 +32,11 @@ class JsonList:
         self._file.write(("\n" if self._empty else ",\n") + json.dumps(item, allow_nan=False))
         self._empty = False
 
-    def close(self, whole: bool = True) -> None:
-        """``whole``: keep what was written."""
+    def close(self, complete: bool = True) -> None:
+        """Finish the file; unless ``complete``, remove it."""
         self._file.write("\n]\n")
         self._file.close()
-        if whole:
+        if complete:
             os.chmod(self._part, 0o644)
             os.replace(self._part, self._path)
         else:
@@ -86,11 +86,11 @@ class Results:
                 id = self._names.category_id(number, thing=False)
                 entries.add({"image_id": about["id"], "category_id": id, "segmentation": mask})
 
-    def close(self, whole: bool = True) -> list[str]:
-        """The names of the files that are then there; none unless ``whole``."""
-        for each in self._lists.values():
-            each.close(whole)
-        if not whole:
+    def close(self, complete: bool = True) -> list[str]:
+        """The names of the files that are then there; none unless ``complete``."""
+        for json_list in self._lists.values():
+            json_list.close(complete)
+        if not complete:
             return []
         content = {"images": self._images, "categories": self._names.categories()}
         write_whole(self._folder / "images.json", json.dumps(content, indent=1) + "\n")
@@ -110,20 +110,20 @@ class Results:
         Image.fromarray(colours).save(file, "PNG")
         write_whole(self._folder / "panoptic" / name, file.getvalue())
         listed = []
-        for each in info:
-            id = self._names.category_id(each["category_id"], bool(each["isthing"]))
-            listed.append({"id": int(each["id"]), "category_id": id, "area": int((ids == each["id"]).sum())})
+        for segment in info:
+            id = self._names.category_id(segment["category_id"], bool(segment["isthing"]))
+            listed.append({"id": int(segment["id"]), "category_id": id, "area": int((ids == segment["id"]).sum())})
         return {"image_id": about["id"], "file_name": name, "segments_info": listed}
 
 
-def _plain(found: Instances) -> Instances:
+def _plain(instances: Instances) -> Instances:
     """On the CPU, with boxes wherever there are masks: models of masks alone leave them 0."""
-    found = found.to("cpu")
-    if found.has("pred_masks") and not (found.has("pred_boxes") and found.pred_boxes.tensor.any()):
-        found = Instances(found.image_size, **found.get_fields())
-        masks = found.pred_masks > 0
-        found.pred_boxes = BitMasks(masks).get_bounding_boxes() if len(masks) else Boxes(torch.zeros(0, 4))
-    return found
+    instances = instances.to("cpu")
+    if instances.has("pred_masks") and not (instances.has("pred_boxes") and instances.pred_boxes.tensor.any()):
+        instances = Instances(instances.image_size, **instances.get_fields())
+        masks = instances.pred_masks > 0
+        instances.pred_boxes = BitMasks(masks).get_bounding_boxes() if len(masks) else Boxes(torch.zeros(0, 4))
+    return instances
 
 
 def _encode(mask: np.ndarray) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from hourglass.errors import InputError
 from hourglass.files import check_folder, write_whole
-from hourglass.prediction.drawing import beside, count, draw
+from hourglass.prediction.drawing import count, draw, side_by_side
 from hourglass.prediction.names import Names
 from hourglass.prediction.results import Results
 from hourglass.prediction.sources import Source, Video, VideoFile, find_sources, read_pixels
@@ -25,14 +25,14 @@ from hourglass.predictor import Predictor
 EXPEDITED, UNMODIFIED = "expedited", "unmodified"
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """
     What is to be predicted.
 
     Attributes:
         paths: images, videos and folders of them.
         output: the folder that is written to; None: ``predictions`` in the config's ``train.output_dir``.
-        compare: also by the unmodified model, drawn beside it.
+        compare: also by the unmodified model, drawn side_by_side it.
         score: instances of at least this are drawn.
     """
 
@@ -42,7 +42,7 @@ class Asked(NamedTuple):
     score: float = 0.5
 
 
-def run_prediction(cfg: DictConfig, asked: Asked) -> int:
+def run_prediction(cfg: DictConfig, request: Request) -> int:
     """
     Predict on images and videos, draw and write what is found.
 
@@ -55,28 +55,30 @@ def run_prediction(cfg: DictConfig, asked: Asked) -> int:
     """
     if comm.get_world_size() > 1:
         raise InputError("--predict is of one process")
-    if not 0 <= asked.score <= 1:
-        raise InputError(f"--score takes a number from 0 to 1, got {asked.score!r}")
-    folder = Path(asked.output or os.path.join(cfg.train.output_dir, "predictions")).expanduser()
+    if not 0 <= request.score <= 1:
+        raise InputError(f"--score takes a number from 0 to 1, got {request.score!r}")
+    folder = Path(request.output or os.path.join(cfg.train.output_dir, "predictions")).expanduser()
     check_folder("--output", folder)
-    sources = find_sources(asked.paths)
+    sources = find_sources(request.paths)
     if not sources:
-        raise InputError(f"--predict takes images, videos and folders of them, got nothing in {', '.join(asked.paths)}")
+        raise InputError(
+            f"--predict takes images, videos and folders of them, got nothing in {', '.join(request.paths)}"
+        )
     if not any(source.path.is_file() for source in sources):
-        raise InputError(f"--predict: {_listed([str(source.path) for source in sources])} missing")
+        raise InputError(f"--predict: {_join_names([str(source.path) for source in sources])} missing")
     _refuse_overwriting(sources, folder)
     predictor = Predictor(cfg)
-    models = {UNMODIFIED: predictor.unmodified()} if asked.compare else {}
-    return _Run(cfg, asked, folder, {**models, EXPEDITED: predictor}).run(sources)
+    models = {UNMODIFIED: predictor.unmodified()} if request.compare else {}
+    return _Run(cfg, request, folder, {**models, EXPEDITED: predictor}).run(sources)
 
 
 class _Run:
     """One run of the command."""
 
-    def __init__(self, cfg: DictConfig, asked: Asked, folder: Path, models: dict[str, Predictor]):
-        self.asked, self.folder, self.models = asked, folder, models
+    def __init__(self, cfg: DictConfig, request: Request, folder: Path, models: dict[str, Predictor]):
+        self.asked, self.folder, self.models = request, folder, models
         self.scaling, self.batch_size = cfg.dataloader.image_scaling, cfg.evaluation.batch_size
-        self.names = Names.of(models[EXPEDITED].metadata)
+        self.names = Names.from_metadata(models[EXPEDITED].metadata)
         self.skipped: list[str] = []
         self.images = self.frames = self.videos = 0
         self.milliseconds: dict[str, list[float]] = {name: [] for name in models}
@@ -96,9 +98,9 @@ class _Run:
                         self._run_video(source)
         finally:
             # An interruption leaves what was found until then.
-            found = bool(self.images or self.frames)
-            written = [results.close(found) for results in self.results.values()][-1]
-        if not found:
+            any_output = bool(self.images or self.frames)
+            written = [results.close(any_output) for results in self.results.values()][-1]
+        if not any_output:
             raise InputError(f"--predict: none of {len(sources)} files could be read")
         self._report(len(sources), written)
         return 1 if self.skipped else 0
@@ -106,8 +108,8 @@ class _Run:
     def _run_images(self, sources: list[Source]) -> None:
         bar = tqdm(total=len(sources), desc="predicting", unit="image", disable=not sources)
         with bar:
-            for batch in _in_batches(self._read(sources, bar), self.batch_size):
-                pixels = [each for _, each in batch]
+            for batch in _batched(self._read(sources, bar), self.batch_size):
+                pixels = [image for _, image in batch]
                 for (source, image), outputs in zip(batch, self._predict(pixels)):
                     self.images += 1
                     picture = self._draw(image, outputs)
@@ -128,22 +130,22 @@ class _Run:
     def _run_video(self, source: Source) -> None:
         video = Video(source.path)
         drawn = VideoFile(self.folder / f"{source.name}.mp4", video.rate)
-        start, frames, whole = time.perf_counter(), 0, False
+        start, frames, complete = time.perf_counter(), 0, False
         before = sum(self.milliseconds[EXPEDITED])
         bar = tqdm(total=video.length, desc=source.path.name, unit="frame")
         try:
             with bar:
-                for batch in _in_batches(iter(video), self.batch_size):
+                for batch in _batched(iter(video), self.batch_size):
                     for image, outputs in zip(batch, self._predict(batch)):
                         self.frames += 1
                         drawn.add(self._draw(image, outputs))
                         self._write({"file_name": str(source.path), "frame": frames}, image, outputs)
                         frames += 1
                         bar.update()
-            whole = frames > 0
+            complete = frames > 0
         finally:
             video.close()
-            drawn.close(whole)
+            drawn.close(complete)
         if not frames:
             raise InputError(f"{source.path} has no frame that can be read")
         self.videos += 1
@@ -167,31 +169,31 @@ class _Run:
 
     def _predict(self, images: list[np.ndarray]) -> list[dict[str, dict[str, Any]]]:
         """Of each image: model -> output."""
-        found: list[dict[str, dict[str, Any]]] = [{} for _ in images]
+        predictions: list[dict[str, dict[str, Any]]] = [{} for _ in images]
         for name, predictor in self.models.items():
             inputs = [predictor.prepare(image) for image in images]
             start = time.perf_counter()
             outputs = predictor.run(inputs)
             if predictor.device == "cuda":
                 torch.cuda.synchronize()
-            each = 1000 * (time.perf_counter() - start) / len(images)
-            self.milliseconds[name] += [each] * len(images)
-            for own, output in zip(found, outputs):
+            milliseconds = 1000 * (time.perf_counter() - start) / len(images)
+            self.milliseconds[name] += [milliseconds] * len(images)
+            for of_image, output in zip(predictions, outputs):
                 if output.get("panoptic_seg") is not None and output["panoptic_seg"][1] is None:
                     raise InputError("--predict takes panoptic segments that the model lists, it gives a map of labels")
-                own[name] = output
-        return found
+                of_image[name] = output
+        return predictions
 
     def _draw(self, image: np.ndarray, outputs: dict[str, dict[str, Any]]) -> np.ndarray:
-        known = outputs.get(UNMODIFIED)
+        reference = outputs.get(UNMODIFIED)
         pictures = [
-            draw(image, output, self.names, self.asked.score, None if name == UNMODIFIED else known)
+            draw(image, output, self.names, self.asked.score, None if name == UNMODIFIED else reference)
             for name, output in outputs.items()
         ]
         if len(pictures) == 1:
             return pictures[0]
         captions = [f"{name}: {count(output, self.asked.score)}" for name, output in outputs.items()]
-        return beside(pictures, captions)
+        return side_by_side(pictures, captions)
 
     def _write(self, about: dict[str, Any], image: np.ndarray, outputs: dict[str, dict[str, Any]]) -> None:
         number, (height, width) = self.images + self.frames, image.shape[:2]
@@ -204,14 +206,14 @@ class _Run:
             done.append(f"{self.images} image{'s' if self.images > 1 else ''}")
         if self.videos:
             done.append(f"{self.frames} frames of {self.videos} video{'s' if self.videos > 1 else ''}")
-        times = [f"{name} {np.median(each):.1f} ms" for name, each in self.milliseconds.items()]
+        times = [f"{name} {np.median(times):.1f} ms" for name, times in self.milliseconds.items()]
         print(f"{' and '.join(done)}; model's time an image, median: {', '.join(times)}")
         print(f"written to {self.folder}: drawings, {', '.join(written)}", flush=True)
         if self.skipped:
             print(f"skipped {len(self.skipped)} of {files} files", flush=True)
 
 
-def _in_batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     batch = []
     for item in items:
         batch.append(item)
@@ -236,6 +238,6 @@ def _refuse_overwriting(sources: list[Source], folder: Path) -> None:
             raise InputError(f"--output {folder} would overwrite {target}, which is predicted on: take another folder")
 
 
-def _listed(names: list[str]) -> str:
+def _join_names(names: list[str]) -> str:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{shown} {'is' if len(names) == 1 else 'are'}"

@@ -42,14 +42,14 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     Returns:
         the files in the order of the paths, those of a folder by their names; each with a name of its own.
     """
-    found: list[Source] = []
+    sources: list[Source] = []
     names: set[str] = set()
-    for given in paths:
-        path = Path(given).expanduser()
+    for argument in paths:
+        path = Path(argument).expanduser()
         files = [path]
         if path.is_dir():
             suffixes = (*SUFFIXES, *VIDEO_SUFFIXES)
-            files = sorted(each for each in path.rglob("*") if each.suffix.lower() in suffixes and each.is_file())
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
         for file in files:
             plain = str((file.relative_to(path) if file != path else Path(file.name)).with_suffix(""))
             name, number = plain, 1
@@ -57,8 +57,8 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
                 number += 1
                 name = f"{plain}_{number}"
             names.add(name)
-            found.append(Source(file, name))
-    return found
+            sources.append(Source(file, name))
+    return sources
 
 
 def read_pixels(path: Path, scaling: str) -> np.ndarray:
@@ -112,8 +112,8 @@ class Video:
     def __iter__(self) -> Iterator[np.ndarray]:
         """(H, W, 3) uint8 in BGR, until the end or what cannot be decoded."""
         while True:
-            there, frame = self._capture.read()
-            if not there:
+            ok, frame = self._capture.read()
+            if not ok:
                 return
             yield frame
 
@@ -154,12 +154,12 @@ class VideoFile:
             frame = cv2.resize(frame, self._size, interpolation=cv2.INTER_AREA)
         self._writer.write(np.ascontiguousarray(frame))
 
-    def close(self, whole: bool = True) -> None:
-        """``whole``: keep what was written."""
+    def close(self, complete: bool = True) -> None:
+        """Finish the file; unless ``complete``, remove it."""
         if self._writer is None:
             return
         self._writer.release()
-        if whole:
+        if complete:
             os.replace(self._part, self._path)
         else:
             self._part.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from hourglass.evaluation.figures import find_figure, label_of, split_key
-from hourglass.report.losses import CLASS, KEPT, KINDS, Examined, Found, Segments
+from hourglass.report.losses import CLASS, KEPT, KINDS, Detections, Examined, Segments
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; names of kinds stand beside them wherever they are.
 COLOURS = {
@@ -65,11 +65,11 @@ def scale(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
 
 
-def draw_shapes(picture: np.ndarray, found: Found, marks: Sequence[Mark]) -> np.ndarray:
+def draw_shapes(picture: np.ndarray, detections: Detections, marks: Sequence[Mark]) -> np.ndarray:
     """
     Args:
         picture: (h, w, 3) uint8 RGB, the image at another scale.
-        found: the shapes, in the image's pixels.
+        detections: the shapes, in the image's pixels.
         marks: those to be drawn, the last one on top.
 
     Returns:
@@ -82,23 +82,23 @@ def draw_shapes(picture: np.ndarray, found: Found, marks: Sequence[Mark]) -> np.
         still = mark.colour in ("kept", "missed")
         style = {"color": COLOURS[mark.colour], "edge_color": COLOURS[mark.colour], "alpha": 0.2 if still else 0.45}
         before = len(drawer.output.ax.patches)
-        if isinstance(found.shapes, np.ndarray):
-            left, top, width, height = found.shapes[mark.number] * np.divide(size, found.size)[[1, 0, 1, 0]]
+        if isinstance(detections.shapes, np.ndarray):
+            left, top, width, height = detections.shapes[mark.number] * np.divide(size, detections.size)[[1, 0, 1, 0]]
             corners = (left, top, left + width, top + height)
             drawer.draw_box(corners, alpha=1, edge_color=style["edge_color"], line_style="-" if still else "--")
-            where = left + width / 2, top
+            anchor = left + width / 2, top
         else:
-            mask = _without_specks(_mask(found, mark.number, size))
+            mask = _without_specks(_mask(detections, mark.number, size))
             drawer.draw_binary_mask(mask, **style)
             outlines, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
             if len(drawer.output.ax.patches) == before:  # of a mask with holes it draws no outline
                 for outline in outlines:
                     drawer.draw_polygon(outline[:, 0], **{**style, "alpha": 0.0})
             left, top, width, _ = cv2.boundingRect(max(outlines, key=len))
-            where = left + width / 2, top
+            anchor = left + width / 2, top
         _outline(drawer.output.ax.patches[before:], 1.5 if still else 2.5)
         if mark.label:
-            labels.append((mark, where))
+            labels.append((mark, anchor))
     points = float(np.sqrt(size[0] * size[1])) / 45
     letter = 0.9 * points  # of a letter, in pixels
     for mark, (x, y) in labels:
@@ -116,17 +116,17 @@ def _outline(patches: Sequence[Patch], width: float) -> None:
         patch.set_path_effects([Stroke(linewidth=width + 1.5, foreground="#000000", alpha=0.6), Normal()])
 
 
-def _mask(found: Found, number: int, size: tuple[int, int]) -> np.ndarray:
+def _mask(detections: Detections, number: int, size: tuple[int, int]) -> np.ndarray:
     """(h, w) uint8, at the scale of the picture; what is smaller than a pixel is one."""
-    if isinstance(found.shapes, Segments):
-        mask = found.shapes.mask(number)
+    if isinstance(detections.shapes, Segments):
+        mask = detections.shapes.mask(number)
     else:
-        assert isinstance(found.shapes, list)
-        mask = rle.decode(found.shapes[number])
+        assert isinstance(detections.shapes, list)
+        mask = rle.decode(detections.shapes[number])
     if mask.shape == size:
         return np.ascontiguousarray(mask)
-    how = cv2.INTER_AREA if size[0] < mask.shape[0] else cv2.INTER_LINEAR
-    share = cv2.resize(np.ascontiguousarray(mask) * np.uint8(255), size[::-1], interpolation=how)
+    interpolation = cv2.INTER_AREA if size[0] < mask.shape[0] else cv2.INTER_LINEAR
+    share = cv2.resize(np.ascontiguousarray(mask) * np.uint8(255), size[::-1], interpolation=interpolation)
     return ((share > 127) if (share > 127).any() else (share > 0)).astype(np.uint8)
 
 
@@ -172,8 +172,8 @@ def marks_of(image: Examined, name: Callable[[int], str]) -> dict[str, list[Mark
         panels["expedited"].append(Mark(i, KINDS[kind], "" if kind == KEPT else _label(kind, label)))
     for key, marks in panels.items():
         ordered = sorted(marks, key=lambda mark: mark.colour != "kept")
-        few = sum(bool(mark.label) for mark in marks) <= LABELS
-        panels[key] = ordered if few else [mark._replace(label="") for mark in ordered]
+        labelled = sum(bool(mark.label) for mark in marks) <= LABELS
+        panels[key] = ordered if labelled else [mark._replace(label="") for mark in ordered]
     return panels
 
 
@@ -200,7 +200,7 @@ class Bar(NamedTuple):
     ends: tuple[float, float]
 
     @classmethod
-    def of(cls, middle: float, low: float | None, high: float | None) -> "Bar":
+    def from_interval(cls, middle: float, low: float | None, high: float | None) -> "Bar":
         ends = (middle if end is None else end for end in (low, high))
         low, high = ends
         return cls(middle, (max(0.0, middle - low), max(0.0, high - middle)))
@@ -255,18 +255,18 @@ def _plot(title: str, points: Sequence[Point]) -> str:
         axes.set_ylabel(title)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(*_bare(axes), loc="outside upper left", ncols=3, frameon=False, fontsize=10)
+        figure.legend(*_without_error_bars(axes), loc="outside upper left", ncols=3, frameon=False, fontsize=10)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawn = text.getvalue()
     drawn = drawn[drawn.index("<svg") :].replace(_INK, "currentColor")
     # Several are in one page, which gives each its width.
     drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)
-    head, rest = drawn.split(">", 1)
-    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
+    head, body = drawn.split(">", 1)
+    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + body
 
 
-def _bare(axes: Any) -> tuple[list[Any], list[str]]:
+def _without_error_bars(axes: Any) -> tuple[list[Any], list[str]]:
     """Markers and labels of a legend, without the error bars."""
     bars, labels = axes.get_legend_handles_labels()
     return [bar[0] for bar in bars], labels
@@ -288,7 +288,7 @@ def accuracy_and_time(document: dict[str, Any]) -> dict[str, list[Point]]:
     """
     models = document["models"]
     times = {name: model["latency_ms"]["total"] for name, model in models.items()}
-    bars = {name: Bar.of(time["median"], time["p10"], time["p90"]) for name, time in times.items()}
+    bars = {name: Bar.from_interval(time["median"], time["p10"], time["p90"]) for name, time in times.items()}
     kept = {
         "fast attention": document.get("fast_attention", {}).get("retention", {}),
         "expedited": document.get("retention", {}),
@@ -302,8 +302,8 @@ def accuracy_and_time(document: dict[str, Any]) -> dict[str, list[Point]]:
     ):
         task, metric = split_key(key)
         figure = find_figure(task, metric)
-        whole = models[first]["accuracy"][task][metric]
-        if figure is None or not figure.main or whole is None:
+        unmodified = models[first]["accuracy"][task][metric]
+        if figure is None or not figure.main or unmodified is None:
             continue
         points = []
         for name, model in models.items():
@@ -311,17 +311,17 @@ def accuracy_and_time(document: dict[str, Any]) -> dict[str, list[Point]]:
             if value is None:
                 continue
             share = kept.get(name, {}).get(key, {})
-            ends = (None if (end := share.get(side)) is None else whole * end for side in ("low", "high"))
-            points.append(Point(name, bars[name], Bar.of(value, *ends)))
+            ends = (None if (end := share.get(side)) is None else unmodified * end for side in ("low", "high"))
+            points.append(Point(name, bars[name], Bar.from_interval(value, *ends)))
         curves[label_of(key, document["max_detections"])] = points
     if curves:
         return curves
     agreement = document.get("agreement", {})
     for key in dict.fromkeys(key for figures in agreement.values() for key in figures):
-        points = [Point(first, bars[first], Bar.of(100.0, None, None))]
+        points = [Point(first, bars[first], Bar.from_interval(100.0, None, None))]
         for name, figures in agreement.items():
             share = {side: None if (end := figures[key][side]) is None else 100 * end for side in figures[key]}
             if share["ratio"] is not None:
-                points.append(Point(name, bars[name], Bar.of(share["ratio"], share["low"], share["high"])))
+                points.append(Point(name, bars[name], Bar.from_interval(share["ratio"], share["low"], share["high"])))
         curves[f"agreement, {label_of(key, document['max_detections'])}"] = points
     return curves

@@ -61,7 +61,7 @@ class Segments(NamedTuple):
         return np.repeat((self.segments == number + 1).astype(np.uint8), ends - self.starts).reshape(self.size)
 
 
-class Found(NamedTuple):
+class Detections(NamedTuple):
     """
     What a model finds in an image, or what there is.
 
@@ -77,13 +77,13 @@ class Found(NamedTuple):
     shapes: list[dict[str, Any]] | np.ndarray | Segments
     size: tuple[int, int]
 
-    def over(self, score: float) -> "Found":
+    def above_score(self, score: float) -> "Detections":
         """Those of at least this score; segments have none, and stay."""
         if isinstance(self.shapes, Segments):
             return self
         chosen = np.flatnonzero(self.scores >= score)
         shapes = self.shapes[chosen] if isinstance(self.shapes, np.ndarray) else [self.shapes[i] for i in chosen]
-        return Found(self.classes[chosen], self.scores[chosen], shapes, self.size)
+        return Detections(self.classes[chosen], self.scores[chosen], shapes, self.size)
 
 
 class Truth(NamedTuple):
@@ -93,7 +93,7 @@ class Truth(NamedTuple):
         crowd: (T,) whether each is a crowd.
     """
 
-    objects: Found
+    objects: Detections
     crowd: np.ndarray
 
 
@@ -110,7 +110,7 @@ class Overlap(NamedTuple):
     share: np.ndarray
 
 
-def overlap(first: Found, other: Found) -> Overlap:
+def overlap(first: Detections, other: Detections) -> Overlap:
     """Of two models' detections in one image, of one type of shape."""
     if isinstance(first.shapes, Segments):
         assert isinstance(other.shapes, Segments)
@@ -129,12 +129,14 @@ def overlap(first: Found, other: Found) -> Overlap:
 def _joint(first: Segments, other: Segments) -> np.ndarray:
     """(1 + N, 1 + M) pixels that segments have in common; row and column 0 are of no segment."""
     if first.size != other.size:
-        sizes = " and ".join(" x ".join(map(str, each.size)) for each in (first, other))
+        sizes = " and ".join(" x ".join(map(str, segments.size)) for segments in (first, other))
         raise InputError(f"maps of segments of one image have one size, got {sizes}")
     either = np.zeros(int(np.prod(first.size)), bool)
     either[first.starts] = either[other.starts] = True
     starts = np.flatnonzero(either)
-    rows, columns = (each.segments[np.searchsorted(each.starts, starts, "right") - 1] for each in (first, other))
+    rows, columns = (
+        segments.segments[np.searchsorted(segments.starts, starts, "right") - 1] for segments in (first, other)
+    )
     width, shape = other.number + 1, (first.number + 1, other.number + 1)
     lengths = np.diff(starts, append=len(either))
     return np.bincount(rows * width + columns, lengths, minlength=int(np.prod(shape))).reshape(shape)
@@ -155,7 +157,7 @@ class Changes(NamedTuple):
     partner: np.ndarray
 
 
-def match(first: Found, other: Found, overlaps: Overlap) -> Changes:
+def match(first: Detections, other: Detections, overlaps: Overlap) -> Changes:
     """
     Match each detection of the unmodified model with at most one of the expedited model's.
 
@@ -168,25 +170,25 @@ def match(first: Found, other: Found, overlaps: Overlap) -> Changes:
         first, other: of one image.
         overlaps: of the two.
     """
-    same = first.classes[:, None] == other.classes
+    same_class = first.classes[:, None] == other.classes
     kinds, other_kinds = np.full(len(first.classes), LOST), np.full(len(other.classes), NEW)
     partner = np.full(len(first.classes), -1)
     iou = overlaps.iou
-    near = np.where(same, iou >= NEAR, iou >= HALF)
-    for candidates in (same & (iou >= SAME), near):
+    near = np.where(same_class, iou >= NEAR, iou >= HALF)
+    for candidates in (same_class & (iou >= SAME), near):
         pairs = np.argwhere(candidates)
         for i, j in pairs[np.argsort(-iou[candidates], kind="stable")]:
             if kinds[i] != LOST or other_kinds[j] != NEW:
                 continue
-            kind = CLASS if not same[i, j] else KEPT if iou[i, j] >= SAME else MOVED
+            kind = CLASS if not same_class[i, j] else KEPT if iou[i, j] >= SAME else MOVED
             kinds[i] = other_kinds[j] = kind
             partner[i] = j
-    again = (iou >= HALF) | same & (overlaps.share > HALF)
+    again = (iou >= HALF) | same_class & (overlaps.share > HALF)
     other_kinds[(other_kinds == NEW) & again[kinds != LOST].any(axis=0)] = DUPLICATE
     return Changes(kinds, other_kinds, partner)
 
 
-def check(found: Found, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
+def check(detections: Detections, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
     """
     Which detections are right: as COCO has it at an IoU of 0.5, those of higher scores first, and as panoptic quality
     has it for segments.
@@ -195,23 +197,23 @@ def check(found: Found, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
         (N,) of :data:`WRONG`, :data:`RIGHT` and :data:`IGNORED`; (T,) whether each object is found.
     """
     objects = truth.objects
-    same = found.classes[:, None] == objects.classes
-    if isinstance(found.shapes, Segments):
+    same_class = detections.classes[:, None] == objects.classes
+    if isinstance(detections.shapes, Segments):
         assert isinstance(objects.shapes, Segments)
-        joint = _joint(found.shapes, objects.shapes)
+        joint = _joint(detections.shapes, objects.shapes)
         area, common = joint.sum(1)[1:], joint[1:, 1:]
         union = area[:, None] - joint[1:, :1] + joint.sum(0)[1:] - common
-        pairs = same & ~truth.crowd & (common / np.maximum(union, 1) > HALF)
-        in_crowd = (common * (same & truth.crowd)).sum(1)
+        pairs = same_class & ~truth.crowd & (common / np.maximum(union, 1) > HALF)
+        in_crowd = (common * (same_class & truth.crowd)).sum(1)
         ignored = (joint[1:, 0] + in_crowd) / np.maximum(area, 1) > HALF
         verdict = np.where(pairs.any(axis=1), RIGHT, np.where(ignored, IGNORED, WRONG))
         return verdict, pairs.any(axis=0)
-    verdict, taken = np.full(len(found.classes), WRONG), np.zeros(len(objects.classes), bool)
+    verdict, taken = np.full(len(detections.classes), WRONG), np.zeros(len(objects.classes), bool)
     if not len(verdict) or not len(taken):
         return verdict, taken
-    iou = np.asarray(rle.iou(found.shapes, objects.shapes, truth.crowd.astype(int).tolist()))
-    possible = np.where(same & (iou >= HALF), iou, 0)
-    for i in np.argsort(-found.scores, kind="stable"):
+    iou = np.asarray(rle.iou(detections.shapes, objects.shapes, truth.crowd.astype(int).tolist()))
+    possible = np.where(same_class & (iou >= HALF), iou, 0)
+    for i in np.argsort(-detections.scores, kind="stable"):
         free = np.where(taken | truth.crowd, 0, possible[i])
         if free.any():
             taken[free.argmax()] = True
@@ -235,8 +237,8 @@ class Examined(NamedTuple):
             many of the new ones the unmodified model has.
     """
 
-    first: Found
-    other: Found
+    first: Detections
+    other: Detections
     changes: Changes
     right: tuple[np.ndarray, np.ndarray] | None
     truth: Truth | None
@@ -252,7 +254,7 @@ class Examined(NamedTuple):
 class _Reading(NamedTuple):
     """How an image's output and its truth are read: both are told whether masks are compared, else boxes."""
 
-    found: Callable[[dict[str, Any], bool], Found]
+    found: Callable[[dict[str, Any], bool], Detections]
     truth: Callable[[dict[str, Any], tuple[int, int], bool], Truth | None]
 
 
@@ -289,10 +291,10 @@ class Task:
     def class_name(self, number: int) -> str:
         """What a class is called."""
         if self.name == "instances":
-            return _named(self.metadata.get("thing_classes"), number)
+            return _class_name(self.metadata.get("thing_classes"), number)
         # Twice the id, and 1 more for a thing.
         names = self.metadata.get("thing_classes" if number % 2 else "stuff_classes")
-        return _named(names, number // 2)
+        return _class_name(names, number // 2)
 
     def examine(self, image_id: Any) -> Examined:
         """
@@ -302,27 +304,29 @@ class Task:
             InputError: for labels that cannot be read, or are of another size.
         """
         kept = [recorder.outputs[image_id] for recorder in (self.first, self.other)]
-        masks = all("segm" in each for each in kept)
+        masks = all("segm" in output for output in kept)
         record = self.records[image_id]
         if self.name == "instances":
             annotations = record.get("annotations", [])
             # Boxes are compared where there is no mask of some object; Mask2Former's are empty.
-            boxes = all("bbox" in each and (each["bbox"][:, 2:].any() or not len(each["bbox"])) for each in kept)
-            masks = masks and not (boxes and not all(each.get("segmentation") for each in annotations))
-        all_first, all_other = (self._read(each, masks) for each in kept)
-        first, other = all_first.over(self.score), all_other.over(self.score)
+            boxes = all(
+                "bbox" in output and (output["bbox"][:, 2:].any() or not len(output["bbox"])) for output in kept
+            )
+            masks = masks and not (boxes and not all(annotation.get("segmentation") for annotation in annotations))
+        all_first, all_other = (self._read(output, masks) for output in kept)
+        first, other = all_first.above_score(self.score), all_other.above_score(self.score)
         changes = match(first, other, overlap(first, other))
         truth = self._read_truth(record, first.size, masks)
-        right = seen = None
+        right = found = None
         if truth is not None:
-            verdicts = [check(found, truth) for found in (first, other)]
+            verdicts = [check(detections, truth) for detections in (first, other)]
             right = verdicts[0][0], verdicts[1][0]
-            seen = verdicts[0][1], verdicts[1][1]
+            found = verdicts[0][1], verdicts[1][1]
         faint = (
             _count_faint(first, changes.first == LOST, all_other, self.score),
             _count_faint(other, changes.other == NEW, all_first, self.score),
         )
-        return Examined(first, other, changes, right, truth, seen, faint)
+        return Examined(first, other, changes, right, truth, found, faint)
 
 
 def find_tasks(
@@ -334,7 +338,7 @@ def find_tasks(
 ) -> list[Task]:
     """What both models gave of every image; classes of pixels where there are no segments."""
     by_id = {record["image_id"]: record for record in records}
-    pairs = [(first.outputs[each], other.outputs[each]) for each in by_id]
+    pairs = [(first.outputs[image_id], other.outputs[image_id]) for image_id in by_id]
 
     def has(*keys: str) -> bool:
         return all(any(key in kept for key in keys) for pair in pairs for kept in pair)
@@ -376,8 +380,8 @@ class Losses(NamedTuple):
 
     def worst(self, count: int) -> list[Any]:
         """The ids of so many images with most changes, those with one at least."""
-        order = sorted(self.changed, key=lambda each: -self.changed[each])
-        return [each for each in order[:count] if self.changed[each]]
+        order = sorted(self.changed, key=lambda image_id: -self.changed[image_id])
+        return [image_id for image_id in order[:count] if self.changed[image_id]]
 
 
 def find_losses(task: Task) -> Losses:
@@ -395,19 +399,19 @@ def find_losses(task: Task) -> Losses:
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # files are waited for, and decoded
         results = pool.map(lambda image_id: _count(task.examine(image_id)), ids)
         for image_id, result in zip(ids, tqdm(results, desc=f"matching {task.name}", unit="image", total=len(ids))):
-            for number, each in result.counts.items():
-                counts[number] += each
+            for number, class_counts in result.counts.items():
+                counts[number] += class_counts
             numbers += result.numbers
             changed[image_id] = result.changed
             labelled |= result.labelled
     first, other, lost_faint, new_faint, *objects = numbers.tolist()
-    total, found, found_by_other = objects
+    total, found_by_first, found_by_other = objects
     return Losses(
         dict(counts),
         first,
         other,
         (lost_faint, new_faint),
-        (total, found, found_by_other) if labelled else None,
+        (total, found_by_first, found_by_other) if labelled else None,
         changed,
     )
 
@@ -422,7 +426,7 @@ class _Counted(NamedTuple):
 def _count(image: Examined) -> _Counted:
     changes, counts = image.changes, {}
     nothing = np.zeros(len(image.first.classes), int), np.zeros(len(image.other.classes), int)
-    right_first, right_other = ((each == RIGHT).astype(int) for each in image.right or nothing)
+    right_first, right_other = ((verdict == RIGHT).astype(int) for verdict in image.right or nothing)
     alone = np.flatnonzero(np.isin(changes.other, (DUPLICATE, NEW)))
     paired = changes.partner >= 0
     right_after = np.zeros(len(right_first), int)
@@ -439,51 +443,55 @@ def _count(image: Examined) -> _Counted:
         np.add.at(count, its[:, 1], np.pad(its[:, 2:], ((0, 0), (1, 0)), constant_values=1))
     objects = [0, 0, 0]
     if image.truth is not None and image.seen is not None:
-        objects = [int((~image.truth.crowd).sum()), *(int((each & ~image.truth.crowd).sum()) for each in image.seen)]
+        objects = [int((~image.truth.crowd).sum()), *(int((found & ~image.truth.crowd).sum()) for found in image.seen)]
     numbers = [len(image.first.classes), len(image.other.classes), *image.faint, *objects]
     return _Counted(counts, np.array(numbers), image.changed, image.truth is not None)
 
 
-def _count_faint(found: Found, chosen: np.ndarray, all_of_other: Found, score: float) -> int:
+def _count_faint(detections: Detections, chosen: np.ndarray, all_of_other: Detections, score: float) -> int:
     """How many of the chosen detections the other model has with a score that is too low."""
-    if isinstance(found.shapes, Segments) or not chosen.any():
+    if isinstance(detections.shapes, Segments) or not chosen.any():
         return 0
     number = np.flatnonzero(chosen)
-    shapes = found.shapes[number] if isinstance(found.shapes, np.ndarray) else [found.shapes[i] for i in number]
-    lacking = Found(found.classes[number], found.scores[number], shapes, found.size)
-    same = (lacking.classes[:, None] == all_of_other.classes) & _is_faint(all_of_other.scores, score)
-    return int((same & (overlap(lacking, all_of_other).iou >= HALF)).any(axis=1).sum())
+    shapes = (
+        detections.shapes[number]
+        if isinstance(detections.shapes, np.ndarray)
+        else [detections.shapes[i] for i in number]
+    )
+    lacking = Detections(detections.classes[number], detections.scores[number], shapes, detections.size)
+    same_class = (lacking.classes[:, None] == all_of_other.classes) & _is_faint(all_of_other.scores, score)
+    return int((same_class & (overlap(lacking, all_of_other).iou >= HALF)).any(axis=1).sum())
 
 
 def _is_faint(scores: np.ndarray, score: float) -> np.ndarray:
     return (scores < score) & (scores >= FAINT * score)
 
 
-def _named(names: Sequence[str] | None, number: int) -> str:
+def _class_name(names: Sequence[str] | None, number: int) -> str:
     return names[number] if names is not None and 0 <= number < len(names) else f"class {number}"
 
 
 # --- what the models gave -------------------------------------------------------------------------------------------
 
 
-def _instances(kept: dict[str, Any], masks: bool) -> Found:
-    return Found(kept["classes"], kept["scores"], kept["segm"] if masks else kept["bbox"], kept["size"])
+def _instances(kept: dict[str, Any], masks: bool) -> Detections:
+    return Detections(kept["classes"], kept["scores"], kept["segm"] if masks else kept["bbox"], kept["size"])
 
 
-def _panoptic(kept: dict[str, Any], masks: bool) -> Found:
+def _panoptic(kept: dict[str, Any], masks: bool) -> Detections:
     ids, info = kept["panoptic_seg"]
-    return _segments(ids.read(), [each["id"] for each in info], [each["category_id"] for each in info])
+    return _segments(ids.read(), [segment["id"] for segment in info], [segment["category_id"] for segment in info])
 
 
-def _semantic(kept: dict[str, Any], masks: bool) -> Found:
+def _semantic(kept: dict[str, Any], masks: bool) -> Detections:
     classes, count = kept["sem_seg"]
     return _of_classes(classes.read(), count)
 
 
-def _segments(ids: np.ndarray, known: Sequence[int], classes: Sequence[int]) -> Found:
+def _segments(ids: np.ndarray, segment_numbers: Sequence[int], classes: Sequence[int]) -> Detections:
     """Of a map of ids, of which those that are not known are of no segment."""
-    order = np.argsort(np.array(known, int))
-    ordered = np.array(known, int)[order]
+    order = np.argsort(np.array(segment_numbers, int))
+    ordered = np.array(segment_numbers, int)[order]
     flat = np.ascontiguousarray(ids).ravel()
     starts = np.append(0, np.flatnonzero(flat[1:] != flat[:-1]) + 1)
     values = flat[starts]
@@ -491,11 +499,11 @@ def _segments(ids: np.ndarray, known: Sequence[int], classes: Sequence[int]) -> 
     if len(ordered):
         place = np.searchsorted(ordered, values).clip(max=len(ordered) - 1)
         numbers = np.where(ordered[place] == values, order[place] + 1, 0)
-    segments = Segments(starts, numbers, ids.shape, len(known))
-    return Found(np.array(classes, int), np.ones(len(known)), segments, ids.shape)
+    segments = Segments(starts, numbers, ids.shape, len(segment_numbers))
+    return Detections(np.array(classes, int), np.ones(len(segment_numbers)), segments, ids.shape)
 
 
-def _of_classes(pixels: np.ndarray, count: int) -> Found:
+def _of_classes(pixels: np.ndarray, count: int) -> Detections:
     """A segment for each class that is there, as of stuff; others are of none."""
     present = np.flatnonzero(np.bincount(pixels[pixels < count].ravel(), minlength=1))
     return _segments(pixels, present.tolist(), (2 * present).tolist())
@@ -508,17 +516,20 @@ def _true_instances(record: dict[str, Any], size: tuple[int, int], masks: bool) 
     if "annotations" not in record:
         return None
     annotations = record["annotations"]
-    if masks and not all(each.get("segmentation") for each in annotations):
+    if masks and not all(annotation.get("segmentation") for annotation in annotations):
         return None
     shapes: Any
     if masks:
-        shapes = [_run_lengths(each["segmentation"], size) for each in annotations]
+        shapes = [_run_lengths(annotation["segmentation"], size) for annotation in annotations]
     else:
-        boxes = [BoxMode.convert(list(each["bbox"]), each["bbox_mode"], BoxMode.XYWH_ABS) for each in annotations]
+        boxes = [
+            BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYWH_ABS)
+            for annotation in annotations
+        ]
         shapes = np.array(boxes, float).reshape(-1, 4)
-    classes = np.array([each["category_id"] for each in annotations], int)
-    crowd = np.array([bool(each.get("iscrowd", 0)) for each in annotations], bool)
-    return Truth(Found(classes, np.ones(len(classes)), shapes, size), crowd)
+    classes = np.array([annotation["category_id"] for annotation in annotations], int)
+    crowd = np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], bool)
+    return Truth(Detections(classes, np.ones(len(classes)), shapes, size), crowd)
 
 
 def _run_lengths(mask: Any, size: tuple[int, int]) -> dict[str, Any]:
@@ -532,10 +543,10 @@ def _true_panoptic(record: dict[str, Any], size: tuple[int, int], masks: bool) -
     if "pan_seg_file_name" not in record or "segments_info" not in record:
         return None
     info = record["segments_info"]
-    classes = [2 * each["category_id"] + int(bool(each.get("isthing", True))) for each in info]
+    classes = [2 * segment["category_id"] + int(bool(segment.get("isthing", True))) for segment in info]
     ids = segment_ids(read_panoptic_png(record["pan_seg_file_name"]))
-    crowd = np.array([bool(each.get("iscrowd", 0)) for each in info], bool)
-    return Truth(_segments(ids, [each["id"] for each in info], classes), crowd)
+    crowd = np.array([bool(segment.get("iscrowd", 0)) for segment in info], bool)
+    return Truth(_segments(ids, [segment["id"] for segment in info], classes), crowd)
 
 
 def _true_semantic(record: dict[str, Any], size: tuple[int, int], masks: bool, ignored: int) -> Truth | None:
@@ -544,5 +555,5 @@ def _true_semantic(record: dict[str, Any], size: tuple[int, int], masks: bool, i
     with Image.open(record["sem_seg_file_name"]) as image:
         classes = np.array(image).astype(np.int64)
     classes = np.where(classes == ignored, 1 << 16, classes)
-    found = _of_classes(classes, 1 << 16)
-    return Truth(found, np.zeros(len(found.classes), bool))
+    segments = _of_classes(classes, 1 << 16)
+    return Truth(segments, np.zeros(len(segments.classes), bool))

@@ -103,8 +103,8 @@ def write_page(folder: str | os.PathLike, material: Material) -> Path:
             losses = find_losses(task)
             worst = losses.worst(-(-material.images // len(tasks)))
             cards = [
-                _card(task, by_id[each], scratch, f"{task.name.split()[0]}_{number:02}", material.read)
-                for number, each in enumerate(tqdm(worst, desc=f"drawing {task.name}", unit="image"), start=1)
+                _card(task, by_id[image_id], scratch, f"{task.name.split()[0]}_{number:02}", material.read)
+                for number, image_id in enumerate(tqdm(worst, desc=f"drawing {task.name}", unit="image"), start=1)
             ]
             sections.append(_section(task, losses, cards))
         shown = next((card["id"] for section in sections for card in section["cards"]), material.records[0]["image_id"])
@@ -183,7 +183,10 @@ def _by_size(material: Material) -> list[dict[str, Any]]:
             for (low, high), matches in first.matches_of_size.items():
                 if not matches.get(task):
                     continue
-                figures = [average_precision(each.matches_of_size[low, high][task], weights) for each in (first, other)]
+                figures = [
+                    average_precision(evaluator.matches_of_size[low, high][task], weights)
+                    for evaluator in (first, other)
+                ]
                 rows.append(
                     {
                         "task": label_of(f"{task}.AP", limit),
@@ -192,11 +195,11 @@ def _by_size(material: Material) -> list[dict[str, Any]]:
                         else f"over {low:g}"
                         if high >= 1e5
                         else f"{low:g} to {high:g}",
-                        "objects": sum(int(each.objects.sum()) for each in matches[task]),
+                        "objects": sum(int(category.objects.sum()) for category in matches[task]),
                         "first": float(figures[0][0]),
                         "other": float(figures[1][0]),
-                        "kept": _share(*figures),
-                        "loses": _loses(*figures),
+                        "kept": _format_share(*figures),
+                        "loses": _is_loss(*figures),
                     }
                 )
     return rows
@@ -210,18 +213,19 @@ def _by_class(material: Material) -> list[dict[str, Any]]:
     for key, classes in first.classes.items():
         rows: list[dict[str, Any]] = []
         for name, samples in classes.items():
-            others = other.classes.get(key, {}).get(name)
-            if others is None or np.isnan(samples[0]):
+            other_samples = other.classes.get(key, {}).get(name)
+            if other_samples is None or np.isnan(samples[0]):
                 continue
-            difference = difference_of_samples(samples, others)
+            difference = difference_of_samples(samples, other_samples)
             rows.append(
                 {
                     "name": name,
                     "first": float(samples[0]),
-                    "other": float(others[0]),
+                    "other": float(other_samples[0]),
                     "points": difference.points,
-                    "difference": f"{_rounded(difference.points):+.1f}{_ends(difference.low, difference.high, '+.1f')}",
-                    "kept": _share(samples, others),
+                    "difference": f"{_rounded(difference.points):+.1f}"
+                    f"{_format_interval(difference.low, difference.high, '+.1f')}",
+                    "kept": _format_share(samples, other_samples),
                     "loses": difference.low < difference.high < 0,
                 }
             )
@@ -231,19 +235,19 @@ def _by_class(material: Material) -> list[dict[str, Any]]:
     return tables
 
 
-def _share(first: np.ndarray, other: np.ndarray) -> str:
+def _format_share(first: np.ndarray, other: np.ndarray) -> str:
     share = ratio_of_samples(first, other)
     if np.isnan(share.ratio):
         return "-"
-    return f"{100 * share.ratio:.1f} %{_ends(100 * share.low, 100 * share.high, '.1f')}"
+    return f"{100 * share.ratio:.1f} %{_format_interval(100 * share.low, 100 * share.high, '.1f')}"
 
 
-def _loses(first: np.ndarray, other: np.ndarray) -> bool:
+def _is_loss(first: np.ndarray, other: np.ndarray) -> bool:
     difference = difference_of_samples(first, other)
     return difference.low < difference.high < 0  # samples that are all the same say nothing
 
 
-def _ends(low: float, high: float, form: str) -> str:
+def _format_interval(low: float, high: float, form: str) -> str:
     if np.isnan(low) or np.isnan(high):
         return ""
     return f" ({_rounded(low):{form}} to {_rounded(high):{form}})"
@@ -268,7 +272,7 @@ def _section(task: Task, losses: Losses, cards: list[dict[str, Any]]) -> dict[st
         }
         for number, counts in losses.counts.items()
     ]
-    classes.sort(key=lambda each: (-(sum(each["counts"]) - each["counts"][KEPT]), each["name"]))
+    classes.sort(key=lambda row: (-(sum(row["counts"]) - row["counts"][KEPT]), row["name"]))
     return {
         "name": task.name,
         "labelled": labelled,
@@ -293,7 +297,7 @@ def _section(task: Task, losses: Losses, cards: list[dict[str, Any]]) -> dict[st
         "classes": classes,
         "cards": cards,
         "images": len(losses.changed),
-        "unchanged": sum(not each for each in losses.changed.values()),
+        "unchanged": sum(not count for count in losses.changed.values()),
     }
 
 
@@ -309,9 +313,9 @@ def _card(
     pictures = {"image": picture}
     shapes = {"truth": image.truth and image.truth.objects, "unmodified": image.first, "expedited": image.other}
     for key, marks in marks_of(image, task.class_name).items():
-        found = shapes[key]
-        assert found is not None
-        pictures[key] = draw_shapes(picture, found, marks)
+        detections = shapes[key]
+        assert detections is not None
+        pictures[key] = draw_shapes(picture, detections, marks)
     counts = {"truth": image.truth and len(image.truth.crowd), "unmodified": len(image.first.classes)}
     counts["expedited"] = len(image.other.classes)
     panels = []
@@ -332,22 +336,22 @@ def _card(
         "changes": changes,
         "kinds": {kind: count for kind, count in kinds.items() if count},
         "kept": int((image.changes.first == KEPT).sum()),
-        "classes": sorted({name for each in changes for name in each["classes"]}),
+        "classes": sorted({name for change in changes for name in change["classes"]}),
         "labelled": image.right is not None,
     }
 
 
 def _changes(task: Task, image: Examined) -> Iterator[dict[str, Any]]:
-    """Of each detection that is not kept, a pair told once: kind, classes, scores and whether it was and is right."""
+    """Of each detection that is not kept, a pair once: kind, classes, scores and whether it was and is right."""
     first, other, changes = image.first, image.other, image.changes
     verdicts = image.right or (None, None)
     scored = task.name == "instances"
 
-    def told(found: Any, number: int, verdict: np.ndarray | None) -> dict[str, str]:
+    def describe_detection(detections: Any, number: int, verdict: np.ndarray | None) -> dict[str, str]:
         words = {RIGHT: "right", IGNORED: "not judged"}
         return {
-            "name": task.class_name(int(found.classes[number])),
-            "score": f"{found.scores[number]:.2f}" if scored else "",
+            "name": task.class_name(int(detections.classes[number])),
+            "score": f"{detections.scores[number]:.2f}" if scored else "",
             "verdict": "" if verdict is None else words.get(int(verdict[number]), "wrong"),
         }
 
@@ -355,15 +359,15 @@ def _changes(task: Task, image: Examined) -> Iterator[dict[str, Any]]:
     for i, kind in enumerate(changes.first):
         if kind != KEPT:
             partner = changes.partner[i]
-            after = None if partner < 0 else told(other, int(partner), verdicts[1])
-            rows.append((int(kind), told(first, i, verdicts[0]), after))
+            after = None if partner < 0 else describe_detection(other, int(partner), verdicts[1])
+            rows.append((int(kind), describe_detection(first, i, verdicts[0]), after))
     rows += [
-        (int(kind), None, told(other, i, verdicts[1]))
+        (int(kind), None, describe_detection(other, i, verdicts[1]))
         for i, kind in enumerate(changes.other)
         if kind in (DUPLICATE, NEW)
     ]
     for kind, before, after in sorted(rows, key=lambda row: ORDER.index(KINDS[row[0]])):
-        names = list(dict.fromkeys(each["name"] for each in (before, after) if each))
+        names = list(dict.fromkeys(detection["name"] for detection in (before, after) if detection))
         yield {"kind": KINDS[kind], "classes": names, "before": before, "after": after}
 
 
@@ -379,22 +383,22 @@ def _tokens(material: Material, record: dict[str, Any], folder: Path) -> dict[st
     start, stop = tokens.blocks
     blocks = f"block {start}" if start == stop else f"blocks {start} to {stop}"
     if tokens.labels is not None:
-        what = f"each cell with thin borders is one of the {tokens.running} tokens that {blocks} run on"
+        caption = f"each cell with thin borders is one of the {tokens.running} tokens that {blocks} run on"
         if tokens.merged:
-            what = f"each cell with thin borders is one of the {tokens.running} tokens that {blocks} leave, merged"
+            caption = f"each cell with thin borders is one of the {tokens.running} tokens that {blocks} leave, merged"
     elif tokens.selected is not None:
-        what = f"the bright ones are the {tokens.running} tokens that block {start} runs on"
+        caption = f"the bright ones are the {tokens.running} tokens that block {start} runs on"
         if tokens.window:  # whose attention runs on all
-            what = f"the bright ones are the {tokens.running} tokens that the MLP of block {start} runs on"
+            caption = f"the bright ones are the {tokens.running} tokens that the MLP of block {start} runs on"
     elif tokens.running == 0:
-        what = f"{blocks} are left out"
+        caption = f"{blocks} are left out"
     else:
-        what = "the reducer does not tell which tokens run"
+        caption = "the reducer does not tell which tokens run"
     window = f"; orange lines are windows of {tokens.window} x {tokens.window} tokens" if tokens.window else ""
     return {
         "file": "tokens.jpg",
         "name": os.path.basename(record["file_name"]),
-        "what": f"{what}, of {tokens.full[0]} x {tokens.full[1]}{window}",
+        "what": f"{caption}, of {tokens.full[0]} x {tokens.full[1]}{window}",
         "width": drawn.shape[1],
         "height": drawn.shape[0],
     }

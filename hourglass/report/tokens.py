@@ -70,10 +70,10 @@ def _find_largest(reduced: Tensor, reduction: Reduction, numbers: Tensor) -> Ten
         # A channel for each of the next numbers.
         change = (numbers[:, None] == first + torch.arange(channels, device=tokens.device)).to(tokens.dtype)
         moved = reduction.restore(tokens + change.view(tokens.shape))[0]
-        share, where = (moved - still).max(dim=-1)
+        share, source = (moved - still).max(dim=-1)
         better = share > most
         most = torch.where(better, share, most)
-        labels = torch.where(better, first + where, labels)
+        labels = torch.where(better, first + source, labels)
     return labels
 
 
@@ -145,12 +145,12 @@ def find_tokens(view: nn.Module, plan: Plan, inputs: dict[str, Any]) -> Tokens |
         return None
     encoder = find_encoder(view)[1]
     family = family_of(encoder)
-    seen: list[tuple[tuple[int, int], int, int, Any]] = []
+    looks: list[tuple[tuple[int, int], int, int, Any]] = []
     shapes: list[torch.Size] = []
 
     def visit(first: int, tokens: Tensor, blocks: Sequence[nn.Module], reducer: Reducer) -> Tensor:
         window = family.window_size(blocks[0])
-        seen.append((map_size(tokens), window, len(blocks), _look(tokens, blocks, reducer, plan.proportional)))
+        looks.append((map_size(tokens), window, len(blocks), _find_labels(tokens, blocks, reducer, plan.proportional)))
         raise _Seen
 
     handle = encoder.register_forward_pre_hook(lambda module, arguments: shapes.append(arguments[0].shape))
@@ -159,7 +159,7 @@ def find_tokens(view: nn.Module, plan: Plan, inputs: dict[str, Any]) -> Tokens |
             run([inputs])
     finally:
         handle.remove()
-    full, window, blocks, (labels, selected, running) = seen[0]
+    full, window, blocks, (labels, selected, running) = looks[0]
     height, width = shapes[0][-2:]
     return Tokens(
         full,
@@ -174,7 +174,7 @@ def find_tokens(view: nn.Module, plan: Plan, inputs: dict[str, Any]) -> Tokens |
     )
 
 
-def _look(
+def _find_labels(
     tokens: Tensor, blocks: Sequence[nn.Module], reducer: Reducer, proportional: bool
 ) -> tuple[np.ndarray | None, np.ndarray | None, int]:
     """Labels of clusters, the selected tokens, and how many run."""
@@ -207,19 +207,19 @@ def _look(
 
 def _merge(reducer: MergeEachWindow, tokens: Tensor, blocks: Sequence[nn.Module], proportional: bool) -> Reduction:
     """What the plan's blocks have merged after the last one, as one reduction."""
-    made: list[tuple[WindowList, Reduction]] = []
-    handle = reducer.register_forward_hook(lambda _, arguments, reduction: made.append((arguments[4], reduction)))
+    merges: list[tuple[WindowList, Reduction]] = []
+    handle = reducer.register_forward_hook(lambda _, arguments, reduction: merges.append((arguments[4], reduction)))
     try:
         reducer.run(tokens, blocks, proportional)
     finally:
         handle.remove()
 
     def restore(refined: Tensor) -> Tensor:
-        for _, reduction in reversed(made):
+        for _, reduction in reversed(merges):
             refined = reduction.restore(refined)
-        return made[0][0].unflatten(refined)
+        return merges[0][0].unflatten(refined)
 
-    return Reduction(made[-1][1].tokens, positions=None, sizes=None, restore=restore)
+    return Reduction(merges[-1][1].tokens, positions=None, sizes=None, restore=restore)
 
 
 def draw_tokens(image: np.ndarray, tokens: Tokens) -> np.ndarray:
@@ -235,8 +235,8 @@ def draw_tokens(image: np.ndarray, tokens: Tokens) -> np.ndarray:
     cells = max(side / cell for side, cell in zip(tokens.size, tokens.cell))
     scale = float(np.clip(CELL * cells, *SIDES)) / longest
     height, width = (max(1, round(scale * side)) for side in image.shape[:2])
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    picture = cv2.resize(image, (width, height), interpolation=how).astype(float)
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    picture = cv2.resize(image, (width, height), interpolation=interpolation).astype(float)
     # The token of each row and each column of pixels.
     axes = [
         ((np.arange(pixels) + 0.5) * side / pixels / cell).astype(int)

@@ -53,7 +53,7 @@ def _labelled(samples: np.ndarray | None) -> str:
 
 def describe(outcome: Outcome, goal: Goal, about: str) -> str:
     """How the table is to be read."""
-    lines = [f"Asked for {goal}, on images of {about}: {outcome.why}."]
+    lines = [f"Request for {goal}, on images of {about}: {outcome.why}."]
     if outcome.rows:
         slopes = "about a quarter"
         if outcome.slopes:

@@ -114,7 +114,7 @@ class Search:
         build_evaluator: name of a model -> what evaluates it on the labels of the images; None: there are none.
         device: "cpu" or "cuda".
         dtype: of the forward passes, by autocast.
-        say: takes a line for the user.
+        log: takes a line for the user.
     """
 
     def __init__(
@@ -126,11 +126,11 @@ class Search:
         build_evaluator: Callable[[str], DatasetEvaluator] | None,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ):
         self.model, self.images, self.goal, self.measured = model, images, goal, measured
         self.build_evaluator = build_evaluator if goal.labels == "auto" else None
-        self.device, self.dtype, self.say = device, dtype, say
+        self.device, self.dtype, self.log = device, dtype, log
         self._calibrations: dict[str, Calibration] = {}
         self._slopes: dict[str, Slope] = {}
 
@@ -150,7 +150,7 @@ class Search:
         plans = enumerate_plans(traced, errors, latency)
         pool = make_pool(traced, plans, latency.encoder / (self.goal.speed or 1.0))
         kinds = ", ".join(f"{len(front)} {kind}" for kind, front in pool.items()) or "none"
-        self.say(f"{len(plans)} plans are predicted; the best of their kind at their time: {kinds}")
+        self.log(f"{len(plans)} plans are predicted; the best of their kind at their time: {kinds}")
         if not pool:
             fastest = latency.encoder / min(candidate.time for candidate in plans)
             return self._no_plan(f"the fastest plan is predicted to be at {fastest:.2f}x of fast attention alone")
@@ -184,10 +184,10 @@ class Search:
             marked.append((candidate, row._replace(verdict="" if row.kept > best else "a faster one keeps more")))
             best = max(best, row.kept)
         marked.reverse()
-        self.say(f"{phase} round, {len(rows)} plans on {number} images:")
+        self.log(f"{phase} round, {len(rows)} plans on {number} images:")
         for _, row in marked:
             verdict = f"  ({row.verdict})" if row.verdict else ""
-            self.say(f"  {row.result.speed:.2f}x, keeps about {100 * row.kept:.1f} %  {row.name}{verdict}")
+            self.log(f"  {row.result.speed:.2f}x, keeps about {100 * row.kept:.1f} %  {row.name}{verdict}")
         return marked
 
     def _row(self, plan: Plan, predicted: float, result: Result, images: int) -> Row:
@@ -283,7 +283,7 @@ class Search:
             answer = checked[row.name]
             if self.goal.keep is None or answer.kept >= self.goal.keep:
                 return Outcome(row.plan, reached, self._explain(checked, reached), rows, checked, self._slopes)
-            self.say(f"on images that nothing was chosen on it keeps about {100 * answer.kept:.1f} %: a step back")
+            self.log(f"on images that nothing was chosen on it keeps about {100 * answer.kept:.1f} %: a step back")
         return self._no_plan(f"no plan is sure to keep {self.goal.keep:g}", rows, checked)
 
     def _check(self, row: Row) -> dict[str, Row]:

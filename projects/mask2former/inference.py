@@ -127,8 +127,8 @@ def panoptic_inference(
     numbers = range(len(insides))
     areas = [[(winner == i).sum(), inside.sum(), ((winner == i) & inside).sum()] for i, inside in zip(numbers, insides)]
     areas = torch.stack([torch.stack(of_segment) for of_segment in areas]).tolist()
-    for index, (category, inside, (won, whole, area)) in enumerate(zip(labels.tolist(), insides, areas)):
-        if area == 0 or won / whole < overlap_threshold:
+    for index, (category, inside, (won, total, area)) in enumerate(zip(labels.tolist(), insides, areas)):
+        if area == 0 or won / total < overlap_threshold:
             continue
         segment = (winner == index) & inside
         if category in id_of_stuff:

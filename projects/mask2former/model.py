@@ -221,9 +221,9 @@ class Mask2Former(nn.Module):
         results = []
         # Sums over many queries and pixels, in float32 throughout.
         with torch.autocast(self.device.type, enabled=False):
-            for entry, size, its_classes, its_masks in zip(batched_inputs, images.image_sizes, classes, masks):
+            for entry, size, image_classes, image_masks in zip(batched_inputs, images.image_sizes, classes, masks):
                 output = (entry.get("height", size[0]), entry.get("width", size[1]))
-                results.append(self._infer(its_classes, its_masks, padded, tuple(size), output))
+                results.append(self._infer(image_classes, image_masks, padded, tuple(size), output))
         return results
 
     def decode(self, features: Mapping[str, Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -250,15 +250,15 @@ class Mask2Former(nn.Module):
         image: tuple[int, int],
         output: tuple[int, int],
     ) -> dict[str, Any]:
-        def resize(some: Tensor) -> Tensor:
-            return resize_masks(some, padded, image, output)
+        def resize(logits: Tensor) -> Tensor:
+            return resize_masks(logits, padded, image, output)
 
         result = {}
         if self.semantic_on and (self.panoptic_on or self.instance_on):
             result["sem_seg"] = semantic_inference(classes, masks, resize)
         elif self.semantic_on:
             # The official order where nothing else is asked for: the classes, not the masks, come to the output's size.
-            evidence = semantic_inference(classes, masks, lambda some: resize_masks(some, padded, padded, padded))
+            evidence = semantic_inference(classes, masks, lambda logits: resize_masks(logits, padded, padded, padded))
             result["sem_seg"] = crop_and_resize(evidence, image, output)
         if self.panoptic_on:
             result["panoptic_seg"] = panoptic_inference(
@@ -305,16 +305,16 @@ class Mask2Former(nn.Module):
         auxiliary = None
         if self.deep_supervision:
             auxiliary = [
-                {"class_queries_logits": its_classes.float(), "masks_queries_logits": its_masks.float()}
-                for its_classes, its_masks in zip(classes[:-1], masks[:-1])
+                {"class_queries_logits": layer_classes.float(), "masks_queries_logits": layer_masks.float()}
+                for layer_classes, layer_masks in zip(classes[:-1], masks[:-1])
             ]
         # In float32: matching goes through numpy, which has no bfloat16.
         with torch.autocast(self.device.type, enabled=False):
             losses = self.criterion(
                 masks[-1].float(),
                 classes[-1].float(),
-                [its_masks for _, its_masks in targets],
-                [its_classes for its_classes, _ in targets],
+                [target_masks for _, target_masks in targets],
+                [target_classes for target_classes, _ in targets],
                 auxiliary,
             )
         weight_of = self.loss_weights

@@ -44,8 +44,8 @@ class _Nuclei(CocoFolder, PanopticMetadata):
 
     @property
     def categories(self) -> list[dict]:
-        found = super().categories
-        names = [category["name"] for category in found]
+        categories = super().categories
+        names = [category["name"] for category in categories]
         if names != CATEGORIES:
             raise InputError(f"panoptic JSON {self.panoptic_json} has the categories {names}, not {CATEGORIES}")
-        return found
+        return categories

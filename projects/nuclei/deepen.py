@@ -47,12 +47,12 @@ def deepen(weights: dict[str, Tensor], kept: Sequence[int], depth: int, wide: Se
     for new in range(depth):
         old = max(i for i, number in enumerate(kept) if number <= new)
         for name, value in weights.items():
-            head, _, rest = name.partition(BLOCKS)
-            number, _, part = rest.partition(".")
+            head, _, remainder = name.partition(BLOCKS)
+            number, _, part = remainder.partition(".")
             if number == str(old):
                 silent = kept[old] != new and part.startswith(LAST)
                 if part.startswith(TABLES) and (kept[old] in wide) != (new in wide):  # of another length
-                    like = next(i for i, each in enumerate(kept) if (each in wide) == (new in wide))
+                    like = next(i for i, block in enumerate(kept) if (block in wide) == (new in wide))
                     value, silent = weights[f"{head}{BLOCKS}{like}.{part}"], True
                 deeper[f"{head}{BLOCKS}{new}.{part}"] = torch.zeros_like(value) if silent else value.clone()
     return deeper

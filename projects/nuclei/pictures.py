@@ -108,20 +108,20 @@ def main(args: argparse.Namespace) -> None:
     patch = cfg.model.backbone.net.patch_size
     loader, records = build_loader(cfg.dataloader.test)
     wanted = {name.removesuffix(".png"): None for name in args.images}
-    found = {Path(record["file_name"]).stem: i for i, record in enumerate(records)}
-    missing = [name for name in wanted if name not in found]
+    index_of = {Path(record["file_name"]).stem: i for i, record in enumerate(records)}
+    missing = [name for name in wanted if name not in index_of]
     if missing:
-        raise InputError(f"--images takes names of the {len(found)} validation images, got {missing[0]!r}")
+        raise InputError(f"--images takes names of the {len(index_of)} validation images, got {missing[0]!r}")
     load_checkpoint(model, cfg.train.init_checkpoint)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     for name in tqdm(wanted, desc="drawing", unit="image"):
-        inputs = loader.dataset[found[name]]
+        inputs = loader.dataset[index_of[name]]
         with torch.no_grad():
-            plain, fewer = (find_nuclei(each([inputs])[0], args.score) for each in (model, expedited))
+            plain, fewer = (find_nuclei(detector([inputs])[0], args.score) for detector in (model, expedited))
         image = inputs["image"].permute(1, 2, 0).numpy()
         image = cv2.resize(image, None, fx=SCALE, fy=SCALE, interpolation=cv2.INTER_CUBIC)
-        truth = [rle.decode(one["segmentation"]) for one in records[found[name]]["annotations"]]
+        truth = [rle.decode(annotation["segmentation"]) for annotation in records[index_of[name]]["annotations"]]
         reduced = draw_clusters(image, clusters.labels.numpy(), SCALE * patch)
         picture = draw(
             {

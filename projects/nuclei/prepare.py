@@ -153,11 +153,11 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"FOLDER takes a path where nothing is yet, got {str(target)!r}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as fresh:
-        whole = Path(fresh) / target.name
-        whole.mkdir()
+        temporary = Path(fresh) / target.name
+        temporary.mkdir()
         for split, types in splits.items():
-            prepare_split(source, whole, split, types)
-        os.rename(whole, target)
+            prepare_split(source, temporary, split, types)
+        os.rename(temporary, target)
     print(f"written to {target}")
 
 

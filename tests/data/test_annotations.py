@@ -31,7 +31,7 @@ def encode(height: int = 80, width: int = 100, counts: type = str) -> dict:
 
 
 def annotation(number: int, **changes) -> dict:
-    one = {
+    entry = {
         "id": number,
         "image_id": 3,
         "category_id": 7,
@@ -40,8 +40,8 @@ def annotation(number: int, **changes) -> dict:
         "iscrowd": 0,
         "segmentation": [SQUARE],
     }
-    one.update(changes)
-    return {key: value for key, value in one.items() if value is not ...}
+    entry.update(changes)
+    return {key: value for key, value in entry.items() if value is not ...}
 
 
 def content(*annotations: dict) -> dict:
@@ -77,9 +77,9 @@ def mended(path: str, caplog) -> tuple[list[dict], str]:
 def test_a_file_that_is_right_stays_what_it_is(write, caplog):
     crowd = annotation(2, segmentation=encode(counts=list), iscrowd=1)
     path = write(content(annotation(1), crowd, annotation(5, segmentation=encode(), category_id=9)))
-    found = open_instances(path)
-    assert found.image_ids == {3, 4} and (found.categories, found.annotations) == (2, 3)
-    assert found.without_mask == (0, None) and found.without_keypoints == (3, 1)
+    instances = open_instances(path)
+    assert instances.image_ids == {3, 4} and (instances.categories, instances.annotations) == (2, 3)
+    assert instances.without_mask == (0, None) and instances.without_keypoints == (3, 1)
     assert not caplog.records and PathManager.get_local_path(path) == path
 
 
@@ -230,20 +230,20 @@ def test_no_json_is_refused(tmp_path, write):
 )
 def test_what_is_beyond_doubt_is_mended_and_said(write, caplog, changes, key, value, line):
     first = annotation(1)
-    (whole, other), said = mended(write(content(first, annotation(6, **changes))), caplog)
-    assert whole == first and other[key] == value and line in said
+    (unchanged, changed), warnings = mended(write(content(first, annotation(6, **changes))), caplog)
+    assert unchanged == first and changed[key] == value and line in warnings
     # Nothing else is changed.
     expected = annotation(6, **changes)
-    assert {name: it for name, it in other.items() if name != key} == {
-        name: it for name, it in expected.items() if name != key
+    assert {name: value for name, value in changed.items() if name != key} == {
+        name: value for name, value in expected.items() if name != key
     }
 
 
 @pytest.mark.parametrize("mask", [..., None, [], {}, [[1, 2, 3, 4]], [[]]])
 def test_objects_without_a_mask_keep_their_boxes(write, mask, caplog):
     path = write(content(annotation(1), annotation(6, segmentation=mask)))
-    found = open_instances(path)
-    assert found.without_mask == (1, 6)
+    instances = open_instances(path)
+    assert instances.without_mask == (1, 6)
     caplog.clear()
     # Detectron2's loader drops objects whose polygons are too short.
     if isinstance(mask, list) and mask:
@@ -295,7 +295,7 @@ def test_a_copy_is_mended_for_the_loader_and_the_evaluation(write):
         assert json.load(file) == wrong
     assert [record["annotations"][0]["iscrowd"] for record in load_coco_json(path, "")] == [0, 0]
     with PathManager.open(path) as file:
-        assert [one["area"] for one in json.load(file)["annotations"]] == [800, 800]
+        assert [entry["area"] for entry in json.load(file)["annotations"]] == [800, 800]
     assert PathManager.exists(path) and PathManager.isfile(path)
 
     right = content(annotation(1))
@@ -326,8 +326,8 @@ def test_right_predictions_score_fully(write, task, changes):
         for id in (3, 4)
     ]
     if task == "bbox":
-        for one in results:
-            del one["segmentation"]
+        for result in results:
+            del result["segmentation"]
     assert evaluate(path, copy.deepcopy(results), task) == pytest.approx(1)
 
 
@@ -335,7 +335,8 @@ def test_a_mend_of_many_annotations_is_one_line(write, caplog, monkeypatch):
     monkeypatch.setattr(annotations, "BLOCK", 2)
     path = write(content(*(annotation(i, area=...) for i in range(1, 6))))
     everything, line = mended(path, caplog)
-    assert [one["area"] for one in everything] == [800] * 5 and "5 of the 5 annotations have no area, such as" in line
+    assert [entry["area"] for entry in everything] == [800] * 5
+    assert "5 of the 5 annotations have no area, such as" in line
 
 
 def test_pixels_of_runs_are_counted():
@@ -346,7 +347,7 @@ def test_pixels_of_runs_are_counted():
     big = np.zeros((3000, 2000), bool, order="F")
     big[5:2000, 1000] = True
     coded = [rle.encode(mask.astype(np.uint8)) for mask in [*masks, big]]
-    texts = [{"counts": one["counts"].decode()} for one in coded]
+    texts = [{"counts": mask["counts"].decode()} for mask in coded]
     sizes = [mask.size for mask in [*masks, big]]
     assert annotations.count_pixels(texts).tolist() == sizes
     mixed = [*texts[:2], {"counts": [3, 4, 5]}, {"counts": texts[-1]["counts"][:-1]}, {"counts": ""}, {"counts": "é\n"}]

@@ -38,8 +38,8 @@ def deep(pixels):
 def test_an_image_that_is_257_times_an_8_bit_one_gives_the_same_pixels(tmp_path, suffix, pixels, format):
     shallow = write(tmp_path / f"8.{suffix}", pixels)
     expected = detection_utils.read_image(shallow, format)
-    found = read_image(write(tmp_path / f"16.{suffix}", deep(pixels)), format)
-    assert found.dtype == np.uint8 and np.array_equal(found, expected)
+    image = read_image(write(tmp_path / f"16.{suffix}", deep(pixels)), format)
+    assert image.dtype == np.uint8 and np.array_equal(image, expected)
     assert np.array_equal(read_image(shallow, format), expected)
 
 

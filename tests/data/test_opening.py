@@ -138,12 +138,13 @@ def score(cfg) -> dict:
     evaluator = build_evaluator(cfg)
     evaluator.reset()
     for record in get_detection_dataset_dicts(cfg.dataloader.test.dataset.names, filter_empty=False):
-        found = Instances((32, 48))
-        found.pred_boxes = Boxes(torch.tensor([[4.0, 6.0, 14.0, 26.0]]))
-        found.scores, found.pred_classes = torch.ones(1), torch.tensor([record["annotations"][0]["category_id"]])
-        found.pred_masks = torch.zeros(1, 32, 48, dtype=torch.bool)
-        found.pred_masks[0, 6:26, 4:14] = True
-        evaluator.process([record], [{"instances": found}])
+        instances = Instances((32, 48))
+        instances.pred_boxes = Boxes(torch.tensor([[4.0, 6.0, 14.0, 26.0]]))
+        instances.scores = torch.ones(1)
+        instances.pred_classes = torch.tensor([record["annotations"][0]["category_id"]])
+        instances.pred_masks = torch.zeros(1, 32, 48, dtype=torch.bool)
+        instances.pred_masks[0, 6:26, 4:14] = True
+        evaluator.process([record], [{"instances": instances}])
     return {task: figures["AP"] for task, figures in evaluator.evaluate().items()}
 
 
@@ -204,10 +205,10 @@ class TestRecords:
     def test_an_evaluator_of_another_data_set(self, folder):
         register(folder)
         content = coco()
-        for one in content["images"] + content["annotations"]:
-            one["id"] += 10
-        for one in content["annotations"]:
-            one["image_id"] += 10
+        for entry in content["images"] + content["annotations"]:
+            entry["id"] += 10
+        for entry in content["annotations"]:
+            entry["image_id"] += 10
         register(folder, content, name="other")
         line = refusal(test, "dataloader.evaluator.dataset_name=other")
         assert "2 of the 2 images to be run are not in the instances JSON" in line and "other.json" in line
@@ -231,8 +232,8 @@ class TestRecords:
         loader = load_test(cfg, model_of(cfg), records)
         batches = list(loader)
         assert [len(batch) for batch in batches] == expected and len(loader) == len(expected)
-        assert [each["image_id"] for batch in batches for each in batch] == [each["image_id"] for each in records]
-        assert all(each["image"].shape[0] == 3 for batch in batches for each in batch)
+        assert [item["image_id"] for batch in batches for item in batch] == [item["image_id"] for item in records]
+        assert all(item["image"].shape[0] == 3 for batch in batches for item in batch)
 
     def test_an_argument_that_the_loader_does_not_take(self, folder):
         register(folder)
@@ -289,7 +290,8 @@ class TestImages:
         pixels = np.arange(32 * 48, dtype=np.uint16).reshape(32, 48) % 256
         Image.fromarray(pixels * 16).save(folder / "1.png")
         assert [
-            next(iter(test(f"dataloader.image_scaling={how}")[0]))[0]["image"].max() for how in ("full", "percentiles")
+            next(iter(test(f"dataloader.image_scaling={scaling}")[0]))[0]["image"].max()
+            for scaling in ("full", "percentiles")
         ] == [16, 255]
         assert "dataloader.image_scaling takes 'full' or 'percentiles', got 'max'" in refusal(
             test, "dataloader.image_scaling=max"
@@ -335,7 +337,7 @@ class TestInstances:
     def test_the_evaluator_reads_what_was_mended(self, folder, lost, caplog):
         content = coco()
         content["annotations"] = [
-            {key: value for key, value in one.items() if key not in lost} for one in content["annotations"]
+            {key: value for key, value in entry.items() if key not in lost} for entry in content["annotations"]
         ]
         register(folder, content)
         cfg = config()
@@ -373,8 +375,8 @@ class TestInstances:
 
     def test_detectron2s_own_evaluator_in_a_list(self, folder):
         content = coco()
-        for one in content["annotations"]:
-            del one["segmentation"]
+        for entry in content["annotations"]:
+            del entry["segmentation"]
         register(folder, content)
         cfg = config()
         cfg.dataloader.evaluator = [
@@ -438,7 +440,7 @@ def panoptic(folder):
         "images": coco()["images"],
         "annotations": [{"image_id": i, "file_name": f"{i}.png", "segments_info": segments} for i in (1, 2)],
         "categories": [
-            *({**one, "isthing": 1} for one in coco()["categories"]),
+            *({**category, "isthing": 1} for category in coco()["categories"]),
             {"id": 3, "name": "sky", "isthing": 0},
         ],
     }
@@ -509,10 +511,10 @@ class TestFunctions:
         share = []
 
         def function():
-            found = records(folder)
-            for record in found:
+            listed = records(folder)
+            for record in listed:
                 record["annotations"] *= len(share) + 1
-            return found
+            return listed
 
         register_function(function)
         cfg = config(f"+dataloader.evaluator.output_dir={tmp_path}/out".removeprefix("+"))
@@ -526,14 +528,14 @@ class TestFunctions:
 
     def test_numbers_of_numpy(self, folder):
         def function():
-            found = records(folder)
-            for record in found:
+            listed = records(folder)
+            for record in listed:
                 record["image_id"] = np.int64(record["image_id"])
                 record["annotations"][0]["bbox"] = np.array([4.0, 6.0, 14.0, 26.0])
                 mask = np.zeros((32, 48), np.uint8, order="F")
                 mask[6:26, 4:14] = 1
                 record["annotations"][0]["segmentation"] = rle.encode(mask)
-            return found
+            return listed
 
         register_function(function)
         cfg = config()
@@ -543,7 +545,9 @@ class TestFunctions:
 
     @pytest.mark.parametrize("key", ["height", "width"])
     def test_without_a_size(self, folder, key):
-        register_function(lambda: [{name: it for name, it in one.items() if name != key} for one in records(folder)])
+        register_function(
+            lambda: [{name: value for name, value in record.items() if name != key} for record in records(folder)]
+        )
         assert f"image 1 of data set 'mine' has no {key}" in refusal(test)
 
     def test_without_names_of_classes(self, folder):
@@ -562,9 +566,9 @@ class TestFunctions:
     )
     def test_with_bad_values(self, folder, change, message):
         def function():
-            found = records(folder)[:1]
-            found[0]["annotations"][0].update(change)
-            return found
+            listed = records(folder)[:1]
+            listed[0]["annotations"][0].update(change)
+            return listed
 
         register_function(function)
         assert message in refusal(test)
@@ -579,9 +583,9 @@ class TestTrainingMasks:
             content["annotations"][1]["segmentation"] = mask
             register(folder, content)
         else:
-            found = records(folder)
-            found[1]["annotations"][0]["segmentation"] = rle.frPyObjects(mask, 32, 48)
-            register_function(lambda: found)
+            listed = records(folder)
+            listed[1]["annotations"][0]["segmentation"] = rle.frPyObjects(mask, 32, 48)
+            register_function(lambda: listed)
         line = refusal(train, "dataloader.train.mapper.instance_mask_format=polygon")
         assert f"1 of the 2 objects to be trained on have masks as RLE, such as one of image 2 ({folder}/2.png)" in line
         assert "dataloader.train.mapper.instance_mask_format=bitmask takes both" in line
@@ -598,8 +602,8 @@ class TestTrainingMasks:
         register(folder, content)
         line = refusal(train)
         assert f"1 of the 2 objects to be trained on have no mask, such as one of image 1 ({folder}/1.png)" in line
-        said = line.split(": ")[-1].removesuffix(" train boxes alone").split()
-        assert train(*said) is not None  # what it says works
+        overrides = line.split(": ")[-1].removesuffix(" train boxes alone").split()
+        assert train(*overrides) is not None  # what it says works
 
     def test_no_masks_for_a_model_that_learns_them(self, folder):
         register(folder)

@@ -22,8 +22,8 @@ CATEGORIES = [
 ]
 
 
-def segment(category: int, **more) -> dict:
-    return {"id": category, "category_id": category, "area": 5, **more}
+def segment(category: int, **extra) -> dict:
+    return {"id": category, "category_id": category, "area": 5, **extra}
 
 
 CONTENT = {
@@ -194,25 +194,25 @@ def test_segments_without_an_id_or_a_category_are_refused(birds, key):
 @pytest.mark.parametrize("area", [None, -1, 0, "much"])
 def test_what_can_be_counted_is_not_asked_for(birds, area, caplog):
     content = json.loads(json.dumps(CONTENT))
-    for one in content["annotations"][0]["segments_info"]:
-        one["area"] = area
+    for segment_info in content["annotations"][0]["segments_info"]:
+        segment_info["area"] = area
         if area is None:
-            del one["area"]
+            del segment_info["area"]
     (birds / "panoptic.json").write_text(json.dumps(content))
     records = load("birds")[1]
-    assert [one["iscrowd"] for one in records[0]["segments_info"]] == [0, 1]
+    assert [segment_info["iscrowd"] for segment_info in records[0]["segments_info"]] == [0, 1]
     (line,) = caplog.messages
     assert "panoptic.json: 1 of the 2 segments have no iscrowd, such as segment 4 of image 7: 0 is taken" in line
 
 
 @pytest.mark.parametrize(
-    "key, what", [("images", "image"), ("annotations", "annotated image"), ("categories", "category")]
+    "key, message", [("images", "image"), ("annotations", "annotated image"), ("categories", "category")]
 )
-def test_what_is_there_twice_is_refused(birds, key, what):
+def test_what_is_there_twice_is_refused(birds, key, message):
     content = json.loads(json.dumps(CONTENT))
     content[key].append(content[key][0])
     (birds / "panoptic.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=f"panoptic.json: 1 {what} ids are there more than once, such as"):
+    with pytest.raises(InputError, match=f"panoptic.json: 1 {message} ids are there more than once, such as"):
         load("birds")
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 
-from hourglass.prediction.drawing import CROWDED, LARGEST, _colours, beside, colour, count, draw
+from hourglass.prediction.drawing import CROWDED, LARGEST, _colours, colour, count, draw, side_by_side
 from hourglass.prediction.names import Names
 
 NAMES = Names({0: "disc", 1: "square"}, {2: "sky", 3: "grass"}, {0: 1, 1: 5}, {2: 7, 3: 9})
@@ -55,33 +55,33 @@ def test_an_image_without_objects_is_the_image():
 
 
 def test_the_same_object_has_the_same_colour():
-    known = found([[0, 0, 20, 20], [30, 30, 50, 50], [60, 0, 80, 20]], [0, 0, 1])
+    reference = found([[0, 0, 20, 20], [30, 30, 50, 50], [60, 0, 80, 20]], [0, 0, 1])
     # The second and the first a little moved, one of another class in the third's place, and a new one.
-    other = found([[31, 30, 51, 50], [0, 1, 20, 21], [60, 0, 80, 20], [0, 40, 10, 50]], [0, 0, 0, 0])
-    assert _colours(known, None) == [colour(0), colour(1), colour(2)]
-    assert _colours(other, known) == [colour(1), colour(0), colour(3), colour(4)]
+    compared = found([[31, 30, 51, 50], [0, 1, 20, 21], [60, 0, 80, 20], [0, 40, 10, 50]], [0, 0, 0, 0])
+    assert _colours(reference, None) == [colour(0), colour(1), colour(2)]
+    assert _colours(compared, reference) == [colour(1), colour(0), colour(3), colour(4)]
     # Of models of masks, whose boxes are 0.
-    other.pred_boxes = Boxes(torch.zeros(4, 4))
-    assert _colours(other, known) == [colour(1), colour(0), colour(3), colour(4)]
+    compared.pred_boxes = Boxes(torch.zeros(4, 4))
+    assert _colours(compared, reference) == [colour(1), colour(0), colour(3), colour(4)]
     assert len({colour(number) for number in range(60)}) == 60
 
 
 def test_a_crowd_has_no_labels(monkeypatch):
     import hourglass.prediction.drawing as drawing
 
-    given = []
+    received = []
 
     class Watched(drawing.Visualizer):
         def overlay_instances(self, **options):
-            given.append(options)
+            received.append(options)
             return super().overlay_instances(**options)
 
     monkeypatch.setattr(drawing, "Visualizer", Watched)
     for number in (CROWDED, CROWDED + 1):
         boxes = [[i % 8 * 10, i // 8 * 10, i % 8 * 10 + 8, i // 8 * 10 + 8] for i in range(number)]
         draw(grey(), {"instances": found(boxes, [0] * number)}, NAMES, 0.5)
-    assert given[0]["labels"][0] == "disc 90%" and given[0]["boxes"] is not None
-    assert given[1]["labels"] is None and given[1]["boxes"] is None and len(given[1]["masks"]) == CROWDED + 1
+    assert received[0]["labels"][0] == "disc 90%" and received[0]["boxes"] is not None
+    assert received[1]["labels"] is None and received[1]["boxes"] is None and len(received[1]["masks"]) == CROWDED + 1
 
 
 def test_panoptic_segments_and_classes_of_pixels():
@@ -109,11 +109,11 @@ def test_a_wide_image_is_drawn_smaller():
     segments = torch.zeros(size, dtype=torch.int32)
     segments[:, :4000] = 1
     panoptic = {"panoptic_seg": (segments, [{"id": 1, "isthing": True, "category_id": 0}])}
-    for each, here in ((output, slice(1300, 2300)), (panoptic, slice(100, 1100))):
-        picture = draw(grey(*size), each, NAMES, 0.5)
+    for drawn_output, inside in ((output, slice(1300, 2300)), (panoptic, slice(100, 1100))):
+        picture = draw(grey(*size), drawn_output, NAMES, 0.5)
         assert abs(picture.shape[1] - LARGEST) <= 1 and abs(picture.shape[0] - 90) <= 1
-        there = slice(100, 1100) if here.start > 1200 else slice(1300, 2300)
-        assert changed(picture)[20:80, here].mean() > 0.5 and not changed(picture)[20:80, there].any()
+        outside = slice(100, 1100) if inside.start > 1200 else slice(1300, 2300)
+        assert changed(picture)[20:80, inside].mean() > 0.5 and not changed(picture)[20:80, outside].any()
     assert output["instances"].image_size == size  # what the model gave stays as it is
     assert output["instances"].pred_boxes.tensor.tolist() == [[4000, 0, 8000, 300]]
 
@@ -121,12 +121,12 @@ def test_a_wide_image_is_drawn_smaller():
 @pytest.mark.parametrize("size", [(40, 300), (300, 40)])
 def test_captions_fit(size):
     pictures = [grey(*size), grey(*size)]
-    both = beside(pictures, ["unmodified: 375 objects", "expedited: 1 object"])
-    strip = both.shape[0] - size[0]
-    head = (both[:strip] < 128).any(-1)
+    joined = side_by_side(pictures, ["unmodified: 375 objects", "expedited: 1 object"])
+    strip = joined.shape[0] - size[0]
+    head = (joined[:strip] < 128).any(-1)
     left, right = head[:, : size[1]], head[:, -size[1] :]
     assert left.any() and right.any()
     for part in (left, right):  # nothing touches the border
         assert not part[0].any() and not part[:, 0].any() and not part[:, -1].any()
     assert not head[:, size[1] : -size[1]].any()
-    assert np.array_equal(both[strip:, : size[1]], pictures[0])
+    assert np.array_equal(joined[strip:, : size[1]], pictures[0])

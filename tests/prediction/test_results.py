@@ -29,7 +29,7 @@ def test_instances_are_results_that_coco_reads(tmp_path):
     assert results.close() == ["predictions.json", "images.json"]
     entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
     # All of them, whatever their score, by the data set's ids.
-    assert [(one["image_id"], one["category_id"], one["bbox"]) for one in entries] == [
+    assert [(entry["image_id"], entry["category_id"], entry["bbox"]) for entry in entries] == [
         (1, 5, [10, 20, 20, 30]),
         (1, 1, [0, 0, 4, 4]),
         (3, 5, [3, 5, 6, 3]),
@@ -61,7 +61,7 @@ def test_panoptic_segments_and_classes_of_pixels(tmp_path):
     assert (sky["category_id"], grass["category_id"]) == (7, 9) and rle.decode(sky["segmentation"])[:30].all()
     assert rle.area(sky["segmentation"]) == rle.area(grass["segmentation"]) == 2400
     categories = json.loads((tmp_path / "images.json").read_text())["categories"]
-    assert categories[0] == {"id": 1, "name": "disc", "isthing": 1} and [one["id"] for one in categories] == [
+    assert categories[0] == {"id": 1, "name": "disc", "isthing": 1} and [category["id"] for category in categories] == [
         1,
         5,
         7,
@@ -85,19 +85,23 @@ def test_a_list_is_written_whole_or_not_at_all(tmp_path):
 def test_names_as_far_as_they_are_known(tmp_path):
     path = tmp_path / "instances.json"
     path.write_text(json.dumps({"categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]}))
-    read = Names.of(Metadata(name="registered", json_file=str(path)))  # not loaded yet
+    read = Names.from_metadata(Metadata(name="registered", json_file=str(path)))  # not loaded yet
     assert read.known and read.name(1) == "dog" and read.category_id(1) == 7 and read.category_id(0) == 3
-    told = Names.of(Metadata(name="told", thing_classes=["a"], thing_dataset_id_to_contiguous_id={9: 0}))
-    assert told.name(0) == "a" and told.category_id(0) == 9 and told.name(4) == "class 4"
-    gone = Names.of(PanopticMetadata(name="gone", panoptic_json=str(tmp_path / "gone.json")))
-    for unknown in (gone, Names.of(Metadata(name="nothing")), Names.of(Metadata(name="x", json_file="gone.json"))):
+    names = Names.from_metadata(Metadata(name="told", thing_classes=["a"], thing_dataset_id_to_contiguous_id={9: 0}))
+    assert names.name(0) == "a" and names.category_id(0) == 9 and names.name(4) == "class 4"
+    gone = Names.from_metadata(PanopticMetadata(name="gone", panoptic_json=str(tmp_path / "gone.json")))
+    for unknown in (
+        gone,
+        Names.from_metadata(Metadata(name="nothing")),
+        Names.from_metadata(Metadata(name="x", json_file="gone.json")),
+    ):
         assert not unknown.known and unknown.name(2) == "class 2" and unknown.category_id(2) == 3
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_nothing_found_leaves_no_file(tmp_path, whole):
+@pytest.mark.parametrize("complete", [True, False])
+def test_nothing_found_leaves_no_file(tmp_path, complete):
     results = Results(tmp_path, NAMES)
-    if whole:
+    if complete:
         results.add(about(1), {})
-    assert results.close(whole) == (["images.json"] if whole else [])
-    assert [path.name for path in tmp_path.iterdir()] == (["images.json"] if whole else [])
+    assert results.close(complete) == (["images.json"] if complete else [])
+    assert [path.name for path in tmp_path.iterdir()] == (["images.json"] if complete else [])

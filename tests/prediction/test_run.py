@@ -44,11 +44,11 @@ def test_images_a_video_and_what_cannot_be_read(folder, tmp_path, capsys):
             "evaluation.batch_size=2",
         )
     assert stopped.value.code == 1
-    told = capsys.readouterr()
-    skipped = [line for line in told.out.splitlines() if line.startswith("skipped: ")]
+    captured = capsys.readouterr()
+    skipped = [line for line in captured.out.splitlines() if line.startswith("skipped: ")]
     assert len(skipped) == 2 and "text.png cannot be read" in skipped[0] and "gone.jpg is missing" in skipped[1]
-    assert "skipped 2 of 6 files" in told.out and "3 images and 3 frames of 1 video" in told.out
-    assert "clip.mp4: 3 frames, " in told.out and "frames/s" in told.out and "frame/s]" in told.err
+    assert "skipped 2 of 6 files" in captured.out and "3 images and 3 frames of 1 video" in captured.out
+    assert "clip.mp4: 3 frames, " in captured.out and "frames/s" in captured.out and "frame/s]" in captured.err
     drawn = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert drawn == {
         *("a.jpg", "b.jpg", "deep/a.jpg", "clip.mp4", "images.json", "predictions.json"),
@@ -59,10 +59,14 @@ def test_images_a_video_and_what_cannot_be_read(folder, tmp_path, capsys):
     assert columns > 1600 and columns / 2 > rows
     truth = COCO(str(out / "images.json"))
     assert [truth.imgs[i].get("frame") for i in sorted(truth.imgs)] == [None, None, None, 0, 1, 2]
-    found = {name: truth.loadRes(str(out / name / "predictions.json")).anns for name in ("", "unmodified")}
-    assert all({one["image_id"] for one in each.values()} == {1, 2, 3, 4, 5, 6} for each in found.values())
-    assert min(one["score"] for one in found[""].values()) < 0.5
-    assert [one["score"] for one in found[""].values()] != [one["score"] for one in found["unmodified"].values()]
+    annotations = {name: truth.loadRes(str(out / name / "predictions.json")).anns for name in ("", "unmodified")}
+    assert all(
+        {entry["image_id"] for entry in entries.values()} == {1, 2, 3, 4, 5, 6} for entries in annotations.values()
+    )
+    assert min(entry["score"] for entry in annotations[""].values()) < 0.5
+    assert [entry["score"] for entry in annotations[""].values()] != [
+        entry["score"] for entry in annotations["unmodified"].values()
+    ]
 
 
 def test_good_files_alone_end_well(folder, tmp_path, capsys):

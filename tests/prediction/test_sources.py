@@ -22,19 +22,19 @@ def test_files_and_folders(tmp_path):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name).touch()
     (tmp_path / "b.jpg").touch()
-    found = find_sources(
+    sources = find_sources(
         [str(tmp_path / "in"), str(tmp_path / "b.jpg"), str(tmp_path / "in" / "notes.txt"), "gone.jpg"]
     )
     # Each name once, whatever the folders and suffixes.
-    assert [source.name for source in found] == ["a", "b", "b_2", "deep/b", "deep/clip", "b_3", "notes", "gone"]
-    assert [source.name for source in found if source.is_video] == ["deep/clip"]
+    assert [source.name for source in sources] == ["a", "b", "b_2", "deep/b", "deep/clip", "b_3", "notes", "gone"]
+    assert [source.name for source in sources if source.is_video] == ["deep/clip"]
 
 
 def test_pixels_are_those_of_evaluation(tmp_path):
     values = np.random.default_rng(0).integers(0, 65536, (5, 7), np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    found = read_pixels(tmp_path / "deep.png", "full")
-    assert found.shape == (5, 7, 3) and np.array_equal(found[..., 0], np.round(values / 257))
+    image = read_pixels(tmp_path / "deep.png", "full")
+    assert image.shape == (5, 7, 3) and np.array_equal(image[..., 0], np.round(values / 257))
     colours = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     Image.fromarray(colours).save(tmp_path / "colours.png")
     assert np.array_equal(read_pixels(tmp_path / "colours.png", "full"), colours[..., ::-1])

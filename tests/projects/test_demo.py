@@ -76,10 +76,10 @@ class TestDrawScene:
         monkeypatch.setattr(scenes, "_related_colour", lambda *args: red)
         monkeypatch.setattr(scenes, "_new_object", without_rim(scenes._new_object))
         scene = draw_scene(3)
-        seen, covered = canvases[0][..., 0], scene.masks.any(axis=0)
-        assert seen[covered].min() > 127  # 255 * coverage, or less in the shade
+        visible, covered = canvases[0][..., 0], scene.masks.any(axis=0)
+        assert visible[covered].min() > 127  # 255 * coverage, or less in the shade
         # Two objects that each cover less than half of a pixel may cover more than half of it together.
-        assert np.count_nonzero(seen[~covered] > 128) < 0.001 * np.count_nonzero(covered)
+        assert np.count_nonzero(visible[~covered] > 128) < 0.001 * np.count_nonzero(covered)
 
 
 def without_rim(new_object):
@@ -214,10 +214,10 @@ class TestRegisterDemo:
         plain = self.catalog.DatasetCatalog.get("hourglass_demo_panoptic_val")
         coloured = self.catalog.DatasetCatalog.get("hourglass_demo_coloured_val")
         assert len(plain) == len(coloured) == 2
-        for record, other in zip(plain, coloured):
-            assert Path(other["file_name"]) == tmp_path / "coloured" / "val" / Path(record["file_name"]).name
-            assert [i["bbox"] for i in record["annotations"]] == [i["bbox"] for i in other["annotations"]]
-            images = (cv2.imread(each["file_name"]) for each in (record, other))
+        for record, coloured_record in zip(plain, coloured):
+            assert Path(coloured_record["file_name"]) == tmp_path / "coloured" / "val" / Path(record["file_name"]).name
+            assert [i["bbox"] for i in record["annotations"]] == [i["bbox"] for i in coloured_record["annotations"]]
+            images = (cv2.imread(image_record["file_name"]) for image_record in (record, coloured_record))
             assert not np.array_equal(*images)
         metadata = self.catalog.MetadataCatalog.get("hourglass_demo_coloured_val")
         assert metadata.stuff_classes == [*THINGS, *STUFF] and Path(metadata.json_file).is_file()
@@ -270,10 +270,10 @@ def perfect(record: dict):
     from detectron2.structures import Boxes, BoxMode, Instances
 
     truth = record["annotations"]
-    boxes = [BoxMode.convert(each["bbox"], each["bbox_mode"], BoxMode.XYXY_ABS) for each in truth]
+    boxes = [BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS) for annotation in truth]
     return Instances(
         (record["height"], record["width"]),
         pred_boxes=Boxes(boxes),
-        pred_classes=torch.tensor([each["category_id"] for each in truth]),
+        pred_classes=torch.tensor([annotation["category_id"] for annotation in truth]),
         scores=torch.ones(len(truth)),
     )

@@ -104,9 +104,9 @@ class TestGolden:
             hidden, masks = model.decode(tensors)
             classes = [model.class_predictor(state.transpose(0, 1)) for state in hidden]
         names = [*(f"aux{i}/" for i in range(len(classes) - 1)), ""]
-        for prefix, its_classes, its_masks in zip(names, classes, masks):
-            torch.testing.assert_close(its_classes, tensors[f"{prefix}pred_logits"], atol=1e-3, rtol=0)
-            torch.testing.assert_close(its_masks, tensors[f"{prefix}pred_masks"], atol=2e-3, rtol=0)
+        for prefix, layer_classes, layer_masks in zip(names, classes, masks):
+            torch.testing.assert_close(layer_classes, tensors[f"{prefix}pred_logits"], atol=1e-3, rtol=0)
+            torch.testing.assert_close(layer_masks, tensors[f"{prefix}pred_masks"], atol=2e-3, rtol=0)
 
     @pytest.mark.parametrize("name", IMAGES)
     def test_backbone_sees_the_official_input(self, name):
@@ -142,12 +142,12 @@ class TestGolden:
             assert segments_info == case["segments_info"]
         if "instances" in result:
             expected = under(tensors, f"{mode}/instances/")
-            found = result["instances"]
-            assert len(found) == len(expected["scores"])
-            by_score, order = found.scores.argsort(), expected["scores"].argsort()
-            torch.testing.assert_close(found.scores[by_score], expected["scores"][order], atol=1e-4, rtol=0)
-            assert torch.equal(found.pred_classes[by_score], expected["pred_classes"][order])
-            assert (found.pred_masks[by_score] != expected["pred_masks"][order].bool()).float().mean() < 1e-3
+            instances = result["instances"]
+            assert len(instances) == len(expected["scores"])
+            by_score, order = instances.scores.argsort(), expected["scores"].argsort()
+            torch.testing.assert_close(instances.scores[by_score], expected["scores"][order], atol=1e-4, rtol=0)
+            assert torch.equal(instances.pred_classes[by_score], expected["pred_classes"][order])
+            assert (instances.pred_masks[by_score] != expected["pred_masks"][order].bool()).float().mean() < 1e-3
 
 
 class TestInference:
@@ -180,20 +180,24 @@ class TestInference:
         assert segments.dtype == torch.int32
 
     def test_instances(self):
-        found = instance_inference(self.classes, self.masks, 2)
+        instances = instance_inference(self.classes, self.masks, 2)
         quality = torch.tensor([4.0, 3.0]).sigmoid()
-        torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.8]) * quality)
-        assert found.pred_classes.tolist() == [0, 1]
-        assert found.pred_masks.tolist() == (self.masks[:2] > 0).tolist()
-        assert found.pred_boxes.tensor.tolist() == [[0, 0, 2, 2], [1, 0, 3, 2]]
+        torch.testing.assert_close(instances.scores, torch.tensor([0.9, 0.8]) * quality)
+        assert instances.pred_classes.tolist() == [0, 1]
+        assert instances.pred_masks.tolist() == (self.masks[:2] > 0).tolist()
+        assert instances.pred_boxes.tensor.tolist() == [[0, 0, 2, 2], [1, 0, 3, 2]]
 
     def test_fewer_pairs_than_instances(self):
         assert len(instance_inference(self.classes, self.masks, 100)) == 6
         assert len(instance_inference(self.classes, self.masks, 100, things={1})) == 3
 
     def test_no_instance(self):
-        found = instance_inference(self.classes, self.masks, 1, things={1})
-        assert len(found) == 0 and found.pred_masks.shape == (0, 2, 4) and found.pred_boxes.tensor.shape == (0, 4)
+        instances = instance_inference(self.classes, self.masks, 1, things={1})
+        assert (
+            len(instances) == 0
+            and instances.pred_masks.shape == (0, 2, 4)
+            and instances.pred_boxes.tensor.shape == (0, 4)
+        )
 
     def test_boxes_are_detectron2s(self):
         masks = (
@@ -208,12 +212,14 @@ class TestInference:
         results = []
         for chunk in (1, 16, 100):
             monkeypatch.setattr("projects.mask2former.inference._CHUNK", chunk)
-            found = instance_inference(classes, masks, 30)
+            instances = instance_inference(classes, masks, 30)
             segments, info = panoptic_inference(classes, masks, {0}, 0.3, 0.0)
-            results.append([found.pred_masks, found.scores, segments, semantic_inference(classes, masks), str(info)])
-        for other in results[1:]:
-            torch.testing.assert_close(other[:-1], results[0][:-1])
-            assert other[-1] == results[0][-1]
+            results.append(
+                [instances.pred_masks, instances.scores, segments, semantic_inference(classes, masks), str(info)]
+            )
+        for result in results[1:]:
+            torch.testing.assert_close(result[:-1], results[0][:-1])
+            assert result[-1] == results[0][-1]
 
 
 class TestModel:
@@ -337,7 +343,7 @@ class TestModel:
         model = small()
         shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
         view = copy.deepcopy(model, shared)
-        assert all(one is other for one, other in zip(model.parameters(), view.parameters()))
+        assert all(parameter is expected for parameter, expected in zip(model.parameters(), view.parameters()))
         inputs = [image(64, 96)]
         with torch.no_grad():
             assert torch.equal(model(inputs)[0]["sem_seg"], view(inputs)[0]["sem_seg"])
@@ -398,30 +404,32 @@ class TestRenameWeights:
     @pytest.mark.parametrize("kind", ["hf_module_name", "hf_file_name"])
     def test_both_implementations_names_lead_to_one(self, kind):
         # Three rows tell the thirds apart that some weights are split into.
-        official, other = {}, {}
+        official, hugging_face = {}, {}
         for number, entry in enumerate(hugging_face_map()):
             rows = torch.arange(3.0) + 10 * number
             if entry["hf"]:
                 official[entry["official"]] = rows
             for part, place in zip(rows.chunk(3) if len(entry["hf"]) == 3 else [rows], entry["hf"]):
-                other[place[kind]] = part
-        ours = {name: tensor for name, tensor in rename_weights(other).items() if "position_index" not in name}
+                hugging_face[place[kind]] = part
+        renamed = {
+            name: tensor for name, tensor in rename_weights(hugging_face).items() if "position_index" not in name
+        }
         expected = rename_weights(official)
         assert len(expected) >= len(official)
-        assert ours.keys() == expected.keys()
-        assert all(torch.equal(ours[name], expected[name]) for name in ours)
+        assert renamed.keys() == expected.keys()
+        assert all(torch.equal(renamed[name], expected[name]) for name in renamed)
         assert rename_weights(expected).keys() == expected.keys()
 
     def test_names_are_those_of_hugging_faces_modules(self):
         for entry in hugging_face_map():
             if not entry["official"].startswith("backbone.") and entry["hf"]:
-                ours = [
+                names = [
                     place["hf_module_name"]
                     .removeprefix("model.")
                     .replace("pixel_level_module.decoder", "pixel_decoder")
                     for place in entry["hf"]
                 ]
-                assert list(rename_weights({entry["official"]: torch.zeros(3)})) == ours
+                assert list(rename_weights({entry["official"]: torch.zeros(3)})) == names
 
     def test_the_last_norm_of_hugging_faces_swin_is_dropped(self):
         name = "model.pixel_level_module.encoder.swin.layernorm.weight"

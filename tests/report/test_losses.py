@@ -26,7 +26,7 @@ from hourglass.report.losses import (
     OF_OTHER,
     RIGHT,
     WRONG,
-    Found,
+    Detections,
     Overlap,
     Truth,
     check,
@@ -53,14 +53,19 @@ def tasks(first: list[dict], other: list[dict], records: list[dict], score: floa
 
 
 def objects(*boxes, classes, crowd=(), masks: bool = True) -> list[dict]:
-    found = []
+    annotations = []
     for i, (box, number) in enumerate(zip(boxes, classes)):
         left, top, right, bottom = box
-        one = {"bbox": list(box), "bbox_mode": BoxMode.XYXY_ABS, "category_id": number, "iscrowd": int(i in crowd)}
+        annotation = {
+            "bbox": list(box),
+            "bbox_mode": BoxMode.XYXY_ABS,
+            "category_id": number,
+            "iscrowd": int(i in crowd),
+        }
         if masks:
-            one["segmentation"] = [[left, top, right, top, right, bottom, left, bottom]]
-        found.append(one)
-    return found
+            annotation["segmentation"] = [[left, top, right, top, right, bottom, left, bottom]]
+        annotations.append(annotation)
+    return annotations
 
 
 # Eight detections of each model, in which every kind occurs:
@@ -85,8 +90,8 @@ def by_hand(masks: bool) -> tuple[dict, dict]:
     first = [(box, number, score) for _, box, number, score, *_ in BY_HAND if box]
     other = [(box, number, score) for *_, box, number, score in BY_HAND if box]
     return tuple(
-        detections([box for box, *_ in each], [s for *_, s in each], [n for _, n, _ in each], masks)
-        for each in (first, other)
+        detections([box for box, *_ in rows], [s for *_, s in rows], [n for _, n, _ in rows], masks)
+        for rows in (first, other)
     )
 
 
@@ -118,28 +123,28 @@ def test_every_kind_by_hand(masks):
 def test_the_one_that_is_the_same_comes_first():
     """A neighbour that is near does not take what is the same, and what is left is matched where it fits best."""
     iou = np.array([[0.8, 0.9, 0.0], [0.3, 0.8, 0.6]])
-    two = Found(np.array([0, 0]), np.ones(2), np.zeros((2, 4)), SIZE)
-    three = Found(np.array([0, 0, 1]), np.ones(3), np.zeros((3, 4)), SIZE)
+    two = Detections(np.array([0, 0]), np.ones(2), np.zeros((2, 4)), SIZE)
+    three = Detections(np.array([0, 0, 1]), np.ones(3), np.zeros((3, 4)), SIZE)
     changes = match(two, three, Overlap(iou, np.zeros_like(iou)))
     assert changes.partner.tolist() == [1, 2] and changes.first.tolist() == [KEPT, CLASS]
     assert changes.other.tolist() == [DUPLICATE, KEPT, CLASS]
 
 
 boxes = st.tuples(*[st.integers(0, 40)] * 2, *[st.integers(5, 30)] * 2)
-found = st.lists(st.tuples(boxes, st.integers(0, 2), st.sampled_from([0.2, 0.5, 0.8])), max_size=12)
+random_detections = st.lists(st.tuples(boxes, st.integers(0, 2), st.sampled_from([0.2, 0.5, 0.8])), max_size=12)
 
 
 @settings(max_examples=60, deadline=None)
-@given(found, found, st.booleans())
+@given(random_detections, random_detections, st.booleans())
 def test_the_counts_add_up(first, other, masks):
     outputs = [
         detections(
-            [[left, top, left + width, top + height] for (left, top, width, height), *_ in each],
-            [score for *_, score in each],
-            [number for _, number, _ in each],
+            [[left, top, left + width, top + height] for (left, top, width, height), *_ in rows],
+            [score for *_, score in rows],
+            [number for _, number, _ in rows],
             masks,
         )
-        for each in (first, other)
+        for rows in (first, other)
     ]
     (task,) = tasks(outputs[:1], outputs[1:], [{"image_id": 0}])
     losses, image = find_losses(task), task.examine(0)
@@ -252,19 +257,21 @@ def test_classes_of_pixels(tmp_path):
 
 def test_overlaps_of_masks_and_segments_agree():
     """Of the same shapes."""
-    one, two = panoptic([(30, 0, True), (70, 1, True)]), panoptic([(50, 0, True), (50, 1, True)])
+    before, after = panoptic([(30, 0, True), (70, 1, True)]), panoptic([(50, 0, True), (50, 1, True)])
     recorders = [OutputRecorder() for _ in range(2)]
-    for recorder, output in zip(recorders, (one, two)):
+    for recorder, output in zip(recorders, (before, after)):
         recorder.process([{"image_id": 0}], [output])
     image = find_tasks(*recorders, [{"image_id": 0}], NAMES)[0].examine(0)
     segments = overlap(image.first, image.other)
     masks = overlap(
         *(
-            Found(np.arange(2), np.ones(2), np.array([[0, 0, width, 60], [width, 0, 100 - width, 60]], float), SIZE)
+            Detections(
+                np.arange(2), np.ones(2), np.array([[0, 0, width, 60], [width, 0, 100 - width, 60]], float), SIZE
+            )
             for width in (30, 50)
         )
     )
     np.testing.assert_allclose(segments.iou, masks.iou)
     np.testing.assert_allclose(segments.share, masks.share)
-    verdict, seen = check(image.first, Truth(image.first, np.zeros(2, bool)))
-    assert verdict.tolist() == [RIGHT, RIGHT] and seen.all()
+    verdict, by_object = check(image.first, Truth(image.first, np.zeros(2, bool)))
+    assert verdict.tolist() == [RIGHT, RIGHT] and by_object.all()

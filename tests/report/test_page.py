@@ -71,7 +71,7 @@ def comparison(images: int) -> Comparison:
     for i, name in enumerate(("unmodified", "fast attention", "expedited")):
         runs = {part: np.full(images, 10.0 - i) for part in Run._fields}
         samples = np.linspace(40, 45, 20) - i
-        classes = {each: samples + number / 10 for number, each in enumerate(CLASSES)}
+        classes = {name: samples + number / 10 for number, name in enumerate(CLASSES)}
         measurements[name] = Measurement(
             {"segm": {"AP": float(samples[0]), "AP50": 60.0}},
             {"segm.AP": samples},
@@ -99,7 +99,7 @@ def material(folder: Path, sizes: list[tuple[int, int]], counts: list[int], labe
     document = to_json(compared, dataset="made <up>", device="cpu", dtype="float32", plan=plan)
     labels_of_tokens = np.arange(64).reshape(8, 8) // 2
     tokens = Tokens((8, 8), labels_of_tokens, False, None, 4, (16, 16), (128, 128), 32, (1, 2))
-    given = Material(
+    page_material = Material(
         document,
         compared,
         ([], []),
@@ -111,7 +111,7 @@ def material(folder: Path, sizes: list[tuple[int, int]], counts: list[int], labe
         0.5,
         24,
     )
-    return given._replace(**options)
+    return page_material._replace(**options)
 
 
 class Page(HTMLParser):
@@ -153,7 +153,7 @@ def check_page(path: Path) -> Page:
     for file in page.files:
         assert "/" not in file and ":" not in file
         assert Image.open(path.parent / file).size[0] <= 1600
-    assert set(page.files) == {each.name for each in path.parent.iterdir()} - {"index.html"}
+    assert set(page.files) == {file.name for file in path.parent.iterdir()} - {"index.html"}
     return page
 
 
@@ -200,14 +200,14 @@ def test_what_is_hard_to_lay_out(hard):
 @pytest.mark.skipif(BROWSER is None, reason="no browser is at hand; what the page names is checked above")
 def test_in_a_browser(hard):
     for width in (1280, 600):
-        seen = browse(hard, width)
-        assert seen["width"] <= seen["window"] and not seen["broken"] and seen["shown"] == "2 of 2 images"
-    everything = seen["changes"]
+        shown = browse(hard, width)
+        assert shown["width"] <= shown["window"] and not shown["broken"] and shown["shown"] == "2 of 2 images"
+    everything = shown["changes"]
     lost = browse(hard, 1280, "#kind=lost")["changes"]
     assert set(lost) == {"lost"} and len(lost) == everything.count("lost") > 0
     assert {"lost", "moved", "class changed"} <= set(everything)
-    one = browse(hard, 1280, "#kind=&class=class+number+7")
-    assert 0 < len(one["changes"]) < len(everything) / 10
+    filtered = browse(hard, 1280, "#kind=&class=class+number+7")
+    assert 0 < len(filtered["changes"]) < len(everything) / 10
     assert browse(hard, 1280, "#class=none+such")["changes"] == everything
 
 
@@ -215,25 +215,25 @@ def test_without_labels_and_without_changes(tmp_path):
     without = material(tmp_path, [(90, 120)], [12], labels=False)
     page = check_page(write_page(tmp_path / "out", without))
     assert "right before" not in " ".join(page.texts) and not any("truth" in file for file in page.files)
-    same = without._replace(recorders=(without.recorders[0],) * 2, tokens=lambda record: None)
-    path = write_page(tmp_path / "out", same)  # in the place of the other
+    identical = without._replace(recorders=(without.recorders[0],) * 2, tokens=lambda record: None)
+    path = write_page(tmp_path / "out", identical)  # in the place of the other
     text = " ".join(Page(path).texts)
-    assert "No image has a change." in text and [each.name for each in path.parent.iterdir()] == ["index.html"]
+    assert "No image has a change." in text and [file.name for file in path.parent.iterdir()] == ["index.html"]
     assert Page(write_page(tmp_path / "out", without._replace(images=0))).files == ["tokens.jpg"] * 2
 
 
 def test_an_error_leaves_the_older_report(tmp_path):
-    given = material(tmp_path, [(90, 120)], [12])
-    path = write_page(tmp_path / "out", given)
-    before = {each.name: each.read_bytes() for each in path.parent.iterdir()}
+    page_material = material(tmp_path, [(90, 120)], [12])
+    path = write_page(tmp_path / "out", page_material)
+    before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
 
     def read(record):
         raise InputError("torn")
 
     with pytest.raises(InputError, match="torn"):
-        write_page(tmp_path / "out", given._replace(read=read))
-    assert {each.name: each.read_bytes() for each in path.parent.iterdir()} == before
-    assert [each.name for each in (tmp_path / "out").iterdir()] == ["report"]
+        write_page(tmp_path / "out", page_material._replace(read=read))
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["report"]
 
 
 def test_a_folder_of_the_users_is_not_replaced(tmp_path):

@@ -15,9 +15,9 @@ from tests.evaluation.test_timing import Detector, tiny_vit
 def test_clusters_in_windows_are_those_of_one_token_at_a_time(reducer, size):
     torch.manual_seed(0)
     tokens = torch.randn(1, *size, 7)
-    each = EachWindow(reducer, 8)
-    reduction = each(tokens)
-    assert torch.equal(find_clusters_in_windows(tokens, reduction, each), find_clusters(tokens, reduction))
+    each_window = EachWindow(reducer, 8)
+    reduction = each_window(tokens)
+    assert torch.equal(find_clusters_in_windows(tokens, reduction, each_window), find_clusters(tokens, reduction))
 
 
 def seen(plan: Plan) -> Tokens | None:
@@ -45,8 +45,8 @@ def test_merged_tokens_are_those_after_the_last_block():
 def test_pictures_of_tokens():
     image = np.full((64, 96, 3), 100, np.uint8)
     labels = np.arange(24).reshape(4, 6)
-    given = Tokens((4, 6), labels, False, None, 2, (16.0, 16.0), (64, 96), 24, (0, 1))
-    drawn = draw_tokens(image, given)
+    tokens = Tokens((4, 6), labels, False, None, 2, (16.0, 16.0), (64, 96), 24, (0, 1))
+    drawn = draw_tokens(image, tokens)
     assert drawn.shape[1] == 800
     orange = (drawn == (255, 120, 0)).all(axis=2)
     step = 800 / 6
@@ -54,5 +54,5 @@ def test_pictures_of_tokens():
     assert (drawn[:, round(step)] != 100).any(axis=1).mean() > 0.9  # a border
     selected = np.zeros((4, 6), bool)
     selected[0] = True
-    dark = draw_tokens(image, given._replace(labels=None, selected=selected, window=0))
+    dark = draw_tokens(image, tokens._replace(labels=None, selected=selected, window=0))
     assert (dark[: int(step) - 1] == 100).all() and (dark[int(step) + 1 :] < 50).all()
