@@ -248,7 +248,7 @@ def make_page(
     from hourglass.report.tokens import Tokens, find_tokens
 
     pair = [members(subjects[name].evaluator) for name in ("unmodified", "expedited")]
-    first, other = (
+    first, second = (
         evaluator for evaluators in pair for evaluator in evaluators if isinstance(evaluator, OutputRecorder)
     )
 
@@ -265,7 +265,7 @@ def make_page(
         document,
         comparison,
         (pair[0], pair[1]),
-        (first, other),
+        (first, second),
         records,
         MetadataCatalog.get(cfg.dataloader.test.dataset.names),
         read,

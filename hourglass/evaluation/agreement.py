@@ -143,7 +143,7 @@ def _segment(info: dict[str, Any]) -> dict[str, int]:
 
 def agreement(
     first: OutputRecorder,
-    other: OutputRecorder,
+    second: OutputRecorder,
     image_ids: Sequence[Any],
     weights: np.ndarray,
     score: float = SCORE,
@@ -152,7 +152,7 @@ def agreement(
     Agreement of a model with the first one.
 
     Args:
-        first, other: what they found.
+        first, second: what they found.
         image_ids: the images, which both ran on.
         weights: (samples, images), how often each image is in a sample
             (:func:`~hourglass.evaluation.resampling.draw_samples`).
@@ -167,15 +167,15 @@ def agreement(
     """
     if not 0 <= score < 1:
         raise InputError(f"score takes a number from 0 to 1, got {score!r}")
-    for name, recorder in (("first", first), ("other", other)):
+    for name, recorder in (("first", first), ("second", second)):
         missing = [image_id for image_id in image_ids if image_id not in recorder.outputs]
         if missing:
             raise InputError(f"the {name} model did not run on {len(missing)} images, such as {missing[0]!r}")
-    pairs = [(first.outputs[image_id], other.outputs[image_id]) for image_id in image_ids]
+    pairs = [(first.outputs[image_id], second.outputs[image_id]) for image_id in image_ids]
     figures = {}
     for task in ("bbox", "segm"):
         if pairs and all(task in expected and task in actual for expected, actual in pairs):
-            limit = max(first.max_detections, other.max_detections)
+            limit = max(first.max_detections, second.max_detections)
             figures[f"{task}.AP"] = average_precision(_matches(pairs, task, score, limit), weights)
     if pairs and all("panoptic_seg" in expected and "panoptic_seg" in actual for expected, actual in pairs):
         figures["panoptic_seg.PQ"] = _panoptic(pairs, weights)
@@ -186,8 +186,8 @@ def agreement(
     return figures
 
 
-def _confusion(first: tuple[_Map, int], other: tuple[_Map, int]) -> np.ndarray:
-    return count_pixels(first[0].read(), other[0].read(), first[1])
+def _confusion(first: tuple[_Map, int], second: tuple[_Map, int]) -> np.ndarray:
+    return count_pixels(first[0].read(), second[0].read(), first[1])
 
 
 def _panoptic(pairs: list[tuple[dict, dict]], weights: np.ndarray) -> np.ndarray:

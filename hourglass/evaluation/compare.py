@@ -153,15 +153,15 @@ class Comparison(NamedTuple):
         By how many points the figure of each class is higher than the first model's: "bbox.AP" -> class -> difference,
         with a paired bootstrap interval over images; nan as for :meth:`retention`.
         """
-        first, other = next(iter(self.models.values())), self.models[name]
+        first, compared = next(iter(self.models.values())), self.models[name]
         return {
             key: {
-                class_name: difference_of_samples(samples, other.classes[key][class_name])
+                class_name: difference_of_samples(samples, compared.classes[key][class_name])
                 for class_name, samples in classes.items()
-                if class_name in other.classes[key]
+                if class_name in compared.classes[key]
             }
             for key, classes in first.classes.items()
-            if key in other.classes
+            if key in compared.classes
         }
 
     def warnings(self) -> list[str]:

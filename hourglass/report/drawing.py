@@ -150,13 +150,13 @@ def marks_of(image: Examined, name: Callable[[int], str]) -> dict[str, list[Mark
     Returns:
         "truth", where there are labels, "unmodified" and "expedited" -> what is to be drawn.
     """
-    first, other, changes = image.first, image.other, image.changes
-    if len(set(first.classes) | set(other.classes)) <= 1:  # whose name would only cover the picture
+    first, second, changes = image.first, image.second, image.changes
+    if len(set(first.classes) | set(second.classes)) <= 1:  # whose name would only cover the picture
         name = _no_name
     panels: dict[str, list[Mark]] = {}
-    if image.truth is not None and image.seen is not None:
-        by_first, by_other = image.seen
-        colours = np.array([["missed", "new"], ["lost", "kept"]])[by_first.astype(int), by_other.astype(int)]
+    if image.truth is not None and image.found is not None:
+        by_first, by_second = image.found
+        colours = np.array([["missed", "new"], ["lost", "kept"]])[by_first.astype(int), by_second.astype(int)]
         panels["truth"] = [
             Mark(i, colour, f"{colour} {name(int(number))}".strip() if colour in ("lost", "new") and not crowd else "")
             for i, (colour, number, crowd) in enumerate(zip(colours, image.truth.objects.classes, image.truth.crowd))
@@ -165,10 +165,10 @@ def marks_of(image: Examined, name: Callable[[int], str]) -> dict[str, list[Mark
     for i, kind in enumerate(changes.first):
         label = name(int(first.classes[i]))
         if kind == CLASS:
-            label += f" → {name(int(other.classes[changes.partner[i]]))}"
+            label += f" → {name(int(second.classes[changes.partner[i]]))}"
         panels["unmodified"].append(Mark(i, KINDS[kind], "" if kind == KEPT else _label(kind, label)))
-    for i, kind in enumerate(changes.other):
-        label = name(int(other.classes[i]))
+    for i, kind in enumerate(changes.second):
+        label = name(int(second.classes[i]))
         panels["expedited"].append(Mark(i, KINDS[kind], "" if kind == KEPT else _label(kind, label)))
     for key, marks in panels.items():
         ordered = sorted(marks, key=lambda mark: mark.colour != "kept")

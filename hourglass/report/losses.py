@@ -28,7 +28,7 @@ from hourglass.report import FAINT
 KINDS = ("kept", "moved", "class changed", "lost", "duplicate", "new")
 KEPT, MOVED, CLASS, LOST, DUPLICATE, NEW = range(len(KINDS))
 OF_FIRST = (KEPT, MOVED, CLASS, LOST)
-OF_OTHER = (KEPT, MOVED, CLASS, DUPLICATE, NEW)
+OF_SECOND = (KEPT, MOVED, CLASS, DUPLICATE, NEW)
 
 #: Detections with at least this score are looked at.
 SCORE = 0.5
@@ -110,34 +110,34 @@ class Overlap(NamedTuple):
     share: np.ndarray
 
 
-def overlap(first: Detections, other: Detections) -> Overlap:
+def overlap(first: Detections, second: Detections) -> Overlap:
     """Of two models' detections in one image, of one type of shape."""
     if isinstance(first.shapes, Segments):
-        assert isinstance(other.shapes, Segments)
-        joint = _joint(first.shapes, other.shapes)
+        assert isinstance(second.shapes, Segments)
+        joint = _joint(first.shapes, second.shapes)
         area, other_area = joint.sum(1)[1:, None], joint.sum(0)[None, 1:]
         common = joint[1:, 1:]
         return Overlap(common / np.maximum(area + other_area - common, 1), common / np.maximum(other_area, 1))
-    if not len(first.classes) or not len(other.classes):
-        nothing = np.zeros((len(first.classes), len(other.classes)))
+    if not len(first.classes) or not len(second.classes):
+        nothing = np.zeros((len(first.classes), len(second.classes)))
         return Overlap(nothing, nothing)
-    iou = rle.iou(first.shapes, other.shapes, [0] * len(other.classes))
-    share = rle.iou(other.shapes, first.shapes, [1] * len(first.classes)).T
+    iou = rle.iou(first.shapes, second.shapes, [0] * len(second.classes))
+    share = rle.iou(second.shapes, first.shapes, [1] * len(first.classes)).T
     return Overlap(np.asarray(iou), np.nan_to_num(share))
 
 
-def _joint(first: Segments, other: Segments) -> np.ndarray:
+def _joint(first: Segments, second: Segments) -> np.ndarray:
     """(1 + N, 1 + M) pixels that segments have in common; row and column 0 are of no segment."""
-    if first.size != other.size:
-        sizes = " and ".join(" x ".join(map(str, segments.size)) for segments in (first, other))
+    if first.size != second.size:
+        sizes = " and ".join(" x ".join(map(str, segments.size)) for segments in (first, second))
         raise InputError(f"maps of segments of one image have one size, got {sizes}")
     either = np.zeros(int(np.prod(first.size)), bool)
-    either[first.starts] = either[other.starts] = True
+    either[first.starts] = either[second.starts] = True
     starts = np.flatnonzero(either)
     rows, columns = (
-        segments.segments[np.searchsorted(segments.starts, starts, "right") - 1] for segments in (first, other)
+        segments.segments[np.searchsorted(segments.starts, starts, "right") - 1] for segments in (first, second)
     )
-    width, shape = other.number + 1, (first.number + 1, other.number + 1)
+    width, shape = second.number + 1, (first.number + 1, second.number + 1)
     lengths = np.diff(starts, append=len(either))
     return np.bincount(rows * width + columns, lengths, minlength=int(np.prod(shape))).reshape(shape)
 
@@ -148,16 +148,16 @@ class Changes(NamedTuple):
 
     Attributes:
         first: (N,) of :data:`OF_FIRST`, the kind of each of the unmodified model's.
-        other: (M,) of :data:`OF_OTHER`, of each of the expedited model's.
+        second: (M,) of :data:`OF_SECOND`, of each of the expedited model's.
         partner: (N,) number of the expedited model's detection that is the same, moved or of another class; -1: lost.
     """
 
     first: np.ndarray
-    other: np.ndarray
+    second: np.ndarray
     partner: np.ndarray
 
 
-def match(first: Detections, other: Detections, overlaps: Overlap) -> Changes:
+def match(first: Detections, second: Detections, overlaps: Overlap) -> Changes:
     """
     Match each detection of the unmodified model with at most one of the expedited model's.
 
@@ -167,25 +167,25 @@ def match(first: Detections, other: Detections, overlaps: Overlap) -> Changes:
     least 0.5 with one that is matched, or lies to more than half on one that is, and has its class; else it is new.
 
     Args:
-        first, other: of one image.
+        first, second: of one image.
         overlaps: of the two.
     """
-    same_class = first.classes[:, None] == other.classes
-    kinds, other_kinds = np.full(len(first.classes), LOST), np.full(len(other.classes), NEW)
+    same_class = first.classes[:, None] == second.classes
+    kinds, second_kinds = np.full(len(first.classes), LOST), np.full(len(second.classes), NEW)
     partner = np.full(len(first.classes), -1)
     iou = overlaps.iou
     near = np.where(same_class, iou >= NEAR, iou >= HALF)
     for candidates in (same_class & (iou >= SAME), near):
         pairs = np.argwhere(candidates)
         for i, j in pairs[np.argsort(-iou[candidates], kind="stable")]:
-            if kinds[i] != LOST or other_kinds[j] != NEW:
+            if kinds[i] != LOST or second_kinds[j] != NEW:
                 continue
             kind = CLASS if not same_class[i, j] else KEPT if iou[i, j] >= SAME else MOVED
-            kinds[i] = other_kinds[j] = kind
+            kinds[i] = second_kinds[j] = kind
             partner[i] = j
     again = (iou >= HALF) | same_class & (overlaps.share > HALF)
-    other_kinds[(other_kinds == NEW) & again[kinds != LOST].any(axis=0)] = DUPLICATE
-    return Changes(kinds, other_kinds, partner)
+    second_kinds[(second_kinds == NEW) & again[kinds != LOST].any(axis=0)] = DUPLICATE
+    return Changes(kinds, second_kinds, partner)
 
 
 def check(detections: Detections, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
@@ -228,27 +228,27 @@ class Examined(NamedTuple):
     One image.
 
     Attributes:
-        first, other: what the unmodified and the expedited model find, over the score.
+        first, second: what the unmodified and the expedited model find, over the score.
         changes: between them.
         right: whether each of both is right, see :func:`check`; None without labels.
         truth: None without labels.
-        seen: (T,) whether each model found each object.
+        found: (T,) whether each model found each object.
         faint: how many of the lost ones the expedited model has with a lower score, at least a fifth as high, and how
             many of the new ones the unmodified model has.
     """
 
     first: Detections
-    other: Detections
+    second: Detections
     changes: Changes
     right: tuple[np.ndarray, np.ndarray] | None
     truth: Truth | None
-    seen: tuple[np.ndarray, np.ndarray] | None
+    found: tuple[np.ndarray, np.ndarray] | None
     faint: tuple[int, int]
 
     @property
     def changed(self) -> int:
         """How many detections are not kept; a pair counts once."""
-        return int((self.changes.first != KEPT).sum() + np.isin(self.changes.other, (DUPLICATE, NEW)).sum())
+        return int((self.changes.first != KEPT).sum() + np.isin(self.changes.second, (DUPLICATE, NEW)).sum())
 
 
 class _Reading(NamedTuple):
@@ -264,7 +264,7 @@ class Task:
 
     Args:
         name: "instances", "panoptic segments" or "classes of pixels".
-        first, other: what the unmodified and the expedited model gave.
+        first, second: what the unmodified and the expedited model gave.
         records: image id -> the data set's record.
         metadata: of the data set.
         score: detections of at least this score are looked at.
@@ -274,12 +274,12 @@ class Task:
         self,
         name: str,
         first: OutputRecorder,
-        other: OutputRecorder,
+        second: OutputRecorder,
         records: dict[Any, dict[str, Any]],
         metadata: Metadata,
         score: float = SCORE,
     ):
-        self.name, self.first, self.other = name, first, other
+        self.name, self.first, self.second = name, first, second
         self.records, self.metadata, self.score = records, metadata, score
         ignored = partial(_true_semantic, ignored=metadata.get("ignore_label", 255))
         self._read, self._read_truth = {
@@ -303,7 +303,7 @@ class Task:
         Raises:
             InputError: for labels that cannot be read, or are of another size.
         """
-        kept = [recorder.outputs[image_id] for recorder in (self.first, self.other)]
+        kept = [recorder.outputs[image_id] for recorder in (self.first, self.second)]
         masks = all("segm" in output for output in kept)
         record = self.records[image_id]
         if self.name == "instances":
@@ -313,32 +313,32 @@ class Task:
                 "bbox" in output and (output["bbox"][:, 2:].any() or not len(output["bbox"])) for output in kept
             )
             masks = masks and not (boxes and not all(annotation.get("segmentation") for annotation in annotations))
-        all_first, all_other = (self._read(output, masks) for output in kept)
-        first, other = all_first.above_score(self.score), all_other.above_score(self.score)
-        changes = match(first, other, overlap(first, other))
+        all_first, all_second = (self._read(output, masks) for output in kept)
+        first, second = all_first.above_score(self.score), all_second.above_score(self.score)
+        changes = match(first, second, overlap(first, second))
         truth = self._read_truth(record, first.size, masks)
         right = found = None
         if truth is not None:
-            verdicts = [check(detections, truth) for detections in (first, other)]
+            verdicts = [check(detections, truth) for detections in (first, second)]
             right = verdicts[0][0], verdicts[1][0]
             found = verdicts[0][1], verdicts[1][1]
         faint = (
-            _count_faint(first, changes.first == LOST, all_other, self.score),
-            _count_faint(other, changes.other == NEW, all_first, self.score),
+            _count_faint(first, changes.first == LOST, all_second, self.score),
+            _count_faint(second, changes.second == NEW, all_first, self.score),
         )
-        return Examined(first, other, changes, right, truth, found, faint)
+        return Examined(first, second, changes, right, truth, found, faint)
 
 
 def find_tasks(
     first: OutputRecorder,
-    other: OutputRecorder,
+    second: OutputRecorder,
     records: Sequence[dict[str, Any]],
     metadata: Metadata,
     score: float = SCORE,
 ) -> list[Task]:
     """What both models gave of every image; classes of pixels where there are no segments."""
     by_id = {record["image_id"]: record for record in records}
-    pairs = [(first.outputs[image_id], other.outputs[image_id]) for image_id in by_id]
+    pairs = [(first.outputs[image_id], second.outputs[image_id]) for image_id in by_id]
 
     def has(*keys: str) -> bool:
         return all(any(key in kept for key in keys) for pair in pairs for kept in pair)
@@ -350,7 +350,7 @@ def find_tasks(
         names.append("panoptic segments")
     elif has("sem_seg"):
         names.append("classes of pixels")
-    return [Task(name, first, other, by_id, metadata, score) for name in names]
+    return [Task(name, first, second, by_id, metadata, score) for name in names]
 
 
 class Losses(NamedTuple):
@@ -360,7 +360,7 @@ class Losses(NamedTuple):
     Attributes:
         counts: class -> (kinds, 3): how many of each of :data:`KINDS`, and how many of these are right in the
             unmodified and in the expedited model's output. A pair is counted once, under the unmodified model's class.
-        first, other: how many detections there are.
+        first, second: how many detections there are.
         faint: see :class:`Examined`.
         objects: how many there are, and how many the unmodified and the expedited model find; None without labels.
         changed: image id -> how many detections are not kept.
@@ -368,7 +368,7 @@ class Losses(NamedTuple):
 
     counts: dict[int, np.ndarray]
     first: int
-    other: int
+    second: int
     faint: tuple[int, int]
     objects: tuple[int, int, int] | None
     changed: dict[Any, int]
@@ -404,14 +404,14 @@ def find_losses(task: Task) -> Losses:
             numbers += result.numbers
             changed[image_id] = result.changed
             labelled |= result.labelled
-    first, other, lost_faint, new_faint, *objects = numbers.tolist()
-    total, found_by_first, found_by_other = objects
+    first, second, lost_faint, new_faint, *objects = numbers.tolist()
+    total, found_by_first, found_by_second = objects
     return Losses(
         dict(counts),
         first,
-        other,
+        second,
         (lost_faint, new_faint),
-        (total, found_by_first, found_by_other) if labelled else None,
+        (total, found_by_first, found_by_second) if labelled else None,
         changed,
     )
 
@@ -425,30 +425,30 @@ class _Counted(NamedTuple):
 
 def _count(image: Examined) -> _Counted:
     changes, counts = image.changes, {}
-    nothing = np.zeros(len(image.first.classes), int), np.zeros(len(image.other.classes), int)
-    right_first, right_other = ((verdict == RIGHT).astype(int) for verdict in image.right or nothing)
-    alone = np.flatnonzero(np.isin(changes.other, (DUPLICATE, NEW)))
+    nothing = np.zeros(len(image.first.classes), int), np.zeros(len(image.second.classes), int)
+    right_first, right_second = ((verdict == RIGHT).astype(int) for verdict in image.right or nothing)
+    alone = np.flatnonzero(np.isin(changes.second, (DUPLICATE, NEW)))
     paired = changes.partner >= 0
     right_after = np.zeros(len(right_first), int)
-    right_after[paired] = right_other[changes.partner[paired]]
+    right_after[paired] = right_second[changes.partner[paired]]
     rows = np.concatenate(
         [
             np.stack([image.first.classes, changes.first, right_first, right_after], axis=1),
-            np.stack([image.other.classes, changes.other, np.zeros_like(right_other), right_other], axis=1)[alone],
+            np.stack([image.second.classes, changes.second, np.zeros_like(right_second), right_second], axis=1)[alone],
         ]
     ).astype(int)
     for number in np.unique(rows[:, 0]).tolist():
-        its = rows[rows[:, 0] == number]
+        of_class = rows[rows[:, 0] == number]
         count = counts[number] = np.zeros((len(KINDS), 3), int)
-        np.add.at(count, its[:, 1], np.pad(its[:, 2:], ((0, 0), (1, 0)), constant_values=1))
+        np.add.at(count, of_class[:, 1], np.pad(of_class[:, 2:], ((0, 0), (1, 0)), constant_values=1))
     objects = [0, 0, 0]
-    if image.truth is not None and image.seen is not None:
-        objects = [int((~image.truth.crowd).sum()), *(int((found & ~image.truth.crowd).sum()) for found in image.seen)]
-    numbers = [len(image.first.classes), len(image.other.classes), *image.faint, *objects]
+    if image.truth is not None and image.found is not None:
+        objects = [int((~image.truth.crowd).sum()), *(int((found & ~image.truth.crowd).sum()) for found in image.found)]
+    numbers = [len(image.first.classes), len(image.second.classes), *image.faint, *objects]
     return _Counted(counts, np.array(numbers), image.changed, image.truth is not None)
 
 
-def _count_faint(detections: Detections, chosen: np.ndarray, all_of_other: Detections, score: float) -> int:
+def _count_faint(detections: Detections, chosen: np.ndarray, candidates: Detections, score: float) -> int:
     """How many of the chosen detections the other model has with a score that is too low."""
     if isinstance(detections.shapes, Segments) or not chosen.any():
         return 0
@@ -459,8 +459,8 @@ def _count_faint(detections: Detections, chosen: np.ndarray, all_of_other: Detec
         else [detections.shapes[i] for i in number]
     )
     lacking = Detections(detections.classes[number], detections.scores[number], shapes, detections.size)
-    same_class = (lacking.classes[:, None] == all_of_other.classes) & _is_faint(all_of_other.scores, score)
-    return int((same_class & (overlap(lacking, all_of_other).iou >= HALF)).any(axis=1).sum())
+    same_class = (lacking.classes[:, None] == candidates.classes) & _is_faint(candidates.scores, score)
+    return int((same_class & (overlap(lacking, candidates).iou >= HALF)).any(axis=1).sum())
 
 
 def _is_faint(scores: np.ndarray, score: float) -> np.ndarray:

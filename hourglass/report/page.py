@@ -29,7 +29,7 @@ from hourglass.report.losses import (
     LOST,
     NEW,
     OF_FIRST,
-    OF_OTHER,
+    OF_SECOND,
     RIGHT,
     Examined,
     Losses,
@@ -172,12 +172,12 @@ def _by_size(material: Material) -> list[dict[str, Any]]:
     """A row for each task and each size of its objects: both models' AP, and what is kept with its interval."""
     limit = material.document["max_detections"]
     pairs = [
-        (first, other)
-        for first, other in zip(*material.evaluators)
-        if isinstance(first, InstanceEvaluator) and isinstance(other, InstanceEvaluator)
+        (first, second)
+        for first, second in zip(*material.evaluators)
+        if isinstance(first, InstanceEvaluator) and isinstance(second, InstanceEvaluator)
     ]
     rows = []
-    for first, other in pairs:
+    for first, second in pairs:
         weights = draw_samples(len(first.image_ids), SAMPLES)
         for task in first.matches:
             for (low, high), matches in first.matches_of_size.items():
@@ -185,7 +185,7 @@ def _by_size(material: Material) -> list[dict[str, Any]]:
                     continue
                 figures = [
                     average_precision(evaluator.matches_of_size[low, high][task], weights)
-                    for evaluator in (first, other)
+                    for evaluator in (first, second)
                 ]
                 rows.append(
                     {
@@ -208,24 +208,24 @@ def _by_size(material: Material) -> list[dict[str, Any]]:
 def _by_class(material: Material) -> list[dict[str, Any]]:
     """Of each figure that is known by class: its name, and a row for each class that has it, largest loss first."""
     models = material.comparison.models
-    first, other = models["unmodified"], models["expedited"]
+    first, second = models["unmodified"], models["expedited"]
     tables = []
     for key, classes in first.classes.items():
         rows: list[dict[str, Any]] = []
         for name, samples in classes.items():
-            other_samples = other.classes.get(key, {}).get(name)
-            if other_samples is None or np.isnan(samples[0]):
+            second_samples = second.classes.get(key, {}).get(name)
+            if second_samples is None or np.isnan(samples[0]):
                 continue
-            difference = difference_of_samples(samples, other_samples)
+            difference = difference_of_samples(samples, second_samples)
             rows.append(
                 {
                     "name": name,
                     "first": float(samples[0]),
-                    "other": float(other_samples[0]),
+                    "other": float(second_samples[0]),
                     "points": difference.points,
                     "difference": f"{_rounded(difference.points):+.1f}"
                     f"{_format_interval(difference.low, difference.high, '+.1f')}",
-                    "kept": _format_share(samples, other_samples),
+                    "kept": _format_share(samples, second_samples),
                     "loses": difference.low < difference.high < 0,
                 }
             )
@@ -235,15 +235,15 @@ def _by_class(material: Material) -> list[dict[str, Any]]:
     return tables
 
 
-def _format_share(first: np.ndarray, other: np.ndarray) -> str:
-    share = ratio_of_samples(first, other)
+def _format_share(first: np.ndarray, second: np.ndarray) -> str:
+    share = ratio_of_samples(first, second)
     if np.isnan(share.ratio):
         return "-"
     return f"{100 * share.ratio:.1f} %{_format_interval(100 * share.low, 100 * share.high, '.1f')}"
 
 
-def _is_loss(first: np.ndarray, other: np.ndarray) -> bool:
-    difference = difference_of_samples(first, other)
+def _is_loss(first: np.ndarray, second: np.ndarray) -> bool:
+    difference = difference_of_samples(first, second)
     return difference.low < difference.high < 0  # samples that are all the same say nothing
 
 
@@ -278,19 +278,19 @@ def _section(task: Task, losses: Losses, cards: list[dict[str, Any]]) -> dict[st
         "labelled": labelled,
         "objects": losses.objects,
         "first": losses.first,
-        "other": losses.other,
+        "other": losses.second,
         "rows": [
             {
                 "kind": kind,
                 "count": int(total[i, 0]),
                 "before": int(total[i, 1]) if labelled and i in OF_FIRST else None,
-                "after": int(total[i, 2]) if labelled and i in OF_OTHER else None,
+                "after": int(total[i, 2]) if labelled and i in OF_SECOND else None,
             }
             for i, kind in enumerate(KINDS)
         ],
         "sums": {
             "unmodified": (losses.first, [(KINDS[i], int(total[i, 0])) for i in OF_FIRST]),
-            "expedited": (losses.other, [(KINDS[i], int(total[i, 0])) for i in OF_OTHER]),
+            "expedited": (losses.second, [(KINDS[i], int(total[i, 0])) for i in OF_SECOND]),
         },
         "faint": losses.faint,
         "scored": task.name == "instances",
@@ -311,13 +311,13 @@ def _card(
     picture = scale(pixels, size)
     del pixels
     pictures = {"image": picture}
-    shapes = {"truth": image.truth and image.truth.objects, "unmodified": image.first, "expedited": image.other}
+    shapes = {"truth": image.truth and image.truth.objects, "unmodified": image.first, "expedited": image.second}
     for key, marks in marks_of(image, task.class_name).items():
         detections = shapes[key]
         assert detections is not None
         pictures[key] = draw_shapes(picture, detections, marks)
     counts = {"truth": image.truth and len(image.truth.crowd), "unmodified": len(image.first.classes)}
-    counts["expedited"] = len(image.other.classes)
+    counts["expedited"] = len(image.second.classes)
     panels = []
     for key, drawn in pictures.items():
         file = f"{stem}_{key}.jpg"
@@ -325,7 +325,7 @@ def _card(
         count = counts.get(key)
         panels.append({"title": key if count is None else f"{key}: {count}", "file": file})
     changes = list(_changes(task, image))
-    kinds = {kind: sum(each["kind"] == kind for each in changes) for kind in KINDS[1:]}
+    kinds = {kind: sum(change["kind"] == kind for change in changes) for kind in KINDS[1:]}
     return {
         "id": record["image_id"],
         "name": os.path.basename(record["file_name"]),
@@ -343,7 +343,7 @@ def _card(
 
 def _changes(task: Task, image: Examined) -> Iterator[dict[str, Any]]:
     """Of each detection that is not kept, a pair once: kind, classes, scores and whether it was and is right."""
-    first, other, changes = image.first, image.other, image.changes
+    first, second, changes = image.first, image.second, image.changes
     verdicts = image.right or (None, None)
     scored = task.name == "instances"
 
@@ -359,11 +359,11 @@ def _changes(task: Task, image: Examined) -> Iterator[dict[str, Any]]:
     for i, kind in enumerate(changes.first):
         if kind != KEPT:
             partner = changes.partner[i]
-            after = None if partner < 0 else describe_detection(other, int(partner), verdicts[1])
+            after = None if partner < 0 else describe_detection(second, int(partner), verdicts[1])
             rows.append((int(kind), describe_detection(first, i, verdicts[0]), after))
     rows += [
-        (int(kind), None, describe_detection(other, i, verdicts[1]))
-        for i, kind in enumerate(changes.other)
+        (int(kind), None, describe_detection(second, i, verdicts[1]))
+        for i, kind in enumerate(changes.second)
         if kind in (DUPLICATE, NEW)
     ]
     for kind, before, after in sorted(rows, key=lambda row: ORDER.index(KINDS[row[0]])):

@@ -23,9 +23,9 @@ def recorder(*outputs: dict) -> OutputRecorder:
     return recorder
 
 
-def compared(first: list[dict], other: list[dict], **options) -> dict[str, np.ndarray]:
+def compared(first: list[dict], second: list[dict], **options) -> dict[str, np.ndarray]:
     ids = range(len(first))
-    return agreement(recorder(*first), recorder(*other), ids, draw_samples(len(first), 20), **options)
+    return agreement(recorder(*first), recorder(*second), ids, draw_samples(len(first), 20), **options)
 
 
 BOXES = [[2, 2, 20, 20], [30, 10, 60, 40], [5, 30, 25, 55]]
@@ -43,8 +43,8 @@ def test_what_agrees_is_found_again(masks):
 
 def test_only_what_the_first_model_is_sure_of_counts():
     """The one at 0.3 is not missed, and finding it costs nothing where it is found last."""
-    for other in (instances(BOXES[:2], [0.5, 0.4], [0, 1]), instances(BOXES, [0.9, 0.8, 0.3], [0, 1, 0])):
-        assert compared([FIRST], [other])["segm.AP"][0] == pytest.approx(100)
+    for second in (instances(BOXES[:2], [0.5, 0.4], [0, 1]), instances(BOXES, [0.9, 0.8, 0.3], [0, 1, 0])):
+        assert compared([FIRST], [second])["segm.AP"][0] == pytest.approx(100)
     missed = instances(BOXES[:1], [0.9], [0])
     assert compared([FIRST], [missed])["segm.AP"][0] == pytest.approx(50)  # one of two classes
     assert compared([FIRST], [missed], score=0.85)["segm.AP"][0] == pytest.approx(100)
@@ -55,7 +55,7 @@ def test_a_moved_box_a_wrong_class_and_nothing_at_all_agree_less():
     wrong = instances(BOXES, [0.9, 0.8, 0.3], [1, 1, 0])
     nothing = instances([], [], [])
     nothing["instances"].pred_masks = torch.zeros(0, *SIZE, dtype=torch.bool)
-    figures = [float(compared([FIRST], [other])["segm.AP"][0]) for other in (FIRST, moved, wrong, nothing)]
+    figures = [float(compared([FIRST], [second])["segm.AP"][0]) for second in (FIRST, moved, wrong, nothing)]
     assert 100 == pytest.approx(figures[0]) and figures == sorted(figures, reverse=True)
     assert figures[1] > 80 and figures[3] == 0
     assert np.isnan(compared([nothing], [FIRST])["segm.AP"][0])
@@ -69,8 +69,8 @@ def test_panoptic_segments_agree_as_panoptic_quality_says():
     np.testing.assert_allclose(compared([first], [first])["panoptic_seg.PQ"], 100)
     smaller = segments.clone()
     smaller[:, 36:40] = 2
-    other = compared([first], [{"panoptic_seg": (smaller, info)}])["panoptic_seg.PQ"][0]
-    assert other == pytest.approx(100 * (36 / 40 + 40 / 44) / 2)
+    second = compared([first], [{"panoptic_seg": (smaller, info)}])["panoptic_seg.PQ"][0]
+    assert second == pytest.approx(100 * (36 / 40 + 40 / 44) / 2)
     swapped = [{**segment, "isthing": not segment["isthing"]} for segment in info]
     assert compared([first], [{"panoptic_seg": (segments, swapped)}])["panoptic_seg.PQ"][0] == 0
 
@@ -78,17 +78,17 @@ def test_panoptic_segments_agree_as_panoptic_quality_says():
 def test_classes_of_pixels_agree_as_iou_says():
     scores = torch.zeros(3, *SIZE)
     scores[0, :, :40], scores[2, :, 40:] = 1, 1
-    other = scores.clone()
-    other[1, :, 60:] = 2
+    second = scores.clone()
+    second[1, :, 60:] = 2
     assert compared([{"sem_seg": scores}], [{"sem_seg": scores}])["sem_seg.mIoU"][0] == pytest.approx(100)
-    assert compared([{"sem_seg": scores}], [{"sem_seg": other}])["sem_seg.mIoU"][0] == pytest.approx(75)
+    assert compared([{"sem_seg": scores}], [{"sem_seg": second}])["sem_seg.mIoU"][0] == pytest.approx(75)
 
 
 def test_samples_are_those_of_the_images():
     bad = instances(BOXES[:1], [0.9], [0])
-    first, other = recorder(FIRST, FIRST, FIRST), recorder(FIRST, bad, FIRST)
+    first, second = recorder(FIRST, FIRST, FIRST), recorder(FIRST, bad, FIRST)
     weights = draw_samples(3, 50)
-    samples = agreement(first, other, range(3), weights)["bbox.AP"]
+    samples = agreement(first, second, range(3), weights)["bbox.AP"]
     for weight, sample in zip(weights, samples):
         drawn = [i for i in range(3) for _ in range(weight[i])]
         again = recorder(*([FIRST] * 3)), recorder(*[(FIRST, bad, FIRST)[i] for i in drawn])
@@ -114,7 +114,7 @@ def test_what_was_kept_comes_back_from_a_journal():
 
 
 def test_what_cannot_be_compared_is_refused():
-    with pytest.raises(InputError, match="other model did not run on 1 images, such as 1"):
+    with pytest.raises(InputError, match="second model did not run on 1 images, such as 1"):
         agreement(recorder(FIRST, FIRST), recorder(FIRST), [0, 1], draw_samples(2))
     with pytest.raises(InputError, match="score takes a number from 0 to 1, got 1.5"):
         compared([FIRST], [FIRST], score=1.5)

@@ -159,8 +159,8 @@ class TestBadInputs:
         assert "image 0: the prediction is 12 x 15, the ground truth 12 x 16" in self.refusal(
             streets[0], {"sem_seg": torch.zeros(4, 12, 15)}
         )
-        other = dict(streets[0], file_name="other.jpg")
-        assert "other.jpg, is not in data set 'streets'" in self.refusal(other, {"sem_seg": logits(streets[0])})
+        foreign = dict(streets[0], file_name="other.jpg")
+        assert "other.jpg, is not in data set 'streets'" in self.refusal(foreign, {"sem_seg": logits(streets[0])})
 
     def test_pngs(self, streets):
         output, path = {"sem_seg": logits(streets[0])}, streets[0]["sem_seg_file_name"]

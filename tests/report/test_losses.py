@@ -23,7 +23,7 @@ from hourglass.report.losses import (
     MOVED,
     NEW,
     OF_FIRST,
-    OF_OTHER,
+    OF_SECOND,
     RIGHT,
     WRONG,
     Detections,
@@ -42,9 +42,9 @@ detections = partial(found, SIZE)
 NAMES = Metadata(thing_classes=["car", "dog"], stuff_classes=["sky", "sea", "sand"], ignore_label=255)
 
 
-def tasks(first: list[dict], other: list[dict], records: list[dict], score: float = 0.5):
+def tasks(first: list[dict], second: list[dict], records: list[dict], score: float = 0.5):
     recorders = []
-    for outputs in (first, other):
+    for outputs in (first, second):
         recorder = OutputRecorder()
         for record, output in zip(records, outputs):
             recorder.process([record], [output])
@@ -88,27 +88,27 @@ EXPECTED = {"kept": 3, "moved": 1, "class changed": 1, "lost": 2, "duplicate": 2
 
 def by_hand(masks: bool) -> tuple[dict, dict]:
     first = [(box, number, score) for _, box, number, score, *_ in BY_HAND if box]
-    other = [(box, number, score) for *_, box, number, score in BY_HAND if box]
+    second = [(box, number, score) for *_, box, number, score in BY_HAND if box]
     return tuple(
         detections([box for box, *_ in rows], [s for *_, s in rows], [n for _, n, _ in rows], masks)
-        for rows in (first, other)
+        for rows in (first, second)
     )
 
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_every_kind_by_hand(masks):
-    first, other = by_hand(masks)
+    first, second = by_hand(masks)
     truth = objects([0, 0, 20, 20], [30, 30, 50, 50], [85, 40, 99, 59], [60, 0, 80, 20], classes=[0, 0, 0, 0])
     truth += objects([60, 30, 80, 50], classes=[0])  # the second of the lost ones has the wrong class
     record = {
         "image_id": 7,
         "annotations": truth if masks else objects(*[t["bbox"] for t in truth], classes=[0] * 5, masks=False),
     }
-    (task,) = tasks([first], [other], [record])
+    (task,) = tasks([first], [second], [record])
     losses = find_losses(task)
     total = losses.total
     assert dict(zip(KINDS, total[:, 0].tolist())) == EXPECTED
-    assert losses.first == 7 and losses.other == 8 and losses.changed == {7: 7}
+    assert losses.first == 7 and losses.second == 8 and losses.changed == {7: 7}
     # The first of the kept ones, the one that moved (before and, at an IoU of just 0.5, after) and one that is lost.
     right = {kind: tuple(counts) for kind, counts in zip(KINDS, total[:, 1:].tolist())}
     assert right["kept"] == (1, 1) and right["lost"] == (1, 0) and right["new"] == (0, 1)
@@ -127,7 +127,7 @@ def test_the_one_that_is_the_same_comes_first():
     three = Detections(np.array([0, 0, 1]), np.ones(3), np.zeros((3, 4)), SIZE)
     changes = match(two, three, Overlap(iou, np.zeros_like(iou)))
     assert changes.partner.tolist() == [1, 2] and changes.first.tolist() == [KEPT, CLASS]
-    assert changes.other.tolist() == [DUPLICATE, KEPT, CLASS]
+    assert changes.second.tolist() == [DUPLICATE, KEPT, CLASS]
 
 
 boxes = st.tuples(*[st.integers(0, 40)] * 2, *[st.integers(5, 30)] * 2)
@@ -136,7 +136,7 @@ random_detections = st.lists(st.tuples(boxes, st.integers(0, 2), st.sampled_from
 
 @settings(max_examples=60, deadline=None)
 @given(random_detections, random_detections, st.booleans())
-def test_the_counts_add_up(first, other, masks):
+def test_the_counts_add_up(first, second, masks):
     outputs = [
         detections(
             [[left, top, left + width, top + height] for (left, top, width, height), *_ in rows],
@@ -144,19 +144,19 @@ def test_the_counts_add_up(first, other, masks):
             [number for _, number, _ in rows],
             masks,
         )
-        for rows in (first, other)
+        for rows in (first, second)
     ]
     (task,) = tasks(outputs[:1], outputs[1:], [{"image_id": 0}])
     losses, image = find_losses(task), task.examine(0)
     total = losses.total[:, 0]
     assert losses.first == sum(score >= 0.5 for *_, score in first) == total[list(OF_FIRST)].sum()
-    assert losses.other == sum(score >= 0.5 for *_, score in other) == total[list(OF_OTHER)].sum()
+    assert losses.second == sum(score >= 0.5 for *_, score in second) == total[list(OF_SECOND)].sum()
     assert losses.changed[0] == total.sum() - total[KEPT] and losses.objects is None
-    assert set(image.changes.first) <= set(OF_FIRST) and set(image.changes.other) <= set(OF_OTHER)
+    assert set(image.changes.first) <= set(OF_FIRST) and set(image.changes.second) <= set(OF_SECOND)
     partners = image.changes.partner[image.changes.partner >= 0]
     assert len(set(partners)) == len(partners) == total[[KEPT, MOVED, CLASS]].sum()
     for i, j in enumerate(image.changes.partner):
-        assert j < 0 or image.changes.first[i] == image.changes.other[j]
+        assert j < 0 or image.changes.first[i] == image.changes.second[j]
 
 
 def test_what_is_right_is_found_once_and_crowds_count_as_neither():
@@ -167,7 +167,7 @@ def test_what_is_right_is_found_once_and_crowds_count_as_neither():
     (task,) = tasks([output], [output], [{"image_id": 0, "annotations": truth}])
     image = task.examine(0)
     assert image.right[0].tolist() == [WRONG, RIGHT, IGNORED, WRONG]
-    assert image.seen[0].tolist() == [True, False] and find_losses(task).objects == (1, 1, 1)
+    assert image.found[0].tolist() == [True, False] and find_losses(task).objects == (1, 1, 1)
 
 
 def test_images_without_detections_or_objects():
@@ -202,8 +202,8 @@ def panoptic(columns: list[tuple[int, int, bool]], rows: int = 60) -> dict:
 def test_segments(tmp_path):
     #        kept            moved            another class    lost             nothing
     first = [(20, 0, False), (20, 0, True), (20, 1, True), (20, 1, True), (20, 2, False)]
-    other = [(20, 0, False), (30, 0, True), (10, 0, True), (20, 2, False), (20, 2, False)]
-    second = panoptic(other)
+    second = [(20, 0, False), (30, 0, True), (10, 0, True), (20, 2, False), (20, 2, False)]
+    second = panoptic(second)
     second["panoptic_seg"][0][:, 80:] = 0
     second["panoptic_seg"][1].pop()
     ids = np.full((*SIZE, 3), 0, np.uint8)
@@ -220,8 +220,8 @@ def test_segments(tmp_path):
     assert task.name == "panoptic segments" and task.class_name(1) == "car" and task.class_name(4) == "sand"
     #                                     20 of 30 pixels; a car of 10 in a dog; 20 of sand on 20 of a dog; nothing
     assert [KINDS[kind] for kind in image.changes.first] == ["kept", "moved", "class changed", "class changed", "lost"]
-    assert [KINDS[kind] for kind in image.changes.other] == ["kept", "moved", "class changed", "class changed"]
-    assert losses.total[:, 0].tolist() == [1, 1, 2, 1, 0, 0] and losses.first == 5 and losses.other == 4
+    assert [KINDS[kind] for kind in image.changes.second] == ["kept", "moved", "class changed", "class changed"]
+    assert losses.total[:, 0].tolist() == [1, 1, 2, 1, 0, 0] and losses.first == 5 and losses.second == 4
     # Of the car's 25 columns the models have 20 and 25; the dog lies in a crowd, and the last has no truth.
     assert image.right[0].tolist() == [RIGHT, RIGHT, IGNORED, IGNORED, IGNORED]
     assert image.right[1].tolist() == [RIGHT, RIGHT, IGNORED, WRONG]
@@ -233,26 +233,26 @@ def test_segments(tmp_path):
 
 
 def test_a_part_of_a_segment_that_is_kept_is_a_duplicate():
-    first, other = panoptic([(100, 0, True)]), panoptic([(80, 0, True), (20, 0, True)])
-    (task,) = tasks([first], [other], [{"image_id": 0}])
-    assert task.examine(0).changes.other.tolist() == [KEPT, DUPLICATE]
+    first, second = panoptic([(100, 0, True)]), panoptic([(80, 0, True), (20, 0, True)])
+    (task,) = tasks([first], [second], [{"image_id": 0}])
+    assert task.examine(0).changes.second.tolist() == [KEPT, DUPLICATE]
 
 
 def test_classes_of_pixels(tmp_path):
     scores = torch.zeros(3, *SIZE)
     scores[0, :, :40], scores[2, :, 40:] = 1, 1
-    other = scores.clone()
-    other[1, :, 60:] = 2
+    second = scores.clone()
+    second[1, :, 60:] = 2
     labels = np.full(SIZE, 255, np.uint8)
     labels[:, :40], labels[:, 40:80] = 0, 2
     Image.fromarray(labels).save(tmp_path / "labels.png")
     record = {"image_id": 0, "sem_seg_file_name": str(tmp_path / "labels.png")}
-    (task,) = tasks([{"sem_seg": scores}], [{"sem_seg": other}], [record])
+    (task,) = tasks([{"sem_seg": scores}], [{"sem_seg": second}], [record])
     image = task.examine(0)
-    assert [task.class_name(int(number)) for number in image.other.classes] == ["sky", "sea", "sand"]
+    assert [task.class_name(int(number)) for number in image.second.classes] == ["sky", "sea", "sand"]
     assert image.changes.first.tolist() == [KEPT, CLASS]
-    assert image.changes.other.tolist() == [KEPT, CLASS, DUPLICATE]  # what is left of the sand lies in that of before
-    assert image.right[0].tolist() == [RIGHT, RIGHT] and image.seen[1].tolist() == [True, False]
+    assert image.changes.second.tolist() == [KEPT, CLASS, DUPLICATE]  # what is left of the sand lies in that of before
+    assert image.right[0].tolist() == [RIGHT, RIGHT] and image.found[1].tolist() == [True, False]
 
 
 def test_overlaps_of_masks_and_segments_agree():
@@ -262,7 +262,7 @@ def test_overlaps_of_masks_and_segments_agree():
     for recorder, output in zip(recorders, (before, after)):
         recorder.process([{"image_id": 0}], [output])
     image = find_tasks(*recorders, [{"image_id": 0}], NAMES)[0].examine(0)
-    segments = overlap(image.first, image.other)
+    segments = overlap(image.first, image.second)
     masks = overlap(
         *(
             Detections(
