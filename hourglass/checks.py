@@ -1,11 +1,15 @@
 """Checks of arguments that many places share."""
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from hourglass.errors import InputError
+
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -47,3 +51,39 @@ def check_text(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is text."""
     if not isinstance(value, str):
         raise InputError(f"{name} takes text, got {value!r}")
+
+
+def renamed_argument(former: str, name: str) -> Callable[[Constructor], Constructor]:
+    """
+    A decorator of a constructor whose argument ``name`` was called ``former``: that keyword is still accepted.
+
+    Raises:
+        InputError: from the constructor, where both are given.
+    """
+
+    def decorate(constructor: Constructor) -> Constructor:
+        signature = inspect.signature(constructor)
+
+        @functools.wraps(constructor)
+        def construct(self: Any, *values: Any, **options: Any) -> None:
+            if former in options:
+                value = options.pop(former)
+                given = signature.bind_partial(self, *values, **options).arguments
+                if name in given:
+                    raise InputError(
+                        f"{name} must be given once, got {name}={given[name]!r} and, by its former name, "
+                        f"{former}={value!r}"
+                    )
+                options[name] = value
+            constructor(self, *values, **options)
+
+        setattr(construct, "former_names", (former,))  # noqa: B010
+        return construct  # type: ignore[return-value]
+
+    return decorate
+
+
+def former_names(constructor: Any) -> tuple[str, ...]:
+    """The former names of arguments that a class, or its ``__init__``, still accepts."""
+    constructor = getattr(constructor, "__init__", None) if isinstance(constructor, type) else constructor
+    return getattr(constructor, "former_names", ())

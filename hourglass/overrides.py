@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from hourglass.checks import former_names
 from hourglass.errors import InputError
 
 _KEY = re.compile(r"[A-Za-z_][\w.]*")
@@ -88,30 +89,31 @@ def _check_key(cfg: DictConfig, key: str) -> None:
                 node = None
             continue
         parent = ".".join(parts[:depth])
-        near = difflib.get_close_matches(part, accepted, n=1, cutoff=0.3)
+        current = _accepted_keys(node, former=False) or []
+        near = difflib.get_close_matches(part, current, n=1, cutoff=0.3)
         nearest = f"did you mean {'.'.join([*parts[:depth], near[0], *parts[depth + 1 :]])!r}?" if near else ""
         raise InputError(
             f"unknown key {key!r}: {parent or 'the config'} has no {part!r}; "
-            + (nearest or f"it takes {', '.join(sorted(accepted))}")
+            + (nearest or f"it takes {', '.join(sorted(current))}")
         )
 
 
-def _accepted_keys(node: Any) -> list[str] | None:
-    """The keys that a node takes; None where any may be given."""
+def _accepted_keys(node: Any, former: bool = True) -> list[str] | None:
+    """The keys that a node takes, with ``former`` also arguments' former names; None where any may be given."""
     if isinstance(node, ListConfig):
         return [str(i) for i in range(len(node))]
     if not isinstance(node, DictConfig):
         return [] if node is not None else None
     keys = [str(key) for key in node]
     if "_target_" in node:
-        arguments = _arguments(node._target_)
+        arguments = _arguments(node._target_, former)
         if arguments is None:
             return None
         keys += arguments
     return keys
 
 
-def _arguments(target: Any) -> list[str] | None:
+def _arguments(target: Any, former: bool = True) -> list[str] | None:
     """The arguments that a callable, or the dotted name of one, takes; None where it takes any."""
     if isinstance(target, str):
         try:
@@ -132,6 +134,7 @@ def _arguments(target: Any) -> list[str] | None:
             for parameter in parameters
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         ]
+        names += former_names(maker) if former else ()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return [name for name in names if name != "self"]
     return None

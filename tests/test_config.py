@@ -298,6 +298,19 @@ def test_yacs_plans():
     assert build_plan(cfg).reducer.describe() == TokenSelection("random", [0.7, 0.5]).describe()
 
 
+def test_yacs_takes_the_former_name_of_restore_mode():
+    cfg = small_yacs()
+    cfg.MODEL.HOURGLASS.RESTORE = "features"
+    assert build_plan(cfg).reducer.restore_mode == "features"
+    cfg.MODEL.HOURGLASS.RESTORE_MODE = "update"
+    with pytest.raises(InputError, match="restore_mode must be given once"):
+        build_plan(cfg)
+    cfg.MODEL.HOURGLASS.RESTORE = None
+    assert build_plan(cfg).reducer.restore_mode == "update"
+    cfg.MODEL.HOURGLASS.RESTORE_MODE, cfg.MODEL.HOURGLASS.ARGUMENTS.RESTORE = None, "features"
+    assert build_plan(cfg).reducer.restore_mode == "features"
+
+
 @pytest.mark.parametrize("reducer", ["GridReducer", "MergingReducer", "Reduction", "pooling"])
 def test_yacs_reducer_that_is_none(reducer):
     cfg = small_yacs()

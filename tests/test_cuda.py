@@ -86,7 +86,7 @@ def test_gradients_of_fast_attention(dtype):
     "reducer",
     [
         TokenClustering((20, 17)),
-        TokenClustering((20, 17), iterations=5, neighborhood=7, candidates="all", restore="features"),
+        TokenClustering((20, 17), iterations=5, neighborhood=7, candidates="all", restore_mode="features"),
         TokenClustering.published((20, 17)),
         AveragePooling((20, 17)),
     ],

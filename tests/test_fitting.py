@@ -163,6 +163,12 @@ def test_another_plan_encoder_or_weights_are_refused_in_a_line():
         with pytest.raises(InputError, match=f"made for another plan: .*{message}"):
             other_plan.calibrated(calibration)
     Plan(PLAN.reducer, 1, 4, attention="plain").calibrated(calibration)  # the same to rounding
+    former = copy.deepcopy(calibration)  # a file from before the argument had its present name
+    former.plan["reducer"]["restore"] = former.plan["reducer"].pop("restore_mode")
+    PLAN.calibrated(former)
+    with pytest.raises(InputError, match="reducer.restore_mode was 'features', and is 'update'"):
+        former.plan["reducer"]["restore"] = "features"
+        PLAN.calibrated(former)
     plan = PLAN.calibrated(calibration)
     with pytest.raises(InputError, match="another encoder .class ViT, parameters .*, not this .class Swin"):
         hourglass.expedite(of_swin.tiny_swin(), plan)
@@ -189,7 +195,10 @@ def test_what_cannot_be_calibrated_is_refused_in_a_line(tmp_path):
     for plan, message in (
         (Plan(), "takes a plan with a reducer"),
         (Plan(TokenClustering((3, 3)), published=True), "takes a plan with a reducer that is not run as published"),
-        (Plan(TokenClustering((3, 3), restore="features"), 1, 4), 'restoring is another: with restore="update"'),
+        (
+            Plan(TokenClustering((3, 3), restore_mode="features"), 1, 4),
+            'restoring is another: with restore_mode="update"',
+        ),
         (Plan(BipartiteMatching(4), 1, 4), "BipartiteMatching|MergeEachWindow"),
     ):
         with pytest.raises(InputError, match=message):

@@ -1,5 +1,6 @@
 import pytest
 from detectron2.config import LazyCall as L
+from detectron2.config import instantiate
 from omegaconf import OmegaConf
 
 from hourglass import InputError, Plan, TokenClustering
@@ -25,13 +26,26 @@ def test_known_keys_and_arguments_of_calls_are_taken():
 
 def test_arguments_are_those_of_the_target_that_is_given_with_them():
     cfg = config()
-    apply_overrides(cfg, ["plan.reducer.restore=features", "plan.reducer._target_=hourglass.AveragePooling"])
-    assert cfg.plan.reducer.restore == "features"
+    apply_overrides(cfg, ["plan.reducer.restore_mode=features", "plan.reducer._target_=hourglass.AveragePooling"])
+    assert cfg.plan.reducer.restore_mode == "features"
     cfg = config()
     apply_overrides(cfg, ["plan.reducer.r=0.2", "plan.reducer._target_=hourglass.BipartiteMatching"])
     assert dict(cfg.plan.reducer) == {"_target_": "hourglass.BipartiteMatching", "r": 0.2}  # which takes no grid
     with pytest.raises(InputError, match="plan.reducer has no 'k'"):
         apply_overrides(config(), ["plan.reducer.k=3", "plan.reducer._target_=hourglass.AveragePooling"])
+
+
+def test_the_former_name_of_an_argument_is_taken():
+    cfg = config()
+    apply_overrides(cfg, ["plan.reducer.restore=features"])
+    assert instantiate(cfg.plan).reducer.restore_mode == "features"
+    apply_overrides(cfg, ["plan.reducer._target_=hourglass.DensityPeaks"])
+    assert instantiate(cfg.plan).reducer.restore_mode == "features"
+    apply_overrides(cfg, ["plan.reducer.restore_mode=features"])
+    with pytest.raises(InputError, match="restore_mode must be given once"):
+        instantiate(cfg.plan)
+    with pytest.raises(InputError, match="did you mean 'plan.reducer.restore_mode'"):
+        apply_overrides(config(), ["plan.reducer.restor=features"])
 
 
 # Each of them means something in Hydra's grammar, or is no part of it.

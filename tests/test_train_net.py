@@ -322,7 +322,7 @@ def test_one_task_at_a_time(capsys):
     [
         (["plan.reducer=null"], "calibration takes a plan with a reducer"),
         (["plan.reducer._target_=hourglass.BipartiteMatching", "plan.reducer.r=8"], "which reduces anew in each block"),
-        (["plan.reducer.restore=features"], 'with restore="update" where it takes that'),
+        (["plan.reducer.restore_mode=features"], 'with restore_mode="update" where it takes that'),
         (["search.images=1"], "search.images takes a whole number of at least 2, got 1"),
         (["search.dataset=unknown"], "'unknown'"),
         (["search.datasets=unknown"], "search.datasets"),
@@ -491,7 +491,7 @@ def test_another_reducer_and_another_data_set_by_overrides(tmp_path, datasets):
     )
     content = read(tmp_path)
     assert content["plan"] == {
-        "reducer": {"name": "AveragePooling", "grid": [4, 4], "restore": "update"},
+        "reducer": {"name": "AveragePooling", "grid": [4, 4], "restore_mode": "update"},
         "start": 3,
         "stop": 8,
         "scope": "window",

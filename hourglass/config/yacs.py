@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from detectron2.utils.registry import locate
 from torch import nn
 
 from hourglass import reduction
-from hourglass.checks import check_choice
+from hourglass.checks import check_choice, former_names
 from hourglass.encoders import Plan, SimpleFeaturePyramid, Swin, ViT, expedite
 from hourglass.errors import InputError
 from hourglass.reduction import GridReducer, MergingReducer, Reducer, SelectingReducer, TokenClustering
@@ -99,8 +100,9 @@ HOURGLASS_NODES = {
     "ATTENTION": None,
     # Rows and columns of the smaller map, or the shares of them that are kept, such as [0.7, 0.7].
     "GRID": [46, 46],
-    # What a restored token gets.
-    "RESTORE": "update",
+    # What a restored token gets, "update" or "features". RESTORE is the former name.
+    "RESTORE_MODE": None,
+    "RESTORE": None,
     # How many centres TokenClustering restores from, and neighbours tell DensityPeaks a token's density.
     "K": None,
     # DensityPeaks only.
@@ -163,11 +165,12 @@ def build_plan(cfg: CfgNode) -> Plan:
         return Plan(attention=nodes.ATTENTION)
     kind = _reducer_class(nodes.REDUCER)
     explicit = {name.lower(): value for name, value in nodes.ARGUMENTS.items()}
-    names = list(inspect.signature(kind).parameters)
+    names, former = list(inspect.signature(kind).parameters), former_names(kind)
     for name in explicit:
-        check_choice(f"MODEL.HOURGLASS.ARGUMENTS of {kind.__name__}", name, tuple(names))
-    named = _arguments(kind, nodes) if kind.__module__.startswith("hourglass.") else {}
-    return Plan(kind(**{**named, **explicit}), **_arguments(Plan, nodes))
+        if name not in former:
+            check_choice(f"MODEL.HOURGLASS.ARGUMENTS of {kind.__name__}", name, names)
+    named = _arguments(kind, nodes, [*names, *former]) if kind.__module__.startswith("hourglass.") else {}
+    return Plan(kind(**{**named, **explicit}), **_arguments(Plan, nodes, leave_out=("reducer",)))
 
 
 def _reducer_class(name: str) -> type[Reducer]:
@@ -191,9 +194,17 @@ def _is_reducer(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Reducer) and kind not in contracts
 
 
-def _arguments(kind: type, nodes: CfgNode, leave_out: tuple[str, ...] = ("reducer",)) -> dict[str, Any]:
-    """The arguments of a constructor that are among the nodes, each named by its node in lower case."""
-    names = [name for name in inspect.signature(kind).parameters if name not in leave_out]
+def _arguments(kind: type, nodes: CfgNode, names: Iterable[str] = (), leave_out: Collection[str] = ()) -> dict:
+    """
+    The arguments of a constructor that are among the nodes, each named by its node in lower case.
+
+    Args:
+        kind: the class.
+        nodes: are read where they are not None.
+        names: of the arguments; none: those of the constructor's signature.
+        leave_out: arguments that are not read.
+    """
+    names = [name for name in names or inspect.signature(kind).parameters if name not in leave_out]
     return {name: nodes[name.upper()] for name in names if nodes.get(name.upper()) is not None}
 
 

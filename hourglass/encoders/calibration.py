@@ -163,6 +163,9 @@ def sample_weights(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A description with dotted names for keys; a reducer's ``restore`` is what is called ``restore_mode`` now."""
+    if prefix == "reducer.restore":
+        prefix = "reducer.restore_mode"
     if not isinstance(value, dict):
         return {prefix: list(value) if isinstance(value, tuple) else value}
     return {

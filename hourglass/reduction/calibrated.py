@@ -158,7 +158,7 @@ def check_restoring(reducer: Reducer, size: tuple[int, int], like: Tensor) -> No
     if (unchanged - tokens).abs().max() > tolerance or (triple - 3 * single).abs().max() > 10 * tolerance:
         raise InputError(
             f"calibration takes a reducer that restores what the blocks changed, got {_name(reducer)}, whose restoring "
-            'is another: with restore="update" where it takes that'
+            'is another: with restore_mode="update" where it takes that'
         )
 
 

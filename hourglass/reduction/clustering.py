@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hourglass.checks import check_choice, check_count
+from hourglass.checks import check_choice, check_count, renamed_argument
 from hourglass.contexts import without_autocast
 from hourglass.errors import InputError
 from hourglass.operators import is_exporting, is_symbolic, operator
 from hourglass.reduction.neighborhoods import PART, home_centers, neighborhoods
 from hourglass.reduction.pooling import average_pool
-from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction
+from hourglass.reduction.reducer import PAIRS, RESTORE_MODES, GridReducer, Reduction
 from hourglass.reduction.windows import map_size
 
 WEIGHTS = ("sum", "l2")
@@ -264,13 +264,14 @@ class TokenClustering(GridReducer):
             map comes back scaled.
         candidates: the centres that restoring chooses from: "neighborhood", the token's own, or "all", which takes
             the time of tokens x centres.
-        restore: "update": a token keeps its features and gets the mixture of the centres' changes; "features": the
+        restore_mode: "update": a token keeps its features and gets the mixture of the centres' changes; "features": the
             mixture of the centres' features, as published.
 
     Raises:
         InputError: for an argument out of range.
     """
 
+    @renamed_argument("restore", "restore_mode")
     def __init__(
         self,
         grid: Sequence[int | float] | float,
@@ -281,7 +282,7 @@ class TokenClustering(GridReducer):
         k: int = 10,
         weights: str = "sum",
         candidates: str = "neighborhood",
-        restore: str = "update",
+        restore_mode: str = "update",
     ):
         super().__init__(grid)
         check_count("iterations", iterations, 0)
@@ -294,7 +295,7 @@ class TokenClustering(GridReducer):
         check_count("k", k, 1)
         check_choice("weights", weights, WEIGHTS)
         check_choice("candidates", candidates, CANDIDATES)
-        check_choice("restore", restore, RESTORE)
+        check_choice("restore_mode", restore_mode, RESTORE_MODES)
         self.iterations = iterations
         self.neighborhood = neighborhood
         self.temperature = temperature
@@ -302,7 +303,7 @@ class TokenClustering(GridReducer):
         self.k = k
         self.weights = weights
         self.candidates = candidates
-        self.restore = restore
+        self.restore_mode = restore_mode
 
     @classmethod
     def published(
@@ -327,12 +328,12 @@ class TokenClustering(GridReducer):
             k,
             weights="l2",
             candidates="all",
-            restore="features",
+            restore_mode="features",
         )
 
     def published_form(self) -> "TokenClustering":
         """:meth:`published` with this one's figures, but those that are at the constructor's defaults as published."""
-        if (self.weights, self.candidates, self.restore) == ("l2", "all", "features"):
+        if (self.weights, self.candidates, self.restore_mode) == ("l2", "all", "features"):
             return self
         defaults = inspect.signature(TokenClustering).parameters
         names = [name for name in inspect.signature(TokenClustering.published).parameters if name != "grid"]
@@ -362,7 +363,7 @@ class TokenClustering(GridReducer):
 
         def restore(refined: Tensor) -> Tensor:
             with without_autocast(refined):
-                return tokens + mix(refined - reduced) if self.restore == "update" else mix(refined)
+                return tokens + mix(refined - reduced) if self.restore_mode == "update" else mix(refined)
 
         return Reduction(reduced, positions=None, sizes=sizes, restore=restore)
 

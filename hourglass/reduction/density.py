@@ -6,12 +6,12 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from hourglass.checks import check_choice, check_count
+from hourglass.checks import check_choice, check_count, renamed_argument
 from hourglass.contexts import without_autocast
 from hourglass.errors import InputError
 from hourglass.operators import is_symbolic, operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
-from hourglass.reduction.reducer import PAIRS, RESTORE, GridReducer, Reduction
+from hourglass.reduction.reducer import PAIRS, RESTORE_MODES, GridReducer, Reduction
 from hourglass.reduction.windows import grid_positions, map_size
 
 
@@ -129,7 +129,7 @@ class DensityPeaks(GridReducer):
         grid: see :class:`~hourglass.reduction.GridReducer`; rows x columns is the number of representatives.
         k: neighbours that a token's density is taken from.
         spatial: weight of the distance in the map; 0: none.
-        restore: "update": a token keeps its features and gets its representative's change; "features": its
+        restore_mode: "update": a token keeps its features and gets its representative's change; "features": its
             representative's features, as published.
 
     Raises:
@@ -138,15 +138,18 @@ class DensityPeaks(GridReducer):
 
     on_grid = False
 
-    def __init__(self, grid: Sequence[int | float] | float, k: int = 3, spatial: float = 0.07, restore: str = "update"):
+    @renamed_argument("restore", "restore_mode")
+    def __init__(
+        self, grid: Sequence[int | float] | float, k: int = 3, spatial: float = 0.07, restore_mode: str = "update"
+    ):
         super().__init__(grid)
         check_count("k", k, 1)
         if isinstance(spatial, bool) or not isinstance(spatial, Real) or not 0 <= spatial < float("inf"):
             raise InputError(f"spatial takes a number of at least 0, got {spatial!r}")
-        check_choice("restore", restore, RESTORE)
+        check_choice("restore_mode", restore_mode, RESTORE_MODES)
         self.k: int = k
         self.spatial: float = spatial
-        self.restore: str = restore
+        self.restore_mode: str = restore_mode
 
     def forward(self, tokens: Tensor) -> Reduction:
         (rows, columns), (height, width) = self.cells(map_size(tokens)), map_size(tokens)
@@ -164,6 +167,6 @@ class DensityPeaks(GridReducer):
 
         def restore(refined: Tensor) -> Tensor:
             refined = refined.reshape(batch, n, -1)
-            return restore_merged(flat, merged, labels, self.restore, refined).unflatten(1, (height, width))
+            return restore_merged(flat, merged, labels, self.restore_mode, refined).unflatten(1, (height, width))
 
         return Reduction(merged.unflatten(1, (rows, columns)), positions.float(), sizes, restore)

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hourglass.checks import check_choice
+from hourglass.checks import check_choice, renamed_argument
 from hourglass.contexts import without_autocast
 from hourglass.operators import operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
-from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction
+from hourglass.reduction.reducer import RESTORE_MODES, GridReducer, Reduction
 from hourglass.reduction.windows import map_size
 
 # Rows and columns take turns so often: at a quarter of the tokens twice halves the error of once.
@@ -102,17 +102,18 @@ class GridMerging(GridReducer):
 
     Args:
         grid: see :class:`~hourglass.reduction.GridReducer`.
-        restore: "update": a token keeps its features and gets the change of what it merged into; "features": it gets
-            the features.
+        restore_mode: "update": a token keeps its features and gets the change of what it merged into; "features": it
+            gets the features.
 
     Raises:
         InputError: for an argument out of range.
     """
 
-    def __init__(self, grid: Sequence[int | float] | float, restore: str = "update"):
+    @renamed_argument("restore", "restore_mode")
+    def __init__(self, grid: Sequence[int | float] | float, restore_mode: str = "update"):
         super().__init__(grid)
-        check_choice("restore", restore, RESTORE)
-        self.restore: str = restore
+        check_choice("restore_mode", restore_mode, RESTORE_MODES)
+        self.restore_mode: str = restore_mode
 
     def forward(self, tokens: Tensor) -> Reduction:
         size, (h, w) = map_size(tokens), self.cells(map_size(tokens))
@@ -123,6 +124,6 @@ class GridMerging(GridReducer):
         merged = merge(flat, labels, h * w)
 
         def restore(refined: Tensor) -> Tensor:
-            return restore_merged(flat, merged, labels, self.restore, refined.flatten(1, 2)).unflatten(1, size)
+            return restore_merged(flat, merged, labels, self.restore_mode, refined.flatten(1, 2)).unflatten(1, size)
 
         return Reduction(merged.unflatten(1, (h, w)), None, sizes.unflatten(1, (h, w)), restore)

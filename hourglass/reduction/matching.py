@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hourglass.checks import check_choice
+from hourglass.checks import check_choice, renamed_argument
 from hourglass.contexts import without_autocast
 from hourglass.errors import InputError
 from hourglass.operators import is_symbolic, operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
-from hourglass.reduction.reducer import PAIRS, RESTORE, MergingReducer, Reduction
+from hourglass.reduction.reducer import PAIRS, RESTORE_MODES, MergingReducer, Reduction
 
 
 def bipartite_matching(metric: Tensor, r: int, class_token: bool = False) -> Tensor:
@@ -76,21 +76,22 @@ class BipartiteMatching(MergingReducer):
     Args:
         r: how many tokens of the map (or of each window) merge in each block, a number or a share of the unreduced
             map's tokens, up to 0.5; never more than half of those that are left.
-        restore: "update": tokens keep the features that they had before they merged and get the change since;
+        restore_mode: "update": tokens keep the features that they had before they merged and get the change since;
             "features": those of the token that they are in, as published.
 
     Raises:
         InputError: for an argument out of range.
     """
 
-    def __init__(self, r: int | float = 0.05, restore: str = "update"):
+    @renamed_argument("restore", "restore_mode")
+    def __init__(self, r: int | float = 0.05, restore_mode: str = "update"):
         super().__init__()
         is_count = isinstance(r, Integral) and not isinstance(r, bool) and r >= 0
         if not is_count and (isinstance(r, bool) or not isinstance(r, Real) or not 0 <= r <= 0.5):
             raise InputError(f"r takes a number of tokens of at least 0, or a share of them in [0, 0.5], got {r!r}")
-        check_choice("restore", restore, RESTORE)
+        check_choice("restore_mode", restore_mode, RESTORE_MODES)
         self.r: int | float = int(r) if is_count else float(r)
-        self.restore = restore
+        self.restore_mode = restore_mode
 
     def relative_to(self, size: tuple[int, int]) -> "BipartiteMatching":
         if isinstance(self.r, float):
@@ -117,6 +118,6 @@ class BipartiteMatching(MergingReducer):
             positions, merged_sizes = merge(positions, labels, n, sizes), merge_sizes(sizes, labels, n)
 
         def restore(refined: Tensor) -> Tensor:
-            return restore_merged(flat, merged, labels, self.restore, refined[:, 0]).view(*shape, -1)
+            return restore_merged(flat, merged, labels, self.restore_mode, refined[:, 0]).view(*shape, -1)
 
         return Reduction(merged[:, None], positions[:, None], merged_sizes[:, None], restore)

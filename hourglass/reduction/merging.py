@@ -42,7 +42,7 @@ def unmerge(merged: Tensor, labels: Tensor) -> Tensor:
     return merged.gather(1, labels[..., None].expand(-1, -1, merged.shape[-1]))
 
 
-def restore_merged(tokens: Tensor, merged: Tensor, labels: Tensor, restore: str, refined: Tensor) -> Tensor:
+def restore_merged(tokens: Tensor, merged: Tensor, labels: Tensor, restore_mode: str, refined: Tensor) -> Tensor:
     """
     Give every token the result of what it merged into.
 
@@ -50,12 +50,12 @@ def restore_merged(tokens: Tensor, merged: Tensor, labels: Tensor, restore: str,
         tokens: (B, L, C), as they were.
         merged: (B, n, C), what they became.
         labels: (B, L).
-        restore: "update": a token keeps its features and gets the change; "features": it gets the features.
+        restore_mode: "update": a token keeps its features and gets the change; "features": it gets the features.
         refined: (B, n, C), the result.
 
     Returns:
         (B, L, C)
     """
-    if restore == "update":
+    if restore_mode == "update":
         return tokens + unmerge(refined - merged, labels)
     return unmerge(refined, labels)

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hourglass.checks import check_choice
+from hourglass.checks import check_choice, renamed_argument
 from hourglass.operators import is_exporting, operator
-from hourglass.reduction.reducer import RESTORE, GridReducer, Reduction
+from hourglass.reduction.reducer import RESTORE_MODES, GridReducer, Reduction
 from hourglass.reduction.windows import map_size
 
 
@@ -38,17 +38,18 @@ class AveragePooling(GridReducer):
 
     Args:
         grid: see :class:`~hourglass.reduction.GridReducer`.
-        restore: "update": each token keeps its features and gets the interpolated change; "features": the
+        restore_mode: "update": each token keeps its features and gets the interpolated change; "features": the
             interpolated features themselves.
 
     Raises:
         InputError: for an argument out of range.
     """
 
-    def __init__(self, grid: Sequence[int | float] | float, restore: str = "update"):
+    @renamed_argument("restore", "restore_mode")
+    def __init__(self, grid: Sequence[int | float] | float, restore_mode: str = "update"):
         super().__init__(grid)
-        check_choice("restore", restore, RESTORE)
-        self.restore = restore
+        check_choice("restore_mode", restore_mode, RESTORE_MODES)
+        self.restore_mode = restore_mode
 
     def forward(self, tokens: Tensor) -> Reduction:
         size = map_size(tokens)
@@ -59,6 +60,6 @@ class AveragePooling(GridReducer):
             return F.interpolate(reduced, size=size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
 
         def restore(refined: Tensor) -> Tensor:
-            return tokens + enlarge(refined - pooled) if self.restore == "update" else enlarge(refined)
+            return tokens + enlarge(refined - pooled) if self.restore_mode == "update" else enlarge(refined)
 
         return Reduction(pooled, positions=None, sizes=None, restore=restore)

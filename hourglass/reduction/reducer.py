@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from hourglass.errors import InputError
 from hourglass.reduction.windows import WindowList, map_size
 
-# What the smaller map's result is to a token: its change, or its features.
-RESTORE = ("update", "features")
+# What restoring gives a token: the change of the token that stands for it, or that one's features.
+RESTORE_MODES = ("update", "features")
 
 # Pairs of tokens, or of tokens and centres, that are compared at a time: 16 MiB of scores or distances.
 PAIRS = 1 << 22

@@ -55,9 +55,9 @@ KEEPING_ALL = {
 }
 FEWER = {
     "peaks": lambda: Plan(DensityPeaks(0.6), 1, 4, scope="window"),
-    "peaks' features": lambda: Plan(DensityPeaks((3, 2), restore="features"), 1, 4, scope="window"),
+    "peaks' features": lambda: Plan(DensityPeaks((3, 2), restore_mode="features"), 1, 4, scope="window"),
     "matching": lambda: Plan(BipartiteMatching(0.2), 1, 4, scope="window"),
-    "matching's features": lambda: Plan(BipartiteMatching(3, restore="features"), 1, 4, scope="window"),
+    "matching's features": lambda: Plan(BipartiteMatching(3, restore_mode="features"), 1, 4, scope="window"),
     "merged grid": lambda: Plan(GridMerging(0.6), 1, 4, scope="window"),
     "selection": lambda: Plan(selection(), 1, 4),
 }
@@ -155,11 +155,11 @@ def _reference_block(block, tokens, positions, sizes, extent):
     return tokens + block.mlp(block.norm2(tokens)), keys, tokens
 
 
-@pytest.mark.parametrize("restore", ["update", "features"])
-def test_matching_equals_the_reference(restore):
+@pytest.mark.parametrize("restore_mode", ["update", "features"])
+def test_matching_equals_the_reference(restore_mode):
     """25 tokens, of which two blocks merge 6 each."""
     vit, x = global_vit(), image(1, 40, 40).double()
-    out = last(hourglass.expedite(vit, Plan(BipartiteMatching(6, restore), 1, 3)), x)
+    out = last(hourglass.expedite(vit, Plan(BipartiteMatching(6, restore_mode), 1, 3)), x)
     with torch.no_grad():
         tokens = vit.blocks[0](embed_vit(vit, x)).flatten(0, 2)
         positions = grid_positions((5, 5), tokens.device).flatten(0, 1).double()
@@ -176,7 +176,7 @@ def test_matching_equals_the_reference(restore):
             undo.append((tokens, merged, labels))
             tokens = merged + block.mlp(block.norm2(merged))
         for before, merged, labels in reversed(undo):
-            tokens = before + (tokens - merged)[labels] if restore == "update" else tokens[labels]
+            tokens = before + (tokens - merged)[labels] if restore_mode == "update" else tokens[labels]
         tokens = tokens.view(1, 5, 5, -1)
         for block in vit.blocks[3:]:
             tokens = block(tokens)

@@ -159,12 +159,12 @@ class TestClusters:
         cells = torch.arange(6).view(3, 2).repeat_interleave(4, 0).repeat_interleave(4, 1)
         assert torch.equal(labels, cells)
 
-    @pytest.mark.parametrize("restore", ["update", "features"])
-    def test_of_windows_lie_inside_them(self, restore):
+    @pytest.mark.parametrize("restore_mode", ["update", "features"])
+    def test_of_windows_lie_inside_them(self, restore_mode):
         torch.manual_seed(0)
         # Cut windows at the right and the lower edge.
         tokens = torch.randn(1, 20, 13, 7)
-        reduction = EachWindow(TokenClustering((3, 3), restore=restore), 8)(tokens)
+        reduction = EachWindow(TokenClustering((3, 3), restore_mode=restore_mode), 8)(tokens)
         labels = pictures.find_clusters(tokens, reduction)
         columns = reduction.tokens.shape[2]
         row, column = labels // columns, labels % columns

@@ -112,8 +112,8 @@ def test_it_follows_the_tokens_type(dtype):
 @pytest.mark.parametrize(
     "reducer, message",
     [
-        (TokenClustering((3, 3), restore="features"), 'whose restoring is another: with restore="update"'),
-        (AveragePooling((3, 3), restore="features"), "TokenClustering|AveragePooling"),
+        (TokenClustering((3, 3), restore_mode="features"), 'whose restoring is another: with restore_mode="update"'),
+        (AveragePooling((3, 3), restore_mode="features"), "TokenClustering|AveragePooling"),
         (BipartiteMatching(2), "got BipartiteMatching, which reduces anew in each block"),
     ],
 )

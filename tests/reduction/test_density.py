@@ -72,10 +72,10 @@ def test_in_parts_as_in_one(monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("restore", ["update", "features"])
-def test_the_reduction_equals_the_reference(restore):
+@pytest.mark.parametrize("restore_mode", ["update", "features"])
+def test_the_reduction_equals_the_reference(restore_mode):
     tokens = draw(1, 4, 5, 3).double()
-    reducer = DensityPeaks((2, 3), restore=restore)
+    reducer = DensityPeaks((2, 3), restore_mode=restore_mode)
     reduction = reducer(tokens)
     flat = tokens[0].flatten(0, 1)
     labels, chosen = references.density_peaks(standardize(tokens.float(), reducer.spatial)[0], 6, reducer.k)
@@ -90,7 +90,7 @@ def test_the_reduction_equals_the_reference(restore):
 
     refined = draw(1, 2, 3, 3, seed=1).double()
     of_token = torch.stack([refined.view(6, 3)[order.index(label)] for label in labels])
-    if restore == "update":
+    if restore_mode == "update":
         of_token = flat + of_token - torch.stack([expected.view(6, 3)[order.index(label)] for label in labels])
     torch.testing.assert_close(reduction.restore(refined), of_token.view(1, 4, 5, 3))
 

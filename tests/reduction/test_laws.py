@@ -38,19 +38,21 @@ def clusterings(draw, grid):
         temperature=draw(st.sampled_from(["auto", 0.01, 1.0])),
         k=draw(st.integers(1, 12)),
         candidates=draw(st.sampled_from(["neighborhood", "all"])),
-        restore=draw(st.sampled_from(["update", "features"])),
+        restore_mode=draw(st.sampled_from(["update", "features"])),
     )
 
 
 def reducers(draw, grid):
     return [
         draw(clusterings(grid)),
-        AveragePooling(grid, restore="update"),
-        AveragePooling(grid, restore="features"),
-        DensityPeaks(grid, k=draw(st.integers(1, 6)), spatial=draw(st.sampled_from([0, 0.1, 1.0])), restore="update"),
-        DensityPeaks(grid, restore="features"),
-        GridMerging(grid, restore="update"),
-        GridMerging(grid, restore="features"),
+        AveragePooling(grid, restore_mode="update"),
+        AveragePooling(grid, restore_mode="features"),
+        DensityPeaks(
+            grid, k=draw(st.integers(1, 6)), spatial=draw(st.sampled_from([0, 0.1, 1.0])), restore_mode="update"
+        ),
+        DensityPeaks(grid, restore_mode="features"),
+        GridMerging(grid, restore_mode="update"),
+        GridMerging(grid, restore_mode="features"),
         SkipBlocks(),
     ]
 
@@ -65,7 +67,7 @@ def test_laws(data, drawn):
         assert restored.shape == tokens.shape and restored.isfinite().all()
 
         # Middle blocks that change nothing give the input back, where the update is restored.
-        if getattr(reducer, "restore", "update") == "update":
+        if getattr(reducer, "restore_mode", "update") == "update":
             assert torch.equal(restored, tokens)
 
         # A constant map is reduced to the constant and comes back.
@@ -76,7 +78,7 @@ def test_laws(data, drawn):
         # A constant change reaches every token whole.
         if isinstance(reducer, TokenClustering | AveragePooling | DensityPeaks | GridMerging):
             moved = reduction.restore(torch.full_like(reduction.tokens, 2.0))
-            if reducer.restore == "features":
+            if reducer.restore_mode == "features":
                 torch.testing.assert_close(moved, torch.full_like(tokens, 2.0))
             added = reduction.restore(reduction.tokens + 2.0) - restored
             torch.testing.assert_close(added, torch.full_like(tokens, 2.0), atol=1e-3, rtol=1e-3)
@@ -123,8 +125,29 @@ def test_a_reducer_keeps_nothing_between_calls(reducer):
     assert not list(reducer.parameters()) and not list(reducer.buffers())
 
 
+RESTORING = (
+    lambda **mode: TokenClustering((3, 4), **mode),
+    lambda **mode: AveragePooling((3, 4), **mode),
+    lambda **mode: DensityPeaks((3, 4), **mode),
+    lambda **mode: GridMerging((3, 4), **mode),
+    lambda **mode: BipartiteMatching(3, **mode),
+)
+
+
+@pytest.mark.parametrize("make", RESTORING)
+def test_restore_is_the_former_name_of_restore_mode(make):
+    assert make(restore="features").describe() == make(restore_mode="features").describe() != make().describe()
+    for mode in ("update", "features"):
+        with pytest.raises(InputError, match=f"restore_mode must be given once, got restore_mode='{mode}' and, by its"):
+            make(restore_mode=mode, restore="update")
+    with pytest.raises(InputError, match="restore_mode must be given once"):
+        BipartiteMatching(3, "update", restore="update")
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        make(restored="update")
+
+
 def test_descriptions_name_the_arguments():
-    assert AveragePooling((3, 4)).describe() == {"name": "AveragePooling", "grid": [3, 4], "restore": "update"}
+    assert AveragePooling((3, 4)).describe() == {"name": "AveragePooling", "grid": [3, 4], "restore_mode": "update"}
     assert SkipBlocks().describe() == {"name": "SkipBlocks"}
     assert "k=10" in repr(TokenClustering(0.5))
 
@@ -136,7 +159,7 @@ def test_descriptions_name_the_arguments():
         (lambda: AveragePooling(1.5), "got 1.5"),
         (lambda: AveragePooling(4), "got 4"),
         (lambda: AveragePooling("20"), "got '20'"),
-        (lambda: AveragePooling((4, 4), restore="copy"), "restore takes 'update' or 'features', got 'copy'"),
+        (lambda: AveragePooling((4, 4), restore_mode="copy"), "restore_mode takes 'update' or 'features', got 'copy'"),
         (lambda: TokenClustering((4, 4), iterations=-1), "iterations takes a whole number of at least 0, got -1"),
         (lambda: TokenClustering((4, 4), neighborhood=4), "neighborhood takes an odd number of cells a side, got 4"),
         (lambda: TokenClustering((4, 4), temperature=0), 'temperature takes a number over 0 or "auto", got 0'),
@@ -146,11 +169,11 @@ def test_descriptions_name_the_arguments():
         (lambda: TokenClustering((4, 4), candidates="some"), "candidates takes 'neighborhood' or 'all', got 'some'"),
         (lambda: DensityPeaks((4, 4), k=0), "k takes a whole number of at least 1, got 0"),
         (lambda: DensityPeaks((4, 4), spatial=-1), "spatial takes a number of at least 0, got -1"),
-        (lambda: DensityPeaks((4, 4), restore="copy"), "restore takes 'update' or 'features', got 'copy'"),
+        (lambda: DensityPeaks((4, 4), restore_mode="copy"), "restore_mode takes 'update' or 'features', got 'copy'"),
         (lambda: BipartiteMatching(-1), r"r takes a number of tokens of at least 0, or a share of them in \[0, 0.5\]"),
         (lambda: BipartiteMatching(0.6), "got 0.6"),
         (lambda: BipartiteMatching("half"), "got 'half'"),
-        (lambda: BipartiteMatching(3, restore="copy"), "restore takes 'update' or 'features', got 'copy'"),
+        (lambda: BipartiteMatching(3, restore_mode="copy"), "restore_mode takes 'update' or 'features', got 'copy'"),
         (lambda: BipartiteMatching(9).relative_to((4, 4)), "r takes at most half of the 16 tokens of a window, got 9"),
         (lambda: TokenClustering((4, 4))(torch.zeros(1, 3, 9, 2)), "which has 3 x 9 tokens"),
     ],

@@ -58,11 +58,11 @@ def test_in_parts_as_in_one(monkeypatch):
     assert torch.equal(bipartite_matching(metric, 13), expected)
 
 
-@pytest.mark.parametrize("restore", ["update", "features"])
-def test_the_reduction_equals_the_reference(restore):
+@pytest.mark.parametrize("restore_mode", ["update", "features"])
+def test_the_reduction_equals_the_reference(restore_mode):
     tokens, keys, positions = draw(1, 3, 5, 4).double(), draw(1, 3, 5, 6, seed=1).double(), draw(1, 3, 5, 2, seed=2)
     sizes = 1 + draw(1, 3, 5, seed=3).square()
-    reducer = BipartiteMatching(4, restore=restore)
+    reducer = BipartiteMatching(4, restore_mode=restore_mode)
     n = reducer.remaining(15, 15)
     reduction = reducer(tokens, keys, sizes, positions, n)
     assert n == 11 and reduction.tokens.shape == (1, 1, 11, 4)
@@ -78,7 +78,7 @@ def test_the_reduction_equals_the_reference(restore):
     torch.testing.assert_close(reduction.sizes[0, 0], torch.tensor(of_label))
 
     refined = draw(11, 4, seed=4).double()
-    restored = refined[labels] if restore == "features" else flat + (refined - expected)[labels]
+    restored = refined[labels] if restore_mode == "features" else flat + (refined - expected)[labels]
     torch.testing.assert_close(reduction.restore(refined[None, None])[0].flatten(0, 1), restored)
 
 
