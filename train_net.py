@@ -58,13 +58,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="compare fast attention, bfloat16, torch.compile and the plan, each alone and all together",
     )
-    parser.add_argument("--calibrate", action="store_true", help="fit what the plan's restoring leaves out")
+    parser.add_argument("--calibrate", action="store_true", help="fit the correction of the plan's restoring")
     parser.add_argument(
         "--search",
         nargs="+",
         metavar="GOAL",
-        help="find the fastest plan that keeps a share of AP, PQ or mIoU (keep=0.99), or the one that keeps most at a "
-        "speed (speed=2, over fast attention); labels=none does not look at labels",
+        help="find the fastest plan that keeps a share of AP, PQ or mIoU (keep=0.99), or the most accurate one that "
+        "is so many times as fast as fast attention (speed=2); labels=none: without looking at labels",
     )
     parser.add_argument(
         "--predict",
@@ -72,48 +72,60 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="PATH",
         help="draw what the expedited model finds in images, videos and folders of them, and write it as JSON",
     )
-    parser.add_argument("--output", metavar="FOLDER", help="of --predict; by default in train.output_dir")
-    parser.add_argument("--compare", action="store_true", help="--predict: beside what the unmodified model finds")
-    parser.add_argument("--score", type=float, default=0.5, help="--predict: draw instances of at least this (0.5)")
+    parser.add_argument(
+        "--output",
+        metavar="FOLDER",
+        help="write the results of --predict here (default: predictions in train.output_dir)",
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="with --predict: also draw the unmodified model's results"
+    )
+    parser.add_argument("--score", type=float, default=0.5, help="with --predict: least score of drawn instances (0.5)")
     parser.add_argument(
         "--control",
         action="store_true",
-        help="also the model without the plan's blocks, and with an affine map in their place",
+        help="also compare the model without the plan's blocks, and with an affine map in their place",
     )
     parser.add_argument(
-        "--agreement", action="store_true", help="also how far models find what the unmodified one does; no labels"
+        "--agreement", action="store_true", help="also report agreement with the unmodified model; needs no labels"
     )
-    parser.add_argument("--report", action="store_true", help="also report/index.html, a page of what the plan changes")
-    parser.add_argument("--images", metavar="FOLDER", help="run on a folder of images without labels")
-    parser.add_argument("--only", choices=("unmodified", "expedited"), help="run one of the models")
-    parser.add_argument("--by-class", action="store_true", help="also tables by class, largest loss first")
+    parser.add_argument(
+        "--report", action="store_true", help="also write report/index.html, a page of what the plan changes"
+    )
+    parser.add_argument("--images", metavar="FOLDER", help="run on the images of a folder, without labels")
+    parser.add_argument("--only", choices=("unmodified", "expedited"), help="run only this model")
+    parser.add_argument("--by-class", action="store_true", help="also print tables by class, largest loss first")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from what train.output_dir has: with --eval-only the finished images, else the last checkpoint",
+        help="continue from train.output_dir: with --eval-only after the finished images, else from the last checkpoint",
     )
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, one a GPU, on this machine")
+    parser.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="number of GPUs on this machine, a process each"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="of the config, such as plan.start=4 'plan.reducer.grid=[20,20]' evaluation.max_images=50",
+        help="overrides of the config, such as plan.start=4 'plan.reducer.grid=[20,20]' evaluation.max_images=50",
     )
     args = parser.parse_intermixed_args(arguments)
     if args.only and args.control:
-        parser.error("--only runs one of the models, without --control")
+        parser.error("--only runs one model: it cannot be used with --control")
     if args.only and (args.agreement or args.report):
-        parser.error("--only runs one of the models: --agreement and --report take two")
+        parser.error("--only runs one model, which --agreement and --report cannot compare")
     if args.report and not args.eval_only:
-        parser.error("--report is of a comparison: it takes --eval-only")
+        parser.error("--report needs --eval-only: it is made from a comparison")
     if args.images and not (args.eval_only or args.calibrate or args.search or args.waterfall):
         parser.error("--images have no labels: they are for --eval-only, --waterfall, --calibrate and --search")
     if args.calibrate + args.eval_only + (args.search is not None) > 1:
-        parser.error("one of --eval-only, --calibrate and --search at a time: the first takes what the others write")
+        parser.error(
+            "only one of --eval-only, --calibrate and --search can be given, as the first reads what the others write"
+        )
     for task, options in ALONE.items():
         conflicting = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name)]
         if getattr(args, task) and conflicting:
-            parser.error(f"--{task} is a task of its own, without {' and '.join(conflicting)}")
+            parser.error(f"--{task} cannot be used with {' and '.join(conflicting)}")
     if args.predict is None and (args.output or args.compare):
         parser.error("--output and --compare are for --predict")
     if args.predict is not None:
@@ -200,7 +212,7 @@ if __name__ == "__main__":
     logging.captureWarnings(True)
     if args.num_gpus > max(1, torch.cuda.device_count()):
         exit_with_error(
-            f"--num-gpus takes at most the number of CUDA devices, {torch.cuda.device_count()}, got {args.num_gpus}: "
+            f"--num-gpus must be at most the number of CUDA devices, {torch.cuda.device_count()}, got {args.num_gpus}: "
             f"on CPUs, torchrun --nproc-per-node {args.num_gpus} train_net.py ... starts processes"
         )
     if args.num_gpus == 1:

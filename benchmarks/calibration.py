@@ -56,12 +56,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="calibrate on so many images (default: 2 3 6 12 16 48)",
     )
-    parser.add_argument("--by", metavar="KEY", help="also on images of each kind alone: a key of the JSON's images")
-    parser.add_argument("--images", type=int, metavar="N", help="of the test set, which figures are of (default: all)")
-    parser.add_argument("--ap", action=argparse.BooleanOptionalAction, default=True, help="also the AP that is kept")
+    parser.add_argument(
+        "--by", metavar="KEY", help="also calibrate on images of each kind alone: a key of the JSON's images"
+    )
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="images of the test set that are evaluated (default: all)"
+    )
+    parser.add_argument(
+        "--ap", action=argparse.BooleanOptionalAction, default=True, help="also evaluate the AP that is kept"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--output", default="output/benchmarks", metavar="FOLDER", help="of table and JSON")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, such as plan.stop=9")
+    parser.add_argument(
+        "--output", default="output/benchmarks", metavar="FOLDER", help="folder of the table and the JSON"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides of the config, such as plan.stop=9"
+    )
     return parser.parse_intermixed_args(arguments)
 
 

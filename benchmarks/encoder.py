@@ -63,28 +63,32 @@ SCORES_LIMIT_MB = 5000
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", choices=MODELS, default="vitdet_b", help="whose encoder and plan (default: vitdet_b)"
+        "--model", choices=MODELS, default="vitdet_b", help="model whose encoder and plan are timed (default: vitdet_b)"
     )
     parser.add_argument("--size", type=int, default=1024, metavar="PIXELS", help="side of the square image")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images in a batch")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="by autocast")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs of each encoder (default: 5)")
-    parser.add_argument("--published", action="store_true", help="also the plan as its authors' code computes it")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile (needs a C++ compiler)")
+    parser.add_argument("--published", action="store_true", help="also time the plan as its authors' code computes it")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time the encoders under torch.compile (needs a C++ compiler)"
+    )
     parser.add_argument(
         "--memory",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="peak memory; on CPUs each encoder has a process of its own for it",
+        help="measure peak memory; on CPUs in a process of its own for each encoder",
     )
     parser.add_argument(
         "--scaling",
         action="store_true",
         help=f"time the parts of a ViT at {SCALING_SIZES[0]} to {SCALING_SIZES[-1]} pixels and fit how they grow",
     )
-    parser.add_argument("--output", default="output/benchmarks", metavar="FOLDER", help="of tables, JSON and plot")
-    parser.add_argument("overrides", nargs="*", metavar="plan.key=value", help="of the model's plan")
+    parser.add_argument(
+        "--output", default="output/benchmarks", metavar="FOLDER", help="folder of tables, JSON and plot"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="plan.key=value", help="overrides of the model's plan")
     return parser.parse_intermixed_args(arguments)
 
 
@@ -359,7 +363,7 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
     """Median times of a ViT's parts over the size of the image, and the exponent of time against tokens."""
     encoder, plan = load_encoder(args)
     if not isinstance(hourglass.expedite(encoder, plan), HourglassViT):
-        raise InputError(f"--scaling takes a ViT's model, got {args.model}")
+        raise InputError(f"--scaling needs a ViT's model, got {args.model}")
     family = family_of(encoder)
     global_block = next(block for block in encoder.blocks if block.window_size == 0)
     windowed, fast = (
@@ -367,7 +371,7 @@ def scale(args: argparse.Namespace) -> dict[str, Any]:
         for block in (next(block for block in encoder.blocks if block.window_size > 0), global_block)
     )
     if plan.reducer is None or plan.reducer.each_block or plan.scope != "map":
-        raise InputError(f'--scaling takes a plan with a reducer that makes one smaller map, scope "map", got {plan!r}')
+        raise InputError(f'--scaling needs a plan with a reducer that makes one smaller map, scope "map", got {plan!r}')
     # Its budget as a share of the config's map, 64 x 64 tokens at 1024 pixels.
     reducer = plan.reducer.relative_to((64, 64))
     times: dict[str, dict[int, float]] = {}

@@ -71,16 +71,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs=2,
         default=BLOCKS,
         metavar=("START", "STOP"),
-        help="run these on fewer tokens, up to but without STOP (default: {} {})".format(*BLOCKS),
+        help="run blocks START to STOP - 1 on fewer tokens (default: {} {})".format(*BLOCKS),
     )
-    parser.add_argument("--by", metavar="KEY", help="also a table by what the JSON's images have under this key")
+    parser.add_argument("--by", metavar="KEY", help="also a table by the value of this key of the JSON's images")
     parser.add_argument(
         "--sides",
         type=float,
         nargs="+",
         default=[],
         metavar="PIXELS",
-        help="also a table by the objects' size, parted at these sides (square roots of areas)",
+        help="also a table by the objects' size, split at these sides (square roots of areas)",
     )
     parser.add_argument("--images", type=int, default=50, metavar="N", help="validation images (default: 50)")
     parser.add_argument(
@@ -89,12 +89,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=list(BUDGETS),
         metavar="SHARE",
-        help="shares of the tokens that are left, in the mean over the plan's blocks "
+        help="shares of the tokens that remain, in the mean over the plan's blocks "
         f"(default: {' '.join(map(str, BUDGETS))})",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="by autocast")
-    parser.add_argument("--output", default="output/benchmarks", metavar="FOLDER", help="of table, JSON and plot")
+    parser.add_argument(
+        "--output", default="output/benchmarks", metavar="FOLDER", help="folder of table, JSON and plot"
+    )
     return parser.parse_args(arguments)
 
 
@@ -105,7 +107,7 @@ def make_plans(
     Name -> plan, the unmodified model first. Those to be calibrated are named so, or need it.
 
     Args:
-        budgets: shares of the tokens that are left.
+        budgets: shares of the tokens that remain.
         window: tokens a side of the model's windows.
         start, stop: the plans' blocks.
         default: the config's own plan.
@@ -213,7 +215,9 @@ def kinds_of(dataset: str, records: list[dict[str, Any]], key: str) -> list[str]
         values = {image["id"]: image.get(key) for image in json.load(file)["images"]}
     for record in records:
         if values[record["image_id"]] is None:
-            raise InputError(f"--by takes a key of the JSON's images, got {key!r}: image {record['image_id']} lacks it")
+            raise InputError(
+                f"--by must be a key of the JSON's images, got {key!r}: image {record['image_id']} lacks it"
+            )
     return [str(values[record["image_id"]]) for record in records]
 
 
@@ -404,7 +408,7 @@ def main(args: argparse.Namespace) -> None:
     check_count("--images", args.images, 1)
     for budget in args.budgets:
         if not 0 < budget <= 1:
-            raise InputError(f"--budgets takes shares of the tokens in (0, 1], got {budget}")
+            raise InputError(f"--budgets must be shares of the tokens in (0, 1], got {budget}")
     check_folder("--output", args.output)
     warnings.filterwarnings("ignore", category=FutureWarning)
     measured = measure(args)

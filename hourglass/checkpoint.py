@@ -84,7 +84,7 @@ def load_checkpoint(model: nn.Module, path: str, allow_partial: bool = False) ->
         raise
     except Exception as error:  # whatever a download, an unpickler or a file system may raise
         raise InputError(
-            f"checkpoint {path} cannot be read ({reason(error)}): train.init_checkpoint takes a .pth, .pkl or "
+            f"checkpoint {path} cannot be read ({reason(error)}): train.init_checkpoint must be a .pth, .pkl or "
             ".safetensors file or an address of one, a folder of Hugging Face's save_pretrained, or hf://owner/name"
         ) from error
     if heuristics:
@@ -187,8 +187,8 @@ def _find_weights(content: Mapping[str, Any], path: str) -> Mapping[str, Any]:
         logger.warning("checkpoint %s: the weights under %r are read", path, holder)
     if holder is None and held:
         raise InputError(
-            f"checkpoint {path} holds more than one set of weights, {', '.join(map(repr, held))}: save the one to be "
-            "read alone, as {'model': weights}"
+            f"checkpoint {path} holds more than one set of weights, {', '.join(map(repr, held))}: save only the one to "
+            "be read, as {'model': weights}"
         )
     if holder is None:
         raise TypeError(f"it holds no tensors, only {_some([repr(name) for name in content]) or 'nothing'}")
@@ -240,7 +240,9 @@ def _unwrap(weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[
 
     unwrapped = OrderedDict((rename(name), tensor) for name, tensor in weights.items())
     if len(unwrapped) < len(weights):
-        raise InputError(f"has the same names with and without {' and '.join(map(repr, wrappers))}: save one set alone")
+        raise InputError(
+            f"has the same names with and without {' and '.join(map(repr, wrappers))}: save only one of the sets"
+        )
     if hasattr(weights, "_metadata"):
         vars(unwrapped)["_metadata"] = {rename(name): value for name, value in weights._metadata.items()}
     return unwrapped
@@ -291,7 +293,9 @@ def _find_prefix(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], 
     if most <= as_it_is or not (most == len(expected) or all(map(_is_wrapper, best))):
         return ""
     if len(best) > 1:
-        raise InputError(f"holds the model's weights under {' and under '.join(map(repr, best))}: save one set alone")
+        raise InputError(
+            f"holds the model's weights under {' and under '.join(map(repr, best))}: save only one of the sets"
+        )
     return best[0]
 
 

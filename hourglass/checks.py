@@ -15,25 +15,25 @@ Constructor = TypeVar("Constructor", bound=Callable[..., None])
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise InputError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise InputError(f"{name} takes {' or '.join(repr(choice) for choice in choices)}, got {value!r}")
+        raise InputError(f"{name} must be {' or '.join(repr(choice) for choice in choices)}, got {value!r}")
 
 
 def check_count(name: str, value: Any, smallest: int) -> None:
     """Raise InputError unless ``value`` is a whole number of at least ``smallest``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < smallest:
-        raise InputError(f"{name} takes a whole number of at least {smallest}, got {value!r}")
+        raise InputError(f"{name} must be a whole number of at least {smallest}, got {value!r}")
 
 
 def check_number(name: str, value: Any, over: float) -> None:
     """Raise InputError unless ``value`` is a finite number over ``over``."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= over:
-        raise InputError(f"{name} takes a number over {over:g}, got {value!r}")
+        raise InputError(f"{name} must be a number over {over:g}, got {value!r}")
 
 
 def check_switch(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is true or false."""
     if not isinstance(value, bool):
-        raise InputError(f"{name} takes true or false, got {value!r}")
+        raise InputError(f"{name} must be true or false, got {value!r}")
 
 
 def repeated(values: Iterable[Any]) -> list[Any]:
@@ -50,7 +50,7 @@ def repeated(values: Iterable[Any]) -> list[Any]:
 def check_text(name: str, value: Any) -> None:
     """Raise InputError unless ``value`` is text."""
     if not isinstance(value, str):
-        raise InputError(f"{name} takes text, got {value!r}")
+        raise InputError(f"{name} must be text, got {value!r}")
 
 
 def renamed_argument(former: str, name: str) -> Callable[[Constructor], Constructor]:

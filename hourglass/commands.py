@@ -161,10 +161,10 @@ def run_waterfall(cfg: DictConfig, model: nn.Module, plan: Plan, with_agreement:
         InputError: for several processes, and for a type that all models are to run in.
     """
     if comm.get_world_size() > 1:
-        raise InputError("--waterfall is of one process: it times models in turn")
+        raise InputError("--waterfall runs in one process only, as it times models in turn")
     if cfg.evaluation.dtype != "float32":
         raise InputError(
-            f"--waterfall has bfloat16 in rows of its own: with it evaluation.dtype takes 'float32', got "
+            "with --waterfall, which has bfloat16 in rows of its own, evaluation.dtype must be 'float32', got "
             f"{cfg.evaluation.dtype!r}"
         )
     records = open_test(cfg, model, cfg.evaluation.max_images)
@@ -302,7 +302,7 @@ def make_controls(cfg: DictConfig, model: nn.Module, plan: Plan) -> dict[str, Pl
     try:
         images = open_search(cfg, model)
     except InputError as error:
-        warn(f"no linear control, whose affine map is fitted to search.images of search.dataset: {error}")
+        warn(f"no linear control, as its affine map cannot be fitted to images of search.dataset: {error}")
         return plans
     linear = plan.linear_control()
     return {**plans, "linear control": linear.calibrated(calibrate(model, linear, images, search_dataset(cfg)))}
@@ -315,7 +315,7 @@ def run_calibration(cfg: DictConfig, model: nn.Module, plan: Plan) -> str:
     if comm.is_main_process():
         os.makedirs(cfg.train.output_dir, exist_ok=True)
         calibration.save(path)
-        print(f"\n{describe_fit(calibration)}\nwritten to {path}: plan.calibration={path} takes it", flush=True)
+        print(f"\n{describe_fit(calibration)}\nwritten to {path}, for plan.calibration={path}", flush=True)
     return path
 
 
@@ -341,7 +341,7 @@ def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, 
         InputError: for a model that cannot be searched, and images that cannot be read.
     """
     if comm.get_world_size() > 1:
-        raise InputError("a search is of one process: it times blocks in turn")
+        raise InputError("--search runs in one process only, as it times blocks in turn")
     folder, about = Path(cfg.train.output_dir), search_dataset(cfg)
     records, load = open_search_records(cfg, model, cfg.search.images or SEARCH_IMAGES)
     records = [records[i] for i in np.random.default_rng(goal.seed).permutation(len(records))]
@@ -361,7 +361,7 @@ def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, 
     }
     measured = Measured(folder / "search.json", settings)
     if measured.resumed:
-        _print_line(f"going on from what {measured.path} has")
+        _print_line(f"continuing with the measurements in {measured.path}")
     dtype = getattr(torch, cfg.evaluation.dtype)
     images = Images(fit, rank, check, about)
     outcome = Search(model, images, goal, measured, labels, cfg.train.device, dtype, _print_line).run()
@@ -392,7 +392,7 @@ def _label_evaluators(cfg: DictConfig, model: nn.Module) -> Callable[[str], Data
             return partial(build_evaluator, of_search)
         except InputError as error:
             problem = str(error)
-    warn(f"no labels, agreement alone ranks plans: {problem}")
+    warn(f"plans are ranked by agreement alone, without labels: {problem}")
     return None
 
 

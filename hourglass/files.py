@@ -16,7 +16,7 @@ def check_folder(name: str, folder: str | os.PathLike) -> None:
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{name} takes a folder that can be written to, got {str(folder)!r}")
+        raise InputError(f"{name} must be a folder that can be written to, got {str(folder)!r}")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -62,7 +62,7 @@ def calibrate(model: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]
         InputError: for a plan that cannot be calibrated, and for less than two batches.
     """
     if plan.reducer is None or plan.published:
-        raise InputError(f"calibration takes a plan with a reducer that is not run as published, got {plan!r}")
+        raise InputError(f"calibration needs a plan with a reducer that is not run as published, got {plan!r}")
     plan = plan.uncalibrated()
     view = expedite(model, plan.to_be_calibrated())
     recorder = Recorder(plan.proportional)
@@ -74,7 +74,7 @@ def calibrate(model: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]
             run(inputs)
             count += 1
     if count < 2:
-        raise InputError(f"calibration takes at least 2 images, got {count}")
+        raise InputError(f"calibration needs at least 2 images, got {count}")
     fits = {first: fit(moments) for first, moments in recorder.moments.items()}
     return to_calibration(fits, view, plan, count, about)
 

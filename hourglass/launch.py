@@ -54,9 +54,9 @@ def find_device(name: Any) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cuda", "cpu"):
-        raise InputError(f'train.device takes "cuda", "cpu" or "auto", got {name!r}')
+        raise InputError(f'train.device must be "cuda", "cpu" or "auto", got {name!r}')
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError('train.device is "cuda", but torch finds no CUDA device: take "cpu" or "auto"')
+        raise InputError('train.device is "cuda", but torch finds no CUDA device: use "cpu" or "auto"')
     return name
 
 
@@ -64,7 +64,7 @@ def check_options(train: DictConfig, evaluation: DictConfig, search: DictConfig)
     """Raise InputError for an option of a wrong type or out of range; put the device in the place of "auto"."""
     train.device = find_device(train.device)
     if evaluation.dtype not in ("float32", "bfloat16"):
-        raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {evaluation.dtype!r}')
+        raise InputError(f'evaluation.dtype must be "float32" or "bfloat16", got {evaluation.dtype!r}')
     for key in ("output_dir", "init_checkpoint"):
         check_text(f"train.{key}", train[key])
         train[key] = os.path.expanduser(train[key])
@@ -75,7 +75,7 @@ def check_options(train: DictConfig, evaluation: DictConfig, search: DictConfig)
         check_count("evaluation.max_images", evaluation.max_images, 1)
     score = evaluation.report.score
     if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
-        raise InputError(f"evaluation.report.score takes a number from 0 to 1, got {score!r}")
+        raise InputError(f"evaluation.report.score must be a number from 0 to 1, got {score!r}")
     check_count("evaluation.report.images", evaluation.report.images, 0)
     if search.images is not None:
         check_count("search.images", search.images, 2)

@@ -69,9 +69,11 @@ def _parse(override: str) -> tuple[str, str | None]:
         # What begins as a list, a dictionary or a quoted string is meant to be one, and not closed.
         if _KEY.fullmatch(key) and equals and not value.lstrip().startswith(("[", "{", "'", '"')):
             return key, value
-        raise InputError(f"override {override!r} cannot be parsed: key=value is taken, such as plan.start=4") from error
+        raise InputError(
+            f"override {override!r} cannot be parsed: it must be key=value, such as plan.start=4"
+        ) from error
     if parsed.is_delete() or parsed.is_add():
-        raise InputError(f"override {override!r} is not taken: key=value is, such as plan.start=4")
+        raise InputError(f"override {override!r} is not accepted: it must be key=value, such as plan.start=4")
     if parsed.is_sweep_override():  # values for runs of Hydra's: here a comma is one
         return parsed.key_or_group, value
     return parsed.key_or_group, None
@@ -120,7 +122,7 @@ def _arguments(target: Any, former: bool = True) -> list[str] | None:
             target = locate(target)
         except Exception as error:  # whatever importing it may raise
             raise InputError(
-                f"_target_ {target!r} cannot be imported: the dotted name of a callable is taken"
+                f"_target_ {target!r} cannot be imported: it must be the dotted name of a callable"
             ) from error
     # A class hands the keywords that it does not know on to its base.
     makers: list[Any] = [target]

@@ -56,12 +56,12 @@ class Predictor:
     def __init__(self, cfg: DictConfig):
         for key in ("model", "dataloader.test.mapper"):
             if not isinstance(cfg, DictConfig) or not isinstance(OmegaConf.select(cfg, key), DictConfig):
-                raise InputError(f"Predictor takes a LazyConfig with {key}: configs/demo/vitdet.py is an example")
+                raise InputError(f"cfg must be a LazyConfig with {key}, such as configs/demo/vitdet.py")
         cfg = copy.deepcopy(cfg)
         self.device = find_device(OmegaConf.select(cfg, "train.device", default="auto"))
         dtype = OmegaConf.select(cfg, "evaluation.dtype", default="float32")
         if dtype not in ("float32", "bfloat16"):
-            raise InputError(f'evaluation.dtype takes "float32" or "bfloat16", got {dtype!r}')
+            raise InputError(f'evaluation.dtype must be "float32" or "bfloat16", got {dtype!r}')
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.plan: Plan | None = build(cfg, "plan") if isinstance(cfg.get("plan"), DictConfig) else None
         self._unmodified: nn.Module = build(cfg, "model").to(self.device)
@@ -78,8 +78,8 @@ class Predictor:
         mapper = instantiate(cfg.dataloader.test.mapper)
         if not hasattr(mapper, "augmentations") or not isinstance(getattr(mapper, "image_format", None), str):
             raise InputError(
-                f"Predictor takes a mapper with augmentations and an image_format, as Detectron2's DatasetMapper has "
-                f"them, got {type(mapper).__name__} in dataloader.test.mapper"
+                "dataloader.test.mapper must have augmentations and an image_format, as Detectron2's DatasetMapper has "
+                f"them, got {type(mapper).__name__}"
             )
         augmentations = mapper.augmentations
         listed = isinstance(augmentations, T.Augmentation)
@@ -117,7 +117,7 @@ class Predictor:
         if isinstance(image, np.ndarray):
             return self.run([self.prepare(image)])[0]
         if not isinstance(image, Sequence) or isinstance(image, str):
-            raise InputError(f"Predictor takes an image (H, W, 3) of uint8 or a list of them, got {_kind(image)}")
+            raise InputError(f"image must be a uint8 array (H, W, 3) or a list of them, got {_kind(image)}")
         return self.run([self.prepare(item) for item in image])
 
     def prepare(self, image: np.ndarray, name: str | None = None) -> dict[str, Any]:
@@ -132,10 +132,10 @@ class Predictor:
             ``image`` (C, H', W') uint8 in the config's format, and ``height`` and ``width`` of the output.
         """
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise InputError(f"Predictor takes images (H, W, 3) of uint8 in BGR, got {_kind(image)}")
+            raise InputError(f"image must be a uint8 array (H, W, 3) in BGR, got {_kind(image)}")
         height, width = image.shape[:2]
         if not height or not width:
-            raise InputError(f"Predictor takes images with at least one pixel, got one of {height} x {width}")
+            raise InputError(f"image must have at least one pixel, got {height} x {width}")
         values = image
         if self.image_format != "BGR":
             rgb = np.ascontiguousarray(image[:, :, ::-1])

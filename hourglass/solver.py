@@ -45,11 +45,11 @@ def layer_decay_params(model: nn.Module, base_lr: float, decay: float, **options
         InputError: for a decay out of range, or a model without one encoder that is a ViT.
     """
     if not 0 < decay <= 1:
-        raise InputError(f"decay takes a factor in (0, 1], got {decay!r}")
+        raise InputError(f"decay must be a factor in (0, 1], got {decay!r}")
     prefix, encoder = find_encoder(model)
     blocks = getattr(encoder, "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
-        raise InputError(f"layer_decay_params takes a model with a ViT, got one with {type(encoder).__name__}")
+        raise InputError(f"layer_decay_params needs a model with a ViT, got one with {type(encoder).__name__}")
     prefix, depth = prefix + "." if prefix else "", len(blocks)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = []

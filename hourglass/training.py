@@ -85,7 +85,7 @@ def check_training(cfg: DictConfig) -> None:
     check_choice("train.trainable", cfg.train.trainable, TRAINABLE)
     if cfg.train.expedite and cfg.get("plan", {}).get("calibration") is not None:
         raise InputError(
-            "plan.calibration is for weights that stay as they are: train with plan.calibration=null, then calibrate"
+            "plan.calibration must be null in training, which changes the weights that it is for: calibrate afterwards"
         )
 
 
@@ -109,8 +109,8 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
     if options.trainable == "reducer":
         if reducer is None:
             raise InputError(
-                'train.trainable is "reducer", but no reducer that learns is trained: take one such as TokenSelection '
-                "as plan.reducer, with train.expedite=true"
+                'train.trainable="reducer" needs a reducer with parameters, such as TokenSelection, as plan.reducer, '
+                "and train.expedite=true; got none"
             )
         model.requires_grad_(False)
         reducer.requires_grad_(True)

@@ -49,8 +49,8 @@ def read_weights(path: str | os.PathLike, kind: str = "checkpoint") -> Any:
             return _torch_load(file)
     except _Foreign as error:
         raise InputError(
-            f"{kind} {path} is not read, it holds {error}: a file of weights is data, arrays, tensors and containers "
-            f"of them. Save the weights alone where it was made: {SAVE_ALONE}"
+            f"{kind} {path} is not read, it holds {error}: a file of weights must hold only arrays, tensors and "
+            f"containers of them. Save the weights alone where it was made: {SAVE_ALONE}"
         ) from error
 
 

@@ -180,7 +180,7 @@ def test_a_checkpoint_that_carries_a_command_is_refused_and_runs_nothing(tmp_pat
         (path.parent / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError) as refusal:
         load_checkpoint(model(), str(path if path.parent == tmp_path else path.parent))
-    assert f"it holds {os.system.__module__}.system: a file of weights is data" in str(refusal.value)
+    assert f"it holds {os.system.__module__}.system: a file of weights must hold only" in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "was_run").exists()
 

@@ -185,7 +185,7 @@ def test_read_only_config():
     ("cfg", "message"),
     [
         (OmegaConf.create({"train": {}}), "model.backbone, got one with train"),
-        ({"model": {}}, "takes a LazyConfig with a model.backbone, got {"),
+        ({"model": {}}, "needs a LazyConfig with a model.backbone, got {"),
         (OmegaConf.create({"model": {"backbone": {"_target_": "torch.nn.Identity"}}}), "none: .* torch.nn.Identity"),
         (OmegaConf.create({"model": {"backbone": {"_target_": "no.such.thing"}}}), "none: .* no.such.thing"),
         (
@@ -202,12 +202,12 @@ def test_config_without_one_encoder(cfg, message):
 
 @pytest.mark.parametrize("wrong", [None, "plan", TokenClustering(0.5)], ids=repr)
 def test_plan_that_is_none(wrong):
-    with pytest.raises(InputError, match="plan takes"):
+    with pytest.raises(InputError, match="plan must be"):
         expedite(bare(), wrong)
 
 
 def test_node_that_is_no_plan():
-    with pytest.raises(InputError, match="plan takes"):
+    with pytest.raises(InputError, match="plan must be"):
         instantiate(expedite(bare(), L(TokenClustering)(grid=0.5)).model.backbone)
 
 
@@ -315,7 +315,7 @@ def test_yacs_takes_the_former_name_of_restore_mode():
 def test_yacs_reducer_that_is_none(reducer):
     cfg = small_yacs()
     cfg.MODEL.HOURGLASS.REDUCER = reducer
-    with pytest.raises(InputError, match="MODEL.HOURGLASS.REDUCER takes '' or .*'TokenClustering'"):
+    with pytest.raises(InputError, match="MODEL.HOURGLASS.REDUCER must be '' or .*'TokenClustering'"):
         build_backbone(cfg)
 
 
@@ -374,7 +374,7 @@ def test_yacs_swin_backbones():
             assert not torch.equal(outputs["res5"], plain(image)["res5"])
         assert all(torch.equal(outputs[level], expected[level]) for level in ("res3", "res5"))
     cfg = swin_yacs("build_swin_backbone", OUT_FEATURES=["p2"])
-    with pytest.raises(InputError, match="MODEL.SWIN.OUT_FEATURES takes 'res2' or"):
+    with pytest.raises(InputError, match="MODEL.SWIN.OUT_FEATURES must be 'res2' or"):
         build_backbone(cfg)
 
 
@@ -400,7 +400,7 @@ def test_expedits_nodes_make_the_plan():
     cfg.MODEL.SWIN.CLUSTERING_LOCATION = -1
     assert build_swin_plan(cfg).reducer is None
     cfg.MODEL.SWIN.CLUSTERING_LOCATION, cfg.MODEL.SWIN.TOKEN_CLUSTERING_BLOCK.NUM_SPIXELS = 10, 60
-    with pytest.raises(InputError, match="NUM_SPIXELS takes a square number"):
+    with pytest.raises(InputError, match="NUM_SPIXELS must be a square number"):
         build_swin_plan(cfg)
 
 
@@ -445,5 +445,5 @@ def test_arguments_of_a_reducer_of_ones_own(config_kind, tmp_path):
         plan = build_plan(config)
         assert type(plan.reducer).__name__ == "Strided" and plan.reducer.stride == 3
     cfg.MODEL.HOURGLASS.ARGUMENTS.STEP = 3
-    with pytest.raises(InputError, match="MODEL.HOURGLASS.ARGUMENTS of Strided takes 'stride', got 'step'"):
+    with pytest.raises(InputError, match="MODEL.HOURGLASS.ARGUMENTS of Strided must be 'stride', got 'step'"):
         build_plan(cfg)

@@ -193,19 +193,19 @@ def test_weights_in_half_precision_are_the_same_weights(dtype):
 def test_what_cannot_be_calibrated_is_refused_in_a_line(tmp_path):
     encoder = of_vit.tiny_vit()
     for plan, message in (
-        (Plan(), "takes a plan with a reducer"),
-        (Plan(TokenClustering((3, 3)), published=True), "takes a plan with a reducer that is not run as published"),
+        (Plan(), "needs a plan with a reducer"),
+        (Plan(TokenClustering((3, 3)), published=True), "needs a plan with a reducer that is not run as published"),
         (
             Plan(TokenClustering((3, 3), restore_mode="features"), 1, 4),
-            'restoring is another: with restore_mode="update"',
+            'restores something else: use restore_mode="update"',
         ),
         (Plan(BipartiteMatching(4), 1, 4), "BipartiteMatching|MergeEachWindow"),
     ):
         with pytest.raises(InputError, match=message):
             calibrate(encoder, plan, images(2))
-    with pytest.raises(InputError, match="takes at least 2 images, got 1"):
+    with pytest.raises(InputError, match="needs at least 2 images, got 1"):
         calibrate(encoder, PLAN, images(1))
-    with pytest.raises(InputError, match="calibration takes the file of one, or None, got 3"):
+    with pytest.raises(InputError, match="calibration must be a Calibration, its file or None, got 3"):
         Plan(TokenClustering((3, 3)), calibration=3)
     with pytest.raises(InputError, match="calibration is of a plan with a reducer"):
         Plan(calibration=tmp_path / "x.pth")

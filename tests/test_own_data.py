@@ -58,7 +58,7 @@ def test_16_bits_and_mended_annotations_give_the_same_figures(two_images, tmp_pa
     assert accuracy[0]["bbox"]["AP"] > 20 and accuracy[0]["segm"]["AP"] > 20
     for task, figures in accuracy[0].items():
         assert accuracy[1][task] == pytest.approx(figures, nan_ok=True)
-    for problem in ("no iscrowd", "no area", "no bbox", "ids that are no whole numbers over 0"):
+    for problem in ("no iscrowd", "no area", "no bbox", "ids that are not whole numbers over 0"):
         assert len([line for line in caplog.messages if f"annotations have {problem}, such as" in line]) == 1
 
 

@@ -95,8 +95,8 @@ def test_what_is_no_image_is_refused(images, image, message):
     [
         (lambda cfg: cfg.pop("model"), "a LazyConfig with model"),
         (lambda cfg: cfg.dataloader.pop("test"), "a LazyConfig with dataloader.test.mapper"),
-        (lambda cfg: cfg.train.update(device="tpu"), "train.device takes"),
-        (lambda cfg: cfg.evaluation.update(dtype="int8"), "evaluation.dtype takes"),
+        (lambda cfg: cfg.train.update(device="tpu"), "train.device must be"),
+        (lambda cfg: cfg.evaluation.update(dtype="int8"), "evaluation.dtype must be"),
         (lambda cfg: cfg.plan.update(start=99), "start"),
         (lambda cfg: cfg.train.update(init_checkpoint="nowhere.pth"), "checkpoint nowhere.pth cannot be read"),
     ],

@@ -64,5 +64,5 @@ def test_an_optimizer_takes_the_groups():
 
 @pytest.mark.parametrize("decay", [0, 1.5, -1])
 def test_decay_out_of_range(decay):
-    with pytest.raises(InputError, match="decay takes"):
+    with pytest.raises(InputError, match="decay must be"):
         layer_decay_params(tiny_model(), base_lr=0.1, decay=decay)

@@ -114,7 +114,7 @@ def test_a_calibrated_plan(tmp_path, capsys):
     run("--calibrate", *plan, f"train.output_dir={tmp_path}", "search.images=3", "dataloader.test.num_workers=0")
     printed = capsys.readouterr().out
     path = tmp_path / "calibration.pth"
-    assert "3 images of hourglass_demo_search" in printed and f"plan.calibration={path} takes it" in printed
+    assert "3 images of hourglass_demo_search" in printed and f"for plan.calibration={path}" in printed
     arguments = ["--eval-only", "evaluation.max_images=2", "evaluation.warmup=0", f"train.output_dir={tmp_path}"]
     run(*arguments, "--only", "expedited", *plan, f"plan.calibration={path}")
     assert "calibrated on 3 images of hourglass_demo_search" in capsys.readouterr().out
@@ -153,14 +153,14 @@ def test_a_search(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("hourglass.search.run.measure_errors", None)  # it is known
     run("--search", "speed=1.2", "labels=none", *found_in)
     printed = capsys.readouterr().out
-    assert "going on from" in printed and "agreement alone" in printed and "mask AP kept" not in printed
+    assert "continuing with" in printed and "agreement alone" in printed and "mask AP kept" not in printed
     # A config that leaves evaluation and search at their defaults.
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "mine.py").write_text("from .configs.demo.vitdet import dataloader, model, plan, train\n")
     mine = ["--config-file", str(tmp_path / "mine.py"), "search.dataset=hourglass_demo_search"]
     run("--search", "speed=1000", *mine, *found_in, "evaluation.warmup=0")
     printed = capsys.readouterr().out
-    assert "going on from" in printed and "fast attention alone, which changes nothing" in printed
+    assert "continuing with" in printed and "fast attention alone, which changes nothing" in printed
     cfg = LazyConfig.load(str(tmp_path / "plan.py"))
     assert cfg.plan.attention == "fast" and cfg.evaluation.warmup == 0 and cfg.search.images is None
 
@@ -168,10 +168,10 @@ def test_a_search(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["keep=2"], "a keep over 0 and under 1"),
-        (["keep=0.9", "speed=2"], "either keep=0.99, say, or speed=2"),
-        (["keep=0.9", "search.images=1"], "search.images takes a whole number of at least 2, got 1"),
-        (["keep=0.9", "search.images=4"], "a search takes at least 2 images to fit, got 1"),
+        (["keep=2"], "keep must be over 0 and under 1"),
+        (["keep=0.9", "speed=2"], "either keep, such as keep=0.99, or speed, such as speed=2"),
+        (["keep=0.9", "search.images=1"], "search.images must be a whole number of at least 2, got 1"),
+        (["keep=0.9", "search.images=4"], "--search needs at least 2 images to fit, got 1"),
         (["keep=0.9", "search.dataset=unknown"], "'unknown'"),
         (["keep=0.9", "search.image=4"], "search.image"),
     ],
@@ -227,7 +227,7 @@ def test_a_waterfall(tmp_path, monkeypatch, capsys):
     assert "--waterfall has bfloat16 in rows of its own" in line
     with pytest.raises(SystemExit):
         train_net.parse(["--waterfall", "--eval-only", "--only", "expedited"])
-    assert "--waterfall is a task of its own, without --eval-only and --only" in capsys.readouterr().err
+    assert "--waterfall cannot be used with --eval-only and --only" in capsys.readouterr().err
 
 
 def test_batches_have_the_figures_of_one_image_at_a_time(tmp_path):
@@ -295,7 +295,7 @@ def test_a_report_refuses_before_anything_runs(tmp_path, capsys, monkeypatch):
     (tmp_path / "report" / "notes.txt").write_text("mine")
     assert "which is none that it made" in refusal(capsys, "--eval-only", "--report", f"train.output_dir={tmp_path}")
     score = refusal(capsys, "--eval-only", "--report", "evaluation.report.score=2")
-    assert "evaluation.report.score takes a number from 0 to 1, got 2" in score
+    assert "evaluation.report.score must be a number from 0 to 1, got 2" in score
     monkeypatch.setitem(sys.modules, "jinja2", None)
     line = refusal(capsys, "--eval-only", "--report", f"train.output_dir={tmp_path / 'other'}")
     assert line == "error: --report needs jinja2: pip install jinja2"
@@ -320,10 +320,10 @@ def test_one_task_at_a_time(capsys):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["plan.reducer=null"], "calibration takes a plan with a reducer"),
+        (["plan.reducer=null"], "calibration needs a plan with a reducer"),
         (["plan.reducer._target_=hourglass.BipartiteMatching", "plan.reducer.r=8"], "which reduces anew in each block"),
-        (["plan.reducer.restore_mode=features"], 'with restore_mode="update" where it takes that'),
-        (["search.images=1"], "search.images takes a whole number of at least 2, got 1"),
+        (["plan.reducer.restore_mode=features"], 'use restore_mode="update" where the reducer has it'),
+        (["search.images=1"], "search.images must be a whole number of at least 2, got 1"),
         (["search.dataset=unknown"], "'unknown'"),
         (["search.datasets=unknown"], "search.datasets"),
     ],
@@ -459,7 +459,7 @@ def test_other_checkpoints_and_evaluators_are_refused(tmp_path, capsys):
 def test_an_output_that_is_no_folder_is_refused_before_measuring(tmp_path, capsys):
     (tmp_path / "file").touch()
     line = refusal(capsys, "--eval-only", *PANOPTIC_UNTRAINED, f"train.output_dir={tmp_path}/file/results")
-    assert "train.output_dir takes a folder that can be written to, got" in line
+    assert "train.output_dir must be a folder that can be written to, got" in line
 
 
 def test_missing_packages_are_said(capsys, monkeypatch):
@@ -572,15 +572,15 @@ def test_selectors_are_trained_beside_a_model_that_stays(tmp_path):
 
 def test_training_nothing_is_refused(tmp_path, capsys):
     training = ["train.max_iter=1", "train.trainable=reducer", f"train.output_dir={tmp_path}"]
-    assert 'train.trainable is "reducer", but no reducer that learns' in refusal(capsys, *UNTRAINED, *training)
-    assert "train.trainable takes 'all' or 'reducer', got 'selectors'" in refusal(
+    assert 'train.trainable="reducer" needs a reducer' in refusal(capsys, *UNTRAINED, *training)
+    assert "train.trainable must be 'all' or 'reducer', got 'selectors'" in refusal(
         capsys, *UNTRAINED, *training, "train.trainable=selectors"
     )
 
 
 def test_selectors_without_weights_are_refused(capsys):
     line = refusal(capsys, "--eval-only", *SELECTION, "plan.reducer.selectors=null")
-    assert "selectors takes a file of trained selectors" in line
+    assert "selectors must be a file of trained selectors" in line
     assert "selectors none.pth cannot be read" in refusal(
         capsys, "--eval-only", *SELECTION, "plan.reducer.selectors=none.pth"
     )
@@ -693,33 +693,33 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
     "overrides, message",
     [
         (["plan.strat=4"], "did you mean 'plan.start'?"),
-        (["plan.start=3", "plan.stop=3"], "stop takes a whole number over start (3) or None, got 3"),
-        (["plan=null"], "plan takes a hourglass.Plan, got None"),
+        (["plan.start=3", "plan.stop=3"], "stop must be a whole number over start (3) or None, got 3"),
+        (["plan=null"], "plan must be a hourglass.Plan, got None"),
         (["plan.reducer._target_=hourglass.AveragePoolng"], "'hourglass.AveragePoolng' cannot be imported"),
         (["model.roi_heads.num_clases=3"], "did you mean 'model.roi_heads.num_classes'?"),
-        (["evaluation.warmup=two"], "evaluation.warmup takes a whole number of at least 0, got 'two'"),
+        (["evaluation.warmup=two"], "evaluation.warmup must be a whole number of at least 0, got 'two'"),
         (["plan.stop=9"], "a plan needs 0 <= start < stop <= 8"),
         (["plan.reducer.grid=[65,64]"], "grid (65, 64) is larger than the token map, which has 16 x 16 tokens"),
-        (["plan.reducer.grid=0"], "grid takes (rows, columns)"),
-        (["plan.reducer.k=0"], "k takes a whole number of at least 1, got 0"),
+        (["plan.reducer.grid=0"], "grid must be (rows, columns)"),
+        (["plan.reducer.k=0"], "k must be a whole number of at least 1, got 0"),
         (["train.init_checkpoint=missing.pth"], "checkpoint missing.pth cannot be read"),
         (
             ["dataloader.test.dataset.names=coco_2017_val"],
             "coco/annotations/instances_val2017.json is missing",
         ),
         (["dataloader.test.dataset.names=hourglass_demo_vl"], "did you mean 'hourglass_demo_val'?"),
-        (["train.device=tpu"], 'train.device takes "cuda", "cpu" or "auto"'),
-        (["evaluation.dtype=float8"], 'evaluation.dtype takes "float32" or "bfloat16"'),
-        (["evaluation.max_images=0"], "evaluation.max_images takes a whole number of at least 1"),
-        (["train.max_iter=0"], "train.max_iter takes a whole number of at least 1, got 0"),
-        (["train.eval_period=often"], "train.eval_period takes a whole number of at least 0, got 'often'"),
-        (["train.checkpointer.period=2.5"], "train.checkpointer.period takes a whole number of at least 1, got 2.5"),
-        (["train.seed=-1"], "train.seed takes a whole number of at least 0, got -1"),
-        (["train.amp.enabled=yes!"], "train.amp.enabled takes true or false, got 'yes!'"),
-        (["train.expedite=1"], "train.expedite takes true or false, got 1"),
-        (["train.clip_gradient=-1"], "train.clip_gradient takes a number over 0, got -1"),
-        (["train.clip_gradient=nan"], "train.clip_gradient takes a number over 0, got nan"),
-        (["train.init_checkpoint=3"], "train.init_checkpoint takes text, got 3"),
+        (["train.device=tpu"], 'train.device must be "cuda", "cpu" or "auto"'),
+        (["evaluation.dtype=float8"], 'evaluation.dtype must be "float32" or "bfloat16"'),
+        (["evaluation.max_images=0"], "evaluation.max_images must be a whole number of at least 1"),
+        (["train.max_iter=0"], "train.max_iter must be a whole number of at least 1, got 0"),
+        (["train.eval_period=often"], "train.eval_period must be a whole number of at least 0, got 'often'"),
+        (["train.checkpointer.period=2.5"], "train.checkpointer.period must be a whole number of at least 1, got 2.5"),
+        (["train.seed=-1"], "train.seed must be a whole number of at least 0, got -1"),
+        (["train.amp.enabled=yes!"], "train.amp.enabled must be true or false, got 'yes!'"),
+        (["train.expedite=1"], "train.expedite must be true or false, got 1"),
+        (["train.clip_gradient=-1"], "train.clip_gradient must be a number over 0, got -1"),
+        (["train.clip_gradient=nan"], "train.clip_gradient must be a number over 0, got nan"),
+        (["train.init_checkpoint=3"], "train.init_checkpoint must be text, got 3"),
     ],
 )
 def test_refusals(tmp_path, capsys, overrides, message):
@@ -732,11 +732,11 @@ def test_refusals(tmp_path, capsys, overrides, message):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["optimizer.lr=abc"], "optimizer.lr takes a number over 0, got 'abc'"),
-        (["optimizer.lr=-1"], "optimizer.lr takes a number over 0, got -1"),
+        (["optimizer.lr=abc"], "optimizer.lr must be a number over 0, got 'abc'"),
+        (["optimizer.lr=-1"], "optimizer.lr must be a number over 0, got -1"),
         (["optimizer.betas=abc"], "optimizer cannot be built"),
         (["optimizer.weight_decay=-1"], "optimizer cannot be built (ValueError: Invalid weight_decay value: -1)"),
-        (["train.trainable=some"], "train.trainable takes 'all' or 'reducer', got 'some'"),
+        (["train.trainable=some"], "train.trainable must be 'all' or 'reducer', got 'some'"),
     ],
 )
 def test_training_options_are_refused_before_anything_is_written(tmp_path, capsys, overrides, message):
@@ -896,7 +896,7 @@ def test_a_model_without_an_encoder_is_refused(tmp_path, capsys):
         "model = L(nn.Linear)(in_features=2, out_features=2)\n"
     )
     line = refusal(capsys, "--eval-only", "--config-file", str(config))
-    assert "a model to be expedited has one encoder, a ViT" in line and "got Linear, which holds none" in line
+    assert "a model to be expedited must have one encoder, a ViT" in line and "got Linear, which has none" in line
 
 
 def test_the_command_line_says_what_it_takes():

@@ -82,7 +82,7 @@ def test_a_command_is_not_run(tmp_path, marker, suffix, place):
         "nested": {"model": {"weight": [torch.zeros(1), (shell(marker),)]}, "__author__": "third_party"},
         "as a key's value in a state": State(collections.OrderedDict, (), {"_metadata": shell(marker)}),
     }[place]
-    assert f"it holds {SYSTEM}: a file of weights is data" in refusal(save(content, tmp_path / f"a{suffix}"))
+    assert f"it holds {SYSTEM}: a file of weights must hold only" in refusal(save(content, tmp_path / f"a{suffix}"))
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

@@ -48,27 +48,35 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default=str(DEMO), help="a LazyConfig; without one, the demo's")
     parser.add_argument("--format", required=True, choices=tuple(FORMATS))
-    parser.add_argument("--model", action="store_true", help="the whole model, in place of its encoder (torchscript)")
+    parser.add_argument(
+        "--model", action="store_true", help="export the whole model instead of its encoder (torchscript)"
+    )
     parser.add_argument(
         "--size",
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="of the image in pixels; by default as the config's first test image comes to the encoder",
+        help="size of the image in pixels (default: that of the config's first test image at the encoder)",
     )
-    parser.add_argument("--dynamic", action="store_true", help="an encoder for images of many sizes (not torchscript)")
-    parser.add_argument("--output", metavar="FILE", help="by default encoder or model in train.output_dir")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
+    parser.add_argument(
+        "--dynamic", action="store_true", help="export an encoder for images of any size (not torchscript)"
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", help="file to write (default: encoder or model in train.output_dir)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config")
     return parser.parse_intermixed_args(arguments)
 
 
 def main(args: argparse.Namespace) -> None:
     check_format(args.format, args.model, args.dynamic)
     if args.size is not None and min(args.size) < 1:
-        raise InputError(f"--size takes height and width in pixels, got {args.size[0]} {args.size[1]}")
+        raise InputError(
+            f"--size must be height and width in pixels, each at least 1, got {args.size[0]} {args.size[1]}"
+        )
     cfg = load_config(args.config_file, args.overrides)
     if cfg.evaluation.dtype != "float32":
-        raise InputError(f"programs are exported in float32, got evaluation.dtype={cfg.evaluation.dtype}")
+        raise InputError(f"evaluation.dtype must be float32 for an export, got evaluation.dtype={cfg.evaluation.dtype}")
     part = "model" if args.model else "encoder"
     output = args.output or os.path.join(cfg.train.output_dir, part + FORMATS[args.format])
     check_path(output, args.format)

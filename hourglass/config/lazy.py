@@ -63,7 +63,7 @@ def expedite(cfg: DictConfig, plan: Plan | DictConfig) -> DictConfig:
     elif isinstance(plan, Plan):
         plan = plan_node(plan)
     else:
-        raise InputError(f"plan takes a hourglass.Plan or a LazyCall of one, got {plan!r}")
+        raise InputError(f"plan must be a hourglass.Plan or a LazyCall of one, got {plan!r}")
     expedited = copy.deepcopy(cfg)
     node = find_encoder_node(expedited)
     target = _target(node)
@@ -105,7 +105,7 @@ def find_encoder_node(cfg: DictConfig) -> DictConfig:
     backbone = OmegaConf.select(cfg, "model.backbone") if isinstance(cfg, DictConfig) else None
     if not isinstance(backbone, DictConfig):
         received = f"one with {', '.join(map(str, cfg)) or 'nothing'}" if isinstance(cfg, DictConfig) else repr(cfg)
-        raise InputError(f"expedite takes a LazyConfig with a model.backbone, got {received}")
+        raise InputError(f"expedite needs a LazyConfig with a model.backbone, got {received}")
     nodes = dict(_call_nodes(backbone, "model.backbone"))
     names = [name for name, node in nodes.items() if _is_encoder(_target(node))]
     # The encoder that an hourglass's node holds is that one's.
@@ -113,7 +113,7 @@ def find_encoder_node(cfg: DictConfig) -> DictConfig:
     if len(names) != 1:
         received = " and ".join(names) or f"none: {', '.join(f'{name} is {_name(nodes[name])}' for name in nodes)}"
         kinds = ", ".join(sorted({name for family in families() for name in family.class_names}))
-        raise InputError(f"model.backbone takes one encoder to expedite (a class named {kinds}), got {received}")
+        raise InputError(f"model.backbone must have one encoder to expedite (a class named {kinds}), got {received}")
     return nodes[names[0]]
 
 

@@ -141,7 +141,7 @@ def add_hourglass_config(cfg: CfgNode) -> None:
 
 def _nodes(cfg: CfgNode, name: str) -> CfgNode:
     if name not in cfg.MODEL:
-        raise InputError(f"a config without MODEL.{name}: call hourglass.add_hourglass_config(cfg) after get_cfg()")
+        raise InputError(f"the config has no MODEL.{name}: call hourglass.add_hourglass_config(cfg) after get_cfg()")
     return cfg.MODEL[name]
 
 
@@ -183,7 +183,7 @@ def _reducer_class(name: str) -> type[Reducer]:
         kind = None
     if not _is_reducer(kind):
         raise InputError(
-            f"MODEL.HOURGLASS.REDUCER takes '' or one of {', '.join(map(repr, kinds))}, or the dotted name of a "
+            f"MODEL.HOURGLASS.REDUCER must be '' or one of {', '.join(map(repr, kinds))}, or the dotted name of a "
             f"hourglass.Reducer, got {name!r}"
         )
     return kind
@@ -287,7 +287,7 @@ def build_swin_plan(cfg: CfgNode) -> Plan:
     if isinstance(grid, int):
         if math.isqrt(grid) ** 2 != grid:
             node = "MODEL.SWIN.TOKEN_CLUSTERING_BLOCK.NUM_SPIXELS"
-            raise InputError(f"{node} takes a square number or (rows, columns), got {grid}")
+            raise InputError(f"{node} must be a square number or (rows, columns), got {grid}")
         grid = (math.isqrt(grid), math.isqrt(grid))
     make = TokenClustering.published if cfg.MODEL.HOURGLASS.PUBLISHED else TokenClustering
     reducer = make(

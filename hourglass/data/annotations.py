@@ -141,7 +141,7 @@ class InstanceCheck:
             if not isinstance(self.content, dict) or not isinstance(self.content.get(key), list):
                 content = sorted(self.content) if isinstance(self.content, dict) else type(self.content).__name__
                 raise InputError(
-                    f"instances JSON {self.name} has no list {key!r}, it has {content}: COCO's format is taken"
+                    f"instances JSON {self.name} has no list {key!r}, it has {content}: it must be in COCO's format"
                 )
         self._check_categories(self.content["categories"])
         self._check_images(self.content["images"])
@@ -149,7 +149,7 @@ class InstanceCheck:
         self._check_links(annotations)
         self._check_flags(annotations)
         self._require(
-            "whose area is no number from 0",
+            "whose area is not a number of at least 0",
             annotations,
             [_is_area(annotation.get("area")) for annotation in annotations],
             "area",
@@ -205,7 +205,7 @@ class InstanceCheck:
             if not all(_is_whole(side) and side > 0 for side in size):
                 raise InputError(
                     f"instances JSON {self.name}: image {image['id']!r} has height {size[0]!r} and width {size[1]!r}: "
-                    "whole numbers over 0 are taken"
+                    "both must be whole numbers over 0"
                 )
             self._images[image["id"]] = size
 
@@ -213,7 +213,7 @@ class InstanceCheck:
         twice = repeated(ids)
         if twice:
             raise InputError(
-                f"instances JSON {self.name}: {len(twice)} {kind} ids are there more than once, such as {twice[0]!r}"
+                f"instances JSON {self.name}: {len(twice)} {kind} ids occur more than once, such as {twice[0]!r}"
             )
         return set(ids)
 
@@ -224,7 +224,7 @@ class InstanceCheck:
         for i, annotation in enumerate(annotations):
             if not isinstance(annotation, dict):
                 raise InputError(
-                    f"instances JSON {self.name}: annotation {i} of its list is no object, got {annotation!r}"
+                    f"instances JSON {self.name}: annotation {i} of its list is not an object, got {annotation!r}"
                 )
         valid = [
             isinstance(annotation.get("image_id"), str) or _is_whole(annotation.get("image_id"))
@@ -244,7 +244,7 @@ class InstanceCheck:
                 raise InputError(f"{line} (its images have ids such as {next(iter(self._images), None)!r})")
             self.doubts.append(f"{line}: they are left out")
         valid = [_is_whole(annotation.get("category_id")) for annotation in annotations]
-        self._require("whose category_id is no whole number", annotations, valid, "category_id")
+        self._require("whose category_id is not a whole number", annotations, valid, "category_id")
         valid = [annotation["category_id"] in self._categories for annotation in annotations]
         self._require(
             f"whose category_id is none of {sorted(self._categories)[:20]}", annotations, valid, "category_id"
@@ -259,7 +259,7 @@ class InstanceCheck:
             for i, annotation in enumerate(annotations, start=1):
                 annotation["id"] = i
             self._record_mend(
-                len(bad), "annotations have ids that are no whole numbers over 0", repr(bad[0]), "all are numbered anew"
+                len(bad), "annotations have ids that are not whole numbers over 0", repr(bad[0]), "all are renumbered"
             )
 
     def _check_flags(self, annotations: list) -> None:
@@ -267,7 +267,7 @@ class InstanceCheck:
         for annotation in missing:
             annotation["iscrowd"] = 0
         if missing:
-            self._record_mend(len(missing), "annotations have no iscrowd", _describe(missing[0]), "0 is taken")
+            self._record_mend(len(missing), "annotations have no iscrowd", _describe(missing[0]), "0 is assumed")
         valid = [annotation["iscrowd"] in (0, 1) for annotation in annotations]
         self._require("whose iscrowd is neither 0 nor 1", annotations, valid, "iscrowd")
         valid = [annotation.get("ignore", 0) in (0, None, False) for annotation in annotations]
@@ -305,7 +305,10 @@ class InstanceCheck:
             )
         if flat:
             self._record_mend(
-                len(flat), "annotations have one polygon not in a list", _describe(flat[0]), "it is taken as one"
+                len(flat),
+                "annotations have a polygon that is not in a list",
+                _describe(flat[0]),
+                "it is put into a list",
             )
         if short:
             self._record_mend(
@@ -336,7 +339,7 @@ class InstanceCheck:
             x0, y0, x1, y1 = extents[id(annotation)]
             annotation["bbox"] = [x0, y0, x1 - x0, y1 - y0]
         if missing:
-            self._record_mend(len(missing), "annotations have no bbox", _describe(missing[0]), "their masks' is taken")
+            self._record_mend(len(missing), "annotations have no bbox", _describe(missing[0]), "their masks' is used")
         bad = [annotation for annotation in annotations if not _is_box(annotation["bbox"])]
         if bad:
             self._raise(
@@ -352,7 +355,7 @@ class InstanceCheck:
             annotation["area"] = self._area(annotation)
         if unknown:
             self._record_mend(
-                len(unknown), "annotations have no area", _describe(unknown[0]), "their masks' or else boxes' is taken"
+                len(unknown), "annotations have no area", _describe(unknown[0]), "their masks' or else boxes' is used"
             )
 
     def _polygon_extents(self, annotations: list, total: int) -> dict[int, tuple[float, float, float, float]]:
@@ -400,7 +403,7 @@ class InstanceCheck:
             annotation for annotation, size in sized if tuple(annotation["segmentation"]["size"]) == size[::-1] != size
         ]
         if turned:
-            self._raise(turned, total, "whose RLE has the size (width, height), where (height, width) is taken")
+            self._raise(turned, total, "whose RLE has the size (width, height), which must be (height, width)")
         mismatched = [annotation for annotation, size in sized if tuple(annotation["segmentation"]["size"]) != size]
         if mismatched:
             height, width = self._images[mismatched[0]["image_id"]]
@@ -450,13 +453,13 @@ class InstanceCheck:
             raise InputError(
                 f"instances JSON {self.name}: {self._corners} of the {total} annotations have boxes that are x0 y0 x1 "
                 "y1 "
-                f"(XYXY) by their masks, such as {_describe(self._first_corners)}: [x, y, width, height] is taken"
+                f"(XYXY) by their masks, such as {_describe(self._first_corners)}: boxes must be [x, y, width, height]"
             )
         if 2 * self._left > self._boxes:
             self.doubts.append(
                 f"instances JSON {self.name}: {self._left} of the {total} boxes leave their images: are they x0 y0 x1 "
                 "y1 "
-                "(XYXY)? [x, y, width, height] is taken"
+                "(XYXY)? Boxes must be [x, y, width, height]"
             )
 
     def _area(self, annotation: dict) -> float:

@@ -25,7 +25,7 @@ class StretchContrast(T.Augmentation):
     def __init__(self, low: float = 1.0, high: float = 99.8):
         super().__init__()
         if not 0 <= low < high <= 100:
-            raise InputError(f"low and high take percentiles with low < high, got {low} and {high}")
+            raise InputError(f"low and high must be percentiles with low < high, got {low} and {high}")
         self.low, self.high = low, high
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
@@ -49,7 +49,7 @@ class EnlargeShortestEdge(T.Augmentation):
         super().__init__()
         check_count("length", length, 1)
         if not 0 < zoom[0] <= zoom[1]:
-            raise InputError(f"zoom takes two factors over 0, the smaller one first, got {tuple(zoom)}")
+            raise InputError(f"zoom must be two factors over 0, the smaller one first, got {tuple(zoom)}")
         self.length, self.zoom = length, zoom
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
@@ -76,7 +76,7 @@ class RandomStain(T.Augmentation):
         super().__init__()
         for name, value in (("scale", scale), ("shift", shift)):
             if not 0 <= value < 1:
-                raise InputError(f"{name} takes a number from 0 to below 1, got {value}")
+                raise InputError(f"{name} must be a number from 0 to below 1, got {value}")
         self.scale, self.shift = scale, shift
 
     def get_transform(self, image: np.ndarray) -> T.Transform:

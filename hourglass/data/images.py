@@ -181,21 +181,21 @@ def read_labels(path: str) -> np.ndarray:
         image = Image.open(file)
         if image.mode not in {"1", "L", "P", "I", *SIXTEEN_BITS}:
             raise InputError(
-                f"semantic PNG {path} is of Pillow's mode {image.mode!r}: one channel of class ids is taken"
+                f"semantic PNG {path} is of Pillow's mode {image.mode!r}: it must have one channel of class ids"
             )
         labels = np.asarray(image)
     if labels.max(initial=0) > 255 or labels.min(initial=0) < 0:
-        raise InputError(f"semantic PNG {path} has the class id {labels.max()}: ids from 0 to 255 are taken")
+        raise InputError(f"semantic PNG {path} has the class id {labels.max()}: ids must be from 0 to 255")
     return labels.astype(np.uint8)[..., None]
 
 
 def _problem(image: Image.Image) -> str:
     if image.format == "TIFF" and image.getexif().get(ORIENTATION, 1) != 1:
         # Releases of Pillow differ in whether reading applies it.
-        return "is a TIFF with an orientation: upright ones are taken"
+        return "is a TIFF with an orientation: it must be upright"
     if image.mode in EIGHT_BITS or _is_deep(image):
         return ""
-    return f"is of Pillow's mode {image.mode!r} ({image.format}): values of 8 or 16 bits without sign are taken"
+    return f"is of Pillow's mode {image.mode!r} ({image.format}): values must be of 8 or 16 bits without sign"
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -220,7 +220,7 @@ def _sixteen_bits(image: Image.Image, path: str) -> np.ndarray:
     file.seek(0)
     pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if pixels is None or pixels.dtype != np.uint16:
-        raise InputError(f"image {path} has colours of 16 bits that OpenCV cannot read: PNG and TIFF are taken")
+        raise InputError(f"image {path} has colours of 16 bits that OpenCV cannot read: it must be PNG or TIFF")
     return pixels if pixels.ndim == 2 else pixels[..., 2::-1]
 
 

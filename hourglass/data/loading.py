@@ -248,7 +248,9 @@ def _check_headers(records: Sequence[dict[str, Any]], name: Any, mapper: Any) ->
                     f"{record['file_name']} {_format_size(expected)} (height x width)"
                 )
             if key == "pan_seg_file_name" and header.mode not in ("RGB", "RGBA"):
-                raise InputError(f"panoptic PNG {record[key]} is of Pillow's mode {header.mode!r}: 8 bit RGB is taken")
+                raise InputError(
+                    f"panoptic PNG {record[key]} is of Pillow's mode {header.mode!r}: it must be 8 bit RGB"
+                )
 
 
 def _describe_orientation(header: Header, annotated: tuple) -> str:

@@ -60,7 +60,7 @@ class PanopticMapper:
         detection_utils.check_image_size(record, image)
         if "pan_seg_file_name" not in record:
             raise InputError(
-                f"image {record['file_name']} has no pan_seg_file_name: PanopticMapper takes a panoptic data set"
+                f"image {record['file_name']} has no pan_seg_file_name: PanopticMapper needs a panoptic data set"
             )
         path, segments = record.pop("pan_seg_file_name"), record.pop("segments_info")
         for unused in ("annotations", "sem_seg_file_name"):

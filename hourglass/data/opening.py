@@ -116,7 +116,7 @@ def _search_node(cfg: DictConfig) -> DictConfig:
     elif "train" in cfg.dataloader:
         node.dataset = copy.deepcopy(cfg.dataloader.train.dataset)
     else:
-        raise InputError("search.dataset takes the name of a data set where dataloader.train has none, got null")
+        raise InputError("search.dataset must be the name of a data set where there is no dataloader.train, got null")
     return node
 
 
@@ -203,7 +203,7 @@ def _single_name(dataset: DictConfig) -> str:
         return names
     if len(names) != 1:
         raise InputError(
-            f"dataloader.test.dataset.names takes one data set, got {list(names)}: evaluators know one at a time, so "
+            f"dataloader.test.dataset.names must be one data set, got {list(names)}: evaluators know one at a time, so "
             "run "
             "once for each, such as with dataloader.test.dataset.names=" + (names[0] if names else "my_val")
         )
@@ -215,7 +215,7 @@ def _check_batches(node: DictConfig) -> None:
     size = node.get("batch_size", 1)
     if size != 1:
         raise InputError(
-            f"dataloader.test.batch_size takes 1: evaluation.batch_size says how many images a batch has, got {size!r}"
+            f"dataloader.test.batch_size must be 1, as evaluation.batch_size sets the images of a batch, got {size!r}"
         )
     node.pop("batch_size", None)  # Detectron2 0.6 does not take it
 
@@ -271,7 +271,7 @@ def _check_coco(evaluator: _Evaluator, records: list[dict[str, Any]], model: nn.
     }
     for task in tasks:
         if task not in ("bbox", *parts):
-            raise InputError(f"{evaluator.key}.tasks takes bbox, segm and keypoints, got {task!r}")
+            raise InputError(f"{evaluator.key}.tasks must be bbox, segm or keypoints, got {task!r}")
         if task == "bbox":
             continue
         outputs, switch, missing = parts[task]
@@ -487,13 +487,13 @@ def _check_masks(records: list[dict[str, Any]], options: DictConfig, model: nn.M
     if lacking:
         raise InputError(
             f"{len(lacking)} of the {total} objects to be trained on have no mask, such as one of image "
-            f"{_describe_record(lacking[0])}, and {mapper} takes masks: {mapper}.use_instance_mask=false "
+            f"{_describe_record(lacking[0])}, and {mapper} needs masks: {mapper}.use_instance_mask=false "
             f"{mapper}.recompute_boxes=false model.roi_heads.mask_in_features=null train boxes alone"
         )
     if runs and options.get("instance_mask_format", "polygon") == "polygon":
         raise InputError(
             f"{len(runs)} of the {total} objects to be trained on have masks as RLE, such as one of image "
-            f"{_describe_record(runs[0])}, and {mapper} takes polygons: {mapper}.instance_mask_format=bitmask takes "
+            f"{_describe_record(runs[0])}, and {mapper} needs polygons: {mapper}.instance_mask_format=bitmask takes "
             "both"
         )
 

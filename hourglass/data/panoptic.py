@@ -68,7 +68,7 @@ def _read_panoptic_json(path: str, modified: int, size: int) -> PanopticTruth:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             keys = sorted(content) if isinstance(content, dict) else type(content).__name__
             problem = f"has no list {key!r}, it has {keys}"
-            raise InputError(f"panoptic JSON {path} {problem}: COCO's panoptic format is taken")
+            raise InputError(f"panoptic JSON {path} {problem}: it must be in COCO's panoptic format")
     try:
         _check_unique(path, "category", [category["id"] for category in content["categories"]])
         _check_unique(path, "image", [image["id"] for image in content.get("images") or []])
@@ -92,13 +92,11 @@ def _read_panoptic_json(path: str, modified: int, size: int) -> PanopticTruth:
 def _check_unique(path: str, kind: str, ids: list) -> None:
     twice = repeated(ids)
     if twice:
-        raise InputError(
-            f"panoptic JSON {path}: {len(twice)} {kind} ids are there more than once, such as {twice[0]!r}"
-        )
+        raise InputError(f"panoptic JSON {path}: {len(twice)} {kind} ids occur more than once, such as {twice[0]!r}")
     kinds = {type(id).__name__ for id in ids}
     if not (kinds <= {"int"} or kinds <= {"str"} and "image" in kind):
         first = next(id for id in ids if type(id) is not int)
-        raise InputError(f"panoptic JSON {path}: {kind} ids are whole numbers, got {first!r}")
+        raise InputError(f"panoptic JSON {path}: {kind} ids must be whole numbers, got {first!r}")
 
 
 def _check_segments(path: str, annotations: dict[Any, dict], categories: dict[int, dict]) -> None:
@@ -113,9 +111,9 @@ def _check_segments(path: str, annotations: dict[Any, dict], categories: dict[in
                 raise InputError(f"panoptic JSON {path}: a segment of image {image_id} has no {min(missing)!r}")
             place = f"segment {segment['id']!r} of image {image_id}"
             if type(segment["id"]) is not int or not 0 < segment["id"] < 256**3:
-                raise InputError(f"panoptic JSON {path}: {place} is named by no whole number from 1 to {256**3 - 1}")
+                raise InputError(f"panoptic JSON {path}: {place} must have a whole number from 1 to {256**3 - 1}")
             if segment["id"] in ids:
-                raise InputError(f"panoptic JSON {path}: {place} is there more than once")
+                raise InputError(f"panoptic JSON {path}: {place} occurs more than once")
             ids.add(segment["id"])
             if segment["category_id"] not in categories:
                 problem = f"category_id {segment['category_id']!r}, which is none of {list(categories)}"
@@ -124,9 +122,11 @@ def _check_segments(path: str, annotations: dict[Any, dict], categories: dict[in
                 missing_crowd.append(place)
                 segment["iscrowd"] = 0
             elif segment["iscrowd"] not in (0, 1):
-                raise InputError(f"panoptic JSON {path}: {place} has iscrowd {segment['iscrowd']!r}, which is 0 or 1")
+                raise InputError(
+                    f"panoptic JSON {path}: {place} has iscrowd {segment['iscrowd']!r}, which must be 0 or 1"
+                )
     if missing_crowd and comm.is_main_process():
-        line = f"{len(missing_crowd)} of the {total} segments have no iscrowd, such as {missing_crowd[0]}: 0 is taken"
+        line = f"{len(missing_crowd)} of the {total} segments have no iscrowd, such as {missing_crowd[0]}: 0 is assumed"
         logger.warning(f"panoptic JSON {path}: {line}")
 
 
@@ -147,7 +147,7 @@ def read_panoptic_png(path: str) -> np.ndarray:
         reason = str(error).split("\n")[0]
         raise InputError(f"panoptic PNG {path} cannot be read ({type(error).__name__}: {reason})") from error
     if colours.ndim != 3 or colours.shape[-1] < 3 or colours.dtype != np.uint8:
-        raise InputError(f"panoptic PNG {path} is {colours.shape} {colours.dtype}: 8 bit RGB is taken")
+        raise InputError(f"panoptic PNG {path} is {colours.shape} {colours.dtype}: it must be 8 bit RGB")
     return colours[..., :3]
 
 
@@ -291,7 +291,7 @@ def _load_instances(metadata: PanopticMetadata) -> dict[Any, list[dict[str, Any]
             if instance["category_id"] not in contiguous:
                 raise InputError(
                     f"{metadata.json_file}: an instance of image {record['image_id']} has category_id "
-                    f"{instance['category_id']}, which is no thing of {metadata.panoptic_json}"
+                    f"{instance['category_id']}, which is not a thing of {metadata.panoptic_json}"
                 )
             instance["category_id"] = contiguous[instance["category_id"]]
         instances[record["image_id"]] = record["annotations"]

@@ -26,10 +26,12 @@ def register_folder(folder: str | os.PathLike) -> str:
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise InputError(f"--images takes a folder of images, got {str(folder)!r}, which is none")
+        raise InputError(f"--images must be a folder of images, got {str(folder)!r}, which is no folder")
     paths = sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
-        raise InputError(f"--images takes a folder of images ({', '.join(SUFFIXES)}), got {str(folder)!r} without one")
+        raise InputError(
+            f"--images must be a folder of images ({', '.join(SUFFIXES)}), got {str(folder)!r} without one"
+        )
     name = f"images of {root}"
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)

@@ -70,11 +70,11 @@ class Calibration:
         except Exception as error:  # whatever a file system or an unpickler may raise
             raise InputError(f"calibration {path} cannot be read ({reason(error)})") from error
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise InputError(f"calibration {path} is none: train_net.py --calibrate writes some")
+            raise InputError(f"calibration {path} is not a calibration file, as train_net.py --calibrate writes")
         try:
             return cls(**content)
         except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"calibration {path} is damaged: train_net.py --calibrate writes it anew") from error
+            raise InputError(f"calibration {path} is damaged: write it again with train_net.py --calibrate") from error
 
     def digest(self) -> str:
         """A checksum of what it corrects with."""

@@ -31,7 +31,7 @@ def expedite(model: Model, plan: Plan) -> Model:
         InputError: for a model without an encoder that can be expedited, or a plan that it cannot follow.
     """
     if not isinstance(plan, Plan):
-        raise InputError(f"plan takes a hourglass.Plan, got {plan!r}")
+        raise InputError(f"plan must be a hourglass.Plan, got {plan!r}")
     _, encoder = find_encoder(model)
     above = [module for module in modules_holding(model, {encoder}) if module is not encoder]
     for module in above:
@@ -50,6 +50,6 @@ def _refuse_other_references(module: nn.Module, targets: set[nn.Module]) -> None
             owner = candidate.__self__ if inspect.ismethod(candidate) else candidate
             if isinstance(owner, nn.Module) and owner in targets:
                 raise InputError(
-                    f"{type(module).__name__} holds {type(owner).__name__} in its attribute {name!r} beside its "
-                    "modules, and would go on calling it as it was"
+                    f"{type(module).__name__} holds {type(owner).__name__} also in its attribute {name!r}, which is no "
+                    "module, and would go on calling it unexpedited"
                 )

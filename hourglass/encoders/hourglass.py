@@ -172,11 +172,11 @@ def _bind_reducer(plan: Plan, reducer: Reducer, family: Family, blocks: list[nn.
     windows = {family.window_size(block) for block in inner} - {0}
     name = type(reducer).__name__
     if reducer.needs_calibration and plan.calibration is None:
-        raise InputError(f"{name} takes a plan with a calibration: train_net.py --calibrate makes one")
+        raise InputError(f"{name} needs a plan with a calibration, which train_net.py --calibrate makes")
     if reducer.takes_lists and not family.block.takes_lists:
         raise InputError(
-            f"{name} takes an encoder whose windows stay where they are, got a {family.name}, whose windows shift: "
-            "tokens that merge in one would lie in two of the next block's"
+            f"{name} needs an encoder whose windows do not shift, got a {family.name}: tokens that merge in one window "
+            "would lie in two windows of the next block"
         )
     if plan.scope == "window" and len(windows) != 1:
         raise InputError(
@@ -188,11 +188,11 @@ def _bind_reducer(plan: Plan, reducer: Reducer, family: Family, blocks: list[nn.
         _check_positions(reducer, like)
     if not reducer.on_grid and plan.scope == "map" and windows:
         raise InputError(
-            f'{name} takes scope "window" where blocks have windows, got scope "map" and windows '
-            f"of {sorted(windows)} {where}: its tokens lie anywhere, and are cut into no windows"
+            f'{name} needs scope "window" where blocks have windows, got scope "map" and windows '
+            f"of {sorted(windows)} {where}: its tokens lie on no grid that could be cut into windows"
         )
     if not reducer.on_grid and any(getattr(block, "use_residual_block", False) for block in inner):
-        raise InputError(f"{name} takes blocks without convolutions, got some {where}")
+        raise InputError(f"{name} needs blocks without convolutions, got blocks with them {where}")
     if plan.published:
         family.check_published(plan, inner)
     reducer.bind([block.norm1.weight.numel() for block in inner])
@@ -204,11 +204,11 @@ def _bind_reducer(plan: Plan, reducer: Reducer, family: Family, blocks: list[nn.
 def _blocks_with_pooled_keys(plan: Plan, family: Family, blocks: list[nn.Module], planned: range) -> set[nn.Module]:
     """The blocks that attend to pooled keys."""
     if not family.pools_keys:
-        raise InputError(f"keys takes an encoder with global attention, got keys={plan.keys} and a {family.name}")
+        raise InputError(f"keys needs an encoder with global attention, got keys={plan.keys} and a {family.name}")
     pooled = {block for i, block in enumerate(blocks) if i not in planned and family.window_size(block) == 0}
     if not pooled:
         where = f" outside blocks {planned.start} to {planned.stop - 1}" if planned else ""
-        raise InputError(f"keys={plan.keys} takes an encoder with a block of global attention{where}, got none")
+        raise InputError(f"keys={plan.keys} needs an encoder with a block of global attention{where}, got none")
     return pooled
 
 
@@ -232,6 +232,5 @@ def _check_positions(reducer: Reducer, like: Tensor) -> None:
         return
     if reduction.positions is not None:
         raise InputError(
-            f"{type(reducer).__name__} gives its tokens positions: its class is to say on_grid = False, so that it is "
-            "known where it can be used"
+            f"{type(reducer).__name__} must set on_grid = False, as its tokens have positions: got on_grid = True"
         )

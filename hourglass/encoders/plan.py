@@ -51,23 +51,23 @@ class Plan:
         keys: int = 1,
     ):
         if reducer is not None and not isinstance(reducer, Reducer):
-            raise InputError(f"reducer takes a hourglass.Reducer or None, got {reducer!r}")
+            raise InputError(f"reducer must be a hourglass.Reducer or None, got {reducer!r}")
         check_count("start", start, 0)
         check_count("keys", keys, 1)
         if stop is not None and (isinstance(stop, bool) or not isinstance(stop, Integral) or stop <= start):
-            raise InputError(f"stop takes a whole number over start ({start}) or None, got {stop!r}")
+            raise InputError(f"stop must be a whole number over start ({start}) or None, got {stop!r}")
         check_choice("scope", scope, SCOPES)
         for name, value in (("proportional", proportional), ("published", published)):
             if not isinstance(value, bool):
-                raise InputError(f"{name} takes True or False, got {value!r}")
+                raise InputError(f"{name} must be True or False, got {value!r}")
         if attention is not None:
             check_choice("attention", attention, ATTENTION)
         if reducer is not None and scope not in reducer.scopes:
-            raise InputError(f'{type(reducer).__name__} acts on whole blocks and takes scope "map", got {scope!r}')
+            raise InputError(f'{type(reducer).__name__} acts on whole blocks: scope must be "map", got {scope!r}')
         if calibration is not None and not isinstance(calibration, Calibration | str | os.PathLike):
-            raise InputError(f"calibration takes the file of one, or None, got {calibration!r}")
+            raise InputError(f"calibration must be a Calibration, its file or None, got {calibration!r}")
         if calibration is not None and (reducer is None or published):
-            raise InputError("calibration is of a plan with a reducer that is not run as published")
+            raise InputError("calibration must be None in a plan without a reducer or with published=True")
         self.reducer = reducer.published_form() if published and reducer is not None else reducer
         self.start = start
         self.stop = stop

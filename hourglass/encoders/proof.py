@@ -69,7 +69,7 @@ def verify(model: nn.Module) -> list[Proof]:
     """
     encoder = unmodified(find_encoder(model)[1])
     if is_on_meta(encoder):
-        raise InputError(f"{_name(encoder)} is on the meta device: what has no values cannot be run both ways")
+        raise InputError(f"{_name(encoder)} is on the meta device: its blocks cannot be run without values")
     family = family_of(encoder)
     blocks = [block for stage in family.stages_of(encoder) for block in stage]
     return [_prove_kind(encoder, family, blocks, numbers) for numbers in _kinds(blocks)]
@@ -96,8 +96,8 @@ def prove(encoder: nn.Module, family: Family, planned: range) -> None:
         if not proof.holds:
             raise InputError(
                 f"{_name(encoder)} looks like {family.name}, but its block {numbers[0]}, a {proof.kind}, gives another "
-                f"result than {family.name}'s would: {100 * proof.difference:.2g} % of what it adds to its tokens. It "
-                "takes a family of its own, see hourglass.encoders.contract"
+                f"result than {family.name}'s would: they differ by {100 * proof.difference:.2g} % of what the block "
+                "adds to its tokens. It needs a family of its own, see hourglass.encoders.contract"
             )
     _check_calls(encoder, family, blocks, planned)
 

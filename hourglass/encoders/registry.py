@@ -52,7 +52,7 @@ def family_of(encoder: nn.Module) -> Family:
     family = family_or_none(encoder)
     if family is None:
         names = ", ".join(family.name for family in _families)
-        raise InputError(f"an encoder to be expedited is a {names}, got {type(encoder).__name__}")
+        raise InputError(f"an encoder to be expedited must be a {names}, got {type(encoder).__name__}")
     return family
 
 
@@ -76,13 +76,13 @@ def find_encoder(model: nn.Module) -> tuple[str, nn.Module]:
     kinds = " or ".join(family.name for family in families())
     if candidates:
         raise InputError(
-            f"a model to be expedited has one encoder, a {kinds}, got {type(model).__name__} with "
+            f"a model to be expedited must have one encoder, a {kinds}, got {type(model).__name__} with "
             f"{', '.join(f'{name} ({type(module).__name__})' for name, module in candidates)}"
         )
     backbone = getattr(model, "backbone", None)
     with_backbone = f" with the backbone {type(backbone).__name__}" if isinstance(backbone, nn.Module) else ""
     raise InputError(
-        f"a model to be expedited has one encoder, a {kinds} (hourglass's, Detectron2's, Mask2Former's, "
-        f"segment-anything's, EVA's), got {type(model).__name__}{with_backbone}, which holds none: an encoder of "
-        "another family takes a file of its own, see hourglass.encoders.contract"
+        f"a model to be expedited must have one encoder, a {kinds} (hourglass's, Detectron2's, Mask2Former's, "
+        f"segment-anything's, EVA's), got {type(model).__name__}{with_backbone}, which has none: to add another family "
+        "of encoders, see hourglass.encoders.contract"
     )

@@ -166,7 +166,7 @@ def agreement(
         InputError: for a score that is no number from 0 to 1, and images that not both ran on.
     """
     if not 0 <= score < 1:
-        raise InputError(f"score takes a number from 0 to 1, got {score!r}")
+        raise InputError(f"score must be a number from 0 to 1, got {score!r}")
     for name, recorder in (("first", first), ("second", second)):
         missing = [image_id for image_id in image_ids if image_id not in recorder.outputs]
         if missing:

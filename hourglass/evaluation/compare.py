@@ -225,7 +225,7 @@ def compare(
         image_ids = [image_id for finished, _ in shares for batch in finished for image_id in batch.image_ids]
         repeated = [image_id for image_id, times in Counter(image_ids).items() if times > 1]
         if repeated:
-            raise InputError(f"an image is compared once, got {repeated[0]!r} in more than one process")
+            raise InputError(f"an image must be compared once, got {repeated[0]!r} in more than one process")
         accuracy = {name: _evaluate(subject.evaluator, image_ids) for name, subject in subjects.items()}
         for name, subject in subjects.items():
             complete_accuracy(members(subject.evaluator), accuracy[name], image_ids)
@@ -395,10 +395,10 @@ def _check_images(inputs: list[dict[str, Any]], annotated: set[Any] | None, done
     image_ids: list[Any] = []
     for record in inputs:
         if "image_id" not in record:
-            raise InputError(f"an image to be compared has an 'image_id', got {sorted(record)}")
+            raise InputError(f"an image to be compared must have an 'image_id', got {sorted(record)}")
         image_id = record["image_id"]
         if image_id in done or image_id in image_ids:
-            raise InputError(f"an image is compared once, got {image_id!r} again: ids of images must be unique")
+            raise InputError(f"an image must be compared once, got {image_id!r} again: ids of images must be unique")
         if annotated is not None and image_id not in annotated:
             raise InputError(f"image {image_id!r} is not among the {len(annotated)} images that the evaluator has")
         image_ids.append(image_id)
@@ -487,7 +487,7 @@ def _evaluate(evaluator: DatasetEvaluator, image_ids: list) -> dict[str, dict[st
         for member in members(evaluator):
             for task, metrics in _evaluate(member, image_ids).items():
                 if task in results:
-                    raise InputError(f"an evaluator for each task is taken, got two that evaluate {task!r}")
+                    raise InputError(f"evaluators must evaluate different tasks, got two that evaluate {task!r}")
                 results[task] = metrics
         return results
     annotated = _required_images(evaluator)

@@ -94,7 +94,7 @@ class InstanceEvaluator(COCOEvaluator):
             InputError: for sides that do not grow.
         """
         if list(sides) != sorted(set(sides)) or any(side <= 0 for side in sides):
-            raise InputError(f"sides takes growing numbers of pixels over 0, got {list(sides)}")
+            raise InputError(f"sides must be increasing numbers of pixels over 0, got {list(sides)}")
         self.sides = tuple(sides)
         limits = [0, *sides, 1e5]
         self._areas = {} if not sides else {size: (size[0] ** 2, size[1] ** 2) for size in zip(limits, limits[1:])}

@@ -58,7 +58,7 @@ def count_segments(
     truth_class = _classes("ground truth", truth_info, index)
     predicted_class = _classes("prediction", predicted_info, index)
     if predicted.size and predicted.min() < 0:
-        raise InputError(f"a prediction's segment ids are at least 0, which stands for none, got {predicted.min()}")
+        raise InputError(f"a prediction's segment ids must be at least 0, which stands for none, got {predicted.min()}")
 
     # Joint histogram; row 0 and column 0 are void. What the ground truth's info does not know is in no row.
     offset = int(predicted.max(initial=0)) + 1
@@ -158,7 +158,7 @@ class PanopticEvaluator(DatasetEvaluator):
         thing_ids, stuff_ids = "thing_dataset_id_to_contiguous_id", "stuff_dataset_id_to_contiguous_id"
         for key in ("panoptic_json", "panoptic_root", thing_ids, stuff_ids):
             if metadata.get(key) is None:
-                raise InputError(f"data set {dataset_name!r} has no {key!r} in its metadata: a panoptic one is taken")
+                raise InputError(f"data set {dataset_name!r} has no {key!r} in its metadata: it must be a panoptic one")
         self._truth = read_panoptic_json(metadata.panoptic_json)
         self._root = metadata.panoptic_root
         self._thing_ids = {contiguous: id for id, contiguous in getattr(metadata, thing_ids).items()}
@@ -218,7 +218,7 @@ class PanopticEvaluator(DatasetEvaluator):
         ids = segments.cpu().numpy().astype(np.int64)
         if info is None:
             if self._label_divisor is None:
-                raise InputError("a prediction without segments_info takes a 'label_divisor' in the metadata")
+                raise InputError("a prediction without segments_info needs a 'label_divisor' in the metadata")
             ids += 1  # now 0 is void
             labelled = [(id, (id - 1) // self._label_divisor) for id in np.unique(ids).tolist() if id != VOID]
             info = [{"id": id, "category_id": kind, "isthing": kind in self._thing_ids} for id, kind in labelled]
@@ -312,7 +312,7 @@ def _classes(name: str, info: Sequence[dict[str, Any]], index: dict[int, int]) -
             name = f"segment {segment['id']} of the {name}"
             raise InputError(f"{name} has category_id {segment['category_id']}, which is none of {list(index)}")
         if segment["id"] == VOID:
-            raise InputError(f"segment ids are at least 1 (0 stands for none), the {name} has segment 0")
+            raise InputError(f"segment ids must be at least 1 (0 stands for none), the {name} has segment 0")
     return np.array([index[segment["category_id"]] for segment in info], int)
 
 

@@ -62,7 +62,7 @@ def check_evaluated(dataset: str, chosen: Collection[Any], run: Collection[Any])
     unseen = [image_id for image_id in chosen if image_id not in run]
     if unseen:
         images = f"{len(unseen)} of the {len(chosen)} images of data set {dataset!r} to be evaluated"
-        raise InputError(f"{images} were not run, such as {unseen[0]!r}: img_ids takes those that were")
+        raise InputError(f"{images} were not run, such as {unseen[0]!r}: img_ids must be of those that were")
     return sorted(chosen)
 
 

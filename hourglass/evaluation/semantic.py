@@ -98,7 +98,7 @@ class SemanticEvaluator(DatasetEvaluator):
         records = DatasetCatalog.get(dataset_name)
         for key in ("stuff_classes", "ignore_label"):
             if metadata.get(key) is None:
-                raise InputError(f"data set {dataset_name!r} has no {key!r} in its metadata: a semantic one is needed")
+                raise InputError(f"data set {dataset_name!r} has no {key!r} in its metadata: it must be a semantic one")
         without = [record["file_name"] for record in records if "sem_seg_file_name" not in record]
         if without:
             images = f"{len(without)} of the {len(records)} images of data set {dataset_name!r}"

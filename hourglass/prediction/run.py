@@ -54,16 +54,14 @@ def run_prediction(cfg: DictConfig, request: Request) -> int:
             that is predicted on overwritten.
     """
     if comm.get_world_size() > 1:
-        raise InputError("--predict is of one process")
+        raise InputError("--predict runs in one process only")
     if not 0 <= request.score <= 1:
-        raise InputError(f"--score takes a number from 0 to 1, got {request.score!r}")
+        raise InputError(f"--score must be a number from 0 to 1, got {request.score!r}")
     folder = Path(request.output or os.path.join(cfg.train.output_dir, "predictions")).expanduser()
     check_folder("--output", folder)
     sources = find_sources(request.paths)
     if not sources:
-        raise InputError(
-            f"--predict takes images, videos and folders of them, got nothing in {', '.join(request.paths)}"
-        )
+        raise InputError(f"--predict must be images, videos or folders of them, got none in {', '.join(request.paths)}")
     if not any(source.path.is_file() for source in sources):
         raise InputError(f"--predict: {_join_names([str(source.path) for source in sources])} missing")
     _refuse_overwriting(sources, folder)
@@ -86,7 +84,7 @@ class _Run:
     def run(self, sources: list[Source]) -> int:
         if not self.names.known:
             name = self.models[EXPEDITED].metadata.get("name")
-            tqdm.write(f"the classes of data set {name!r} have no names here: they are numbered, category ids from 1")
+            tqdm.write(f"data set {name!r} has no class names here: classes are numbered, category ids from 1")
         self.results = {
             name: Results(self.folder if name == EXPEDITED else self.folder / name, self.names) for name in self.models
         }
@@ -180,7 +178,9 @@ class _Run:
             self.milliseconds[name] += [milliseconds] * len(images)
             for of_image, output in zip(predictions, outputs):
                 if output.get("panoptic_seg") is not None and output["panoptic_seg"][1] is None:
-                    raise InputError("--predict takes panoptic segments that the model lists, it gives a map of labels")
+                    raise InputError(
+                        "--predict needs panoptic segments with segments_info, the model gives a map of labels"
+                    )
                 of_image[name] = output
         return predictions
 
@@ -235,7 +235,9 @@ def _refuse_overwriting(sources: list[Source], folder: Path) -> None:
     for source in sources:
         target = (folder / f"{source.name}{'.mp4' if source.is_video else '.jpg'}").resolve()
         if target in files:
-            raise InputError(f"--output {folder} would overwrite {target}, which is predicted on: take another folder")
+            raise InputError(
+                f"--output {folder} would overwrite {target}, which is one of the inputs: use another folder"
+            )
 
 
 def _join_names(names: list[str]) -> str:

@@ -142,7 +142,7 @@ def check_restoring(reducer: Reducer, size: tuple[int, int], like: Tensor) -> No
         return
     if reducer.each_block:
         raise InputError(
-            f"calibration takes a reducer of one smaller map, got {_name(reducer)}, which reduces anew in each block"
+            f"calibration needs a reducer of one smaller map, got {_name(reducer)}, which reduces anew in each block"
         )
     if isinstance(reducer, GridReducer):  # of a grid for larger maps
         size = (max(size[0], int(reducer.grid[0])), max(size[1], int(reducer.grid[1])))
@@ -157,8 +157,8 @@ def check_restoring(reducer: Reducer, size: tuple[int, int], like: Tensor) -> No
     tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 0.05
     if (unchanged - tokens).abs().max() > tolerance or (triple - 3 * single).abs().max() > 10 * tolerance:
         raise InputError(
-            f"calibration takes a reducer that restores what the blocks changed, got {_name(reducer)}, whose restoring "
-            'is another: with restore_mode="update" where it takes that'
+            f"calibration needs a reducer that restores what the blocks changed, got {_name(reducer)}, whose restoring "
+            'is another: use restore_mode="update" where the reducer has it'
         )
 
 

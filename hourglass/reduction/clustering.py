@@ -288,7 +288,7 @@ class TokenClustering(GridReducer):
         check_count("iterations", iterations, 0)
         check_count("neighborhood", neighborhood, 1)
         if neighborhood % 2 == 0:
-            raise InputError(f"neighborhood takes an odd number of cells a side, got {neighborhood}")
+            raise InputError(f"neighborhood must be an odd number of cells a side, got {neighborhood}")
         _check_temperature("temperature", temperature)
         if restore_temperature is not None:
             _check_temperature("restore_temperature", restore_temperature)
@@ -370,4 +370,4 @@ class TokenClustering(GridReducer):
 
 def _check_temperature(name: str, value: float | str) -> None:
     if value != "auto" and (isinstance(value, bool | str) or not isinstance(value, Real) or not value > 0):
-        raise InputError(f'{name} takes a number over 0 or "auto", got {value!r}')
+        raise InputError(f'{name} must be a number over 0 or "auto", got {value!r}')

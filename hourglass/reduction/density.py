@@ -145,7 +145,7 @@ class DensityPeaks(GridReducer):
         super().__init__(grid)
         check_count("k", k, 1)
         if isinstance(spatial, bool) or not isinstance(spatial, Real) or not 0 <= spatial < float("inf"):
-            raise InputError(f"spatial takes a number of at least 0, got {spatial!r}")
+            raise InputError(f"spatial must be a number of at least 0, got {spatial!r}")
         check_choice("restore_mode", restore_mode, RESTORE_MODES)
         self.k: int = k
         self.spatial: float = spatial

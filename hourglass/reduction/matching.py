@@ -88,7 +88,7 @@ class BipartiteMatching(MergingReducer):
         super().__init__()
         is_count = isinstance(r, Integral) and not isinstance(r, bool) and r >= 0
         if not is_count and (isinstance(r, bool) or not isinstance(r, Real) or not 0 <= r <= 0.5):
-            raise InputError(f"r takes a number of tokens of at least 0, or a share of them in [0, 0.5], got {r!r}")
+            raise InputError(f"r must be a number of tokens of at least 0, or a share of them in [0, 0.5], got {r!r}")
         check_choice("restore_mode", restore_mode, RESTORE_MODES)
         self.r: int | float = int(r) if is_count else float(r)
         self.restore_mode = restore_mode
@@ -98,7 +98,7 @@ class BipartiteMatching(MergingReducer):
             return self
         most = size[0] * size[1] // 2
         if self.r > most:
-            raise InputError(f"r takes at most half of the {2 * most} tokens of a window, got {self.r}")
+            raise InputError(f"r must be at most half of the {2 * most} tokens of a window, got {self.r}")
         relative = copy.copy(self)
         relative.r = self.r / (size[0] * size[1])
         return relative

@@ -130,7 +130,7 @@ class Reducer(nn.Module):
         Raises:
             InputError: where it differs in nothing, or is of nobody's.
         """
-        raise InputError(f"published=True takes a reducer with a published form, TokenClustering, got {self!r}")
+        raise InputError(f"published=True needs a reducer with a published form, TokenClustering, got {self!r}")
 
     def describe(self) -> dict[str, Any]:
         """Name and arguments, as plain values."""
@@ -271,7 +271,9 @@ class GridReducer(Reducer):
         super().__init__()
         pair: Any = (grid, grid) if isinstance(grid, Real) and not isinstance(grid, Integral) else grid
         if not _is_grid(pair):
-            raise InputError(f"grid takes (rows, columns), each at least 1, or a share of them in (0, 1], got {grid!r}")
+            raise InputError(
+                f"grid must be (rows, columns), each at least 1, or a share of them in (0, 1], got {grid!r}"
+            )
         self.grid: tuple[int | float, ...] = tuple(
             int(side) if isinstance(side, Integral) else float(side) for side in pair
         )
@@ -289,7 +291,7 @@ class GridReducer(Reducer):
         if rows > size[0] or columns > size[1]:
             raise InputError(
                 f"grid {self.grid} is larger than the token map, which has {size[0]} x {size[1]} tokens: "
-                "take a smaller grid, or a share such as 0.6"
+                "use a smaller grid or a share such as 0.6"
             )
         return rows, columns
 

@@ -219,8 +219,8 @@ def _smaller_window(reducer: Reducer, size: tuple[int, int], like: Tensor | None
     if cut[0][1] != columns or cut[1][0] != rows:
         raise InputError(
             f"{type(reducer).__name__} makes {rows} x {columns} tokens of a window of {size[0]} x {size[1]}, and "
-            f"{cut[0][0]} x {cut[0][1]} of one that the map's edge cuts to {size[0] - 1} x {size[1]}: to make one map, "
-            "as many rows must give as many rows, and columns columns"
+            f"{cut[0][0]} x {cut[0][1]} of one that the map's edge cuts to {size[0] - 1} x {size[1]}: the number of "
+            "rows that it makes must depend on the rows alone, and that of columns on the columns"
         )
     return rows, columns
 

@@ -113,14 +113,14 @@ class TokenSelection(SelectingReducer):
         super().__init__()
         if not selectors or not isinstance(selectors, str | os.PathLike):
             raise InputError(
-                f'selectors takes a file of trained selectors, or "{RANDOM}" to train new ones, got {selectors!r}'
+                f'selectors must be a file of trained selectors, or "{RANDOM}" to train new ones, got {selectors!r}'
             )
         shares: Any = [target] if isinstance(target, Real) else target
         if isinstance(shares, str) or not isinstance(shares, Sequence) or not shares or not all(map(_is_share, shares)):
-            raise InputError(f"target takes a share of tokens in (0, 1], or one for each block, got {target!r}")
+            raise InputError(f"target must be a share of tokens in (0, 1], or one for each block, got {target!r}")
         for name, value in (("loss_weight", loss_weight), ("temperature", temperature)):
             if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
-                raise InputError(f"{name} takes a number over 0, got {value!r}")
+                raise InputError(f"{name} must be a number over 0, got {value!r}")
         self.selectors = os.fspath(selectors)
         self.target: float | tuple[float, ...] = tuple(shares) if isinstance(target, Sequence) else target
         self.loss_weight = loss_weight
@@ -149,9 +149,11 @@ class TokenSelection(SelectingReducer):
             self.blocks.extend(Selector(len(tensors[f"blocks.{i}.0.weight"])) for i in range(count))
             self.load_state_dict(tensors)
         except (KeyError, RuntimeError, TypeError) as error:
-            raise InputError(f"selectors {self.selectors} holds no selectors: training writes some") from error
+            raise InputError(
+                f"selectors {self.selectors} holds no selectors, as training writes them to reducer.pth"
+            ) from error
         if not count:
-            raise InputError(f"selectors {self.selectors} holds no selectors: training writes some")
+            raise InputError(f"selectors {self.selectors} holds no selectors, as training writes them to reducer.pth")
 
     def bind(self, channels: Sequence[int]) -> None:
         targets = self.targets(len(channels))
@@ -169,7 +171,7 @@ class TokenSelection(SelectingReducer):
         """The share aimed at in each of so many blocks."""
         targets = list(self.target) if isinstance(self.target, tuple) else [self.target] * blocks
         if len(targets) != blocks:
-            raise InputError(f"target takes one share or {blocks}, one for each of the plan's blocks, got {targets}")
+            raise InputError(f"target must be one share or {blocks}, one for each of the plan's blocks, got {targets}")
         return targets
 
     def _scores(self, tokens: Tensor, block: int) -> Tensor:

@@ -47,4 +47,4 @@ def check_report_folder(folder: str | os.PathLike) -> None:
         return
     page = path / "index.html"
     if not page.is_file() or MARK not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
-        raise InputError(f"--report replaces {path}, which is none that it made: move it, or set train.output_dir")
+        raise InputError(f"--report replaces {path}, which is not a report: move it, or set train.output_dir")

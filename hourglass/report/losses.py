@@ -130,7 +130,7 @@ def _joint(first: Segments, second: Segments) -> np.ndarray:
     """(1 + N, 1 + M) pixels that segments have in common; row and column 0 are of no segment."""
     if first.size != second.size:
         sizes = " and ".join(" x ".join(map(str, segments.size)) for segments in (first, second))
-        raise InputError(f"maps of segments of one image have one size, got {sizes}")
+        raise InputError(f"maps of segments of one image must have one size, got {sizes}")
     either = np.zeros(int(np.prod(first.size)), bool)
     either[first.starts] = either[second.starts] = True
     starts = np.flatnonzero(either)

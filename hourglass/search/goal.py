@@ -36,27 +36,28 @@ class Goal(NamedTuple):
         for word in words:
             key, equals, value = word.partition("=")
             if key not in cls._fields or not equals:
-                raise InputError(f"--search takes {', '.join(f'{name}=...' for name in cls._fields)}, got {word!r}")
+                raise InputError(f"--search must be {', '.join(f'{name}=...' for name in cls._fields)}, got {word!r}")
             if key in values:
-                raise InputError(f"--search takes {key} once, got it again as {word!r}")
+                raise InputError(f"--search must have {key} once, got it again as {word!r}")
             try:
                 values[key] = value if key == "labels" else int(value) if key == "seed" else float(value)
             except ValueError:
                 kind = "a whole number" if key == "seed" else "a number"
-                raise InputError(f"--search takes {key}={kind}, got {word!r}") from None
+                raise InputError(f"--search must have {key}={kind}, got {word!r}") from None
         goal = cls(**values)
         if (goal.keep is None) == (goal.speed is None):
-            raise InputError(f"--search takes either keep=0.99, say, or speed=2, got {' '.join(words) or 'neither'}")
+            given = " ".join(words) or "neither"
+            raise InputError(f"--search needs either keep, such as keep=0.99, or speed, such as speed=2, got {given}")
         if goal.keep is not None and not 0 < goal.keep < 1:
             raise InputError(
-                f"--search takes a keep over 0 and under 1, a share of what the model finds, got {goal.keep:g}"
+                f"--search: keep must be over 0 and under 1, a share of what the model finds, got {goal.keep:g}"
             )
         if goal.speed is not None and not 1 < goal.speed < float("inf"):
-            raise InputError(f"--search takes a speed over 1, that of fast attention alone, got {goal.speed:g}")
+            raise InputError(f"--search: speed must be over 1, that of fast attention alone, got {goal.speed:g}")
         if goal.labels not in LABELS:
-            raise InputError(f"--search takes labels=auto or labels=none, got labels={goal.labels}")
+            raise InputError(f"--search: labels must be auto or none, got {goal.labels}")
         if goal.seed < 0:
-            raise InputError(f"--search takes a seed of at least 0, got {goal.seed}")
+            raise InputError(f"--search: seed must be at least 0, got {goal.seed}")
         return goal
 
     def __str__(self) -> str:

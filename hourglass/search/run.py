@@ -141,7 +141,7 @@ class Search:
         """
         for name in ("fit", "rank", "check"):
             if len(getattr(self.images, name)) < 2:
-                raise InputError(f"a search takes at least 2 images to {name}, got {len(getattr(self.images, name))}")
+                raise InputError(f"--search needs at least 2 images to {name}, got {len(getattr(self.images, name))}")
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             traced = trace(self.model, self.images.fit)
             errors = self.measured.errors(lambda: measure_errors(traced))
@@ -150,7 +150,7 @@ class Search:
         plans = enumerate_plans(traced, errors, latency)
         pool = make_pool(traced, plans, latency.encoder / (self.goal.speed or 1.0))
         kinds = ", ".join(f"{len(front)} {kind}" for kind, front in pool.items()) or "none"
-        self.log(f"{len(plans)} plans are predicted; the best of their kind at their time: {kinds}")
+        self.log(f"{len(plans)} plans are predicted; best of their kind for their time: {kinds}")
         if not pool:
             fastest = latency.encoder / min(candidate.time for candidate in plans)
             return self._no_plan(f"the fastest plan is predicted to be at {fastest:.2f}x of fast attention alone")
@@ -283,7 +283,9 @@ class Search:
             answer = checked[row.name]
             if self.goal.keep is None or answer.kept >= self.goal.keep:
                 return Outcome(row.plan, reached, self._explain(checked, reached), rows, checked, self._slopes)
-            self.log(f"on images that nothing was chosen on it keeps about {100 * answer.kept:.1f} %: a step back")
+            self.log(
+                f"on the images of the check it keeps about {100 * answer.kept:.1f} %, too little: the next slower plan"
+            )
         return self._no_plan(f"no plan is sure to keep {self.goal.keep:g}", rows, checked)
 
     def _check(self, row: Row) -> dict[str, Row]:

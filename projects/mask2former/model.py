@@ -106,17 +106,19 @@ class Mask2Former(nn.Module):
         shapes = backbone.output_shape()
         lacking = [name for name in in_features if name not in shapes]
         if lacking or len(in_features) != 4:
-            raise InputError(f"in_features takes four of the backbone's {list(shapes)}, got {list(in_features)}")
+            raise InputError(f"in_features must be four of the backbone's {list(shapes)}, got {list(in_features)}")
         strides = [shapes[name].stride for name in in_features]
         if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:])):
-            raise InputError(f"in_features takes features at strides that double, got {strides}")
+            raise InputError(f"in_features must have strides that double, got {strides}")
         if hidden_dim % 32 or hidden_dim % num_heads:  # the pixel decoder's group norms have 32 groups
-            raise InputError(f"hidden_dim takes a multiple of 32 and of num_heads, {num_heads}, got {hidden_dim}")
+            raise InputError(f"hidden_dim must be a multiple of 32 and of num_heads, {num_heads}, got {hidden_dim}")
         if size_divisibility % max(1, divisor := backbone_divisibility(backbone)):
-            raise InputError(f"size_divisibility takes a multiple of the backbone's {divisor}, got {size_divisibility}")
+            raise InputError(
+                f"size_divisibility must be a multiple of the backbone's {divisor}, got {size_divisibility}"
+            )
         self.things = frozenset(range(num_classes) if things is None else things)
         if not self.things <= set(range(num_classes)):
-            raise InputError(f"things takes classes in [0, {num_classes}), got {sorted(self.things)}")
+            raise InputError(f"things must be classes in [0, {num_classes}), got {sorted(self.things)}")
 
         self.num_classes = num_classes
         self.in_features = tuple(in_features)
@@ -273,7 +275,7 @@ class Mask2Former(nn.Module):
         """Classes (N,) and masks (N, *padded), 0 or 1."""
         if "instances" not in entry:
             raise InputError(
-                f"image {entry.get('file_name', '')} has no instances: training takes those of PanopticMapper, or of "
+                f"image {entry.get('file_name', '')} has no instances: training needs those of PanopticMapper, or of "
                 "Detectron2's DatasetMapper with use_instance_mask=True"
             )
         instances: Instances = entry["instances"]
@@ -282,7 +284,7 @@ class Mask2Former(nn.Module):
         if len(classes) and not 0 <= classes.min() <= classes.max() < self.num_classes:
             raise InputError(
                 f"image {entry.get('file_name', '')} has classes {sorted(set(classes.tolist()))}, "
-                f"the model takes [0, {self.num_classes}): set model.num_classes to the data set's"
+                f"they must be in [0, {self.num_classes}): set model.num_classes to the data set's"
             )
         if instances.has("gt_masks"):
             masks = instances.gt_masks
@@ -293,7 +295,7 @@ class Mask2Former(nn.Module):
             masks = torch.zeros((0, height, width))
         else:
             raise InputError(
-                f"image {entry.get('file_name', '')} has instances without gt_masks: training takes a data set with "
+                f"image {entry.get('file_name', '')} has instances without gt_masks: training needs a data set with "
                 "segmentations, and a mapper with use_instance_mask=True"
             )
         masks = masks.to(self.device, torch.float32)

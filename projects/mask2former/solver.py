@@ -27,7 +27,7 @@ def optimizer_params(
         InputError: for a multiplier out of range.
     """
     if not 0 < backbone_multiplier <= 1:
-        raise InputError(f"backbone_multiplier takes a factor in (0, 1], got {backbone_multiplier!r}")
+        raise InputError(f"backbone_multiplier must be a factor in (0, 1], got {backbone_multiplier!r}")
     groups = {}
     for module_name, module in model.named_modules():
         lr = base_lr * (backbone_multiplier if module_name.split(".")[0] == "backbone" else 1.0)

@@ -42,7 +42,7 @@ def deepen(weights: dict[str, Tensor], kept: Sequence[int], depth: int, wide: Se
     """
     numbers = {int(name.split(BLOCKS)[1].split(".")[0]) for name in weights if BLOCKS in name}
     if numbers != set(range(len(kept))):
-        raise InputError(f"a model with {len(kept)} blocks is deepened, got one with {len(numbers)}")
+        raise InputError(f"the model must have {len(kept)} blocks, got {len(numbers)}")
     deeper = {name: value for name, value in weights.items() if BLOCKS not in name}
     for new in range(depth):
         old = max(i for i, number in enumerate(kept) if number <= new)
@@ -60,8 +60,8 @@ def deepen(weights: dict[str, Tensor], kept: Sequence[int], depth: int, wide: Se
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="of the model with 8 blocks")
-    parser.add_argument("output", help="file of the deeper model's weights")
+    parser.add_argument("checkpoint", help="checkpoint of the model with 8 blocks")
+    parser.add_argument("output", help="file to write the deeper model's weights to")
     return parser.parse_args(arguments)
 
 

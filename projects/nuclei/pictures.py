@@ -49,9 +49,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--images", nargs="+", default=IMAGES, metavar="NAME", help="published names (default: four validation images)"
     )
-    parser.add_argument("--score", type=float, default=0.5, help="draw nuclei of at least this score (default: 0.5)")
-    parser.add_argument("--output", default="output/nuclei/pictures", metavar="FOLDER", help="of the PNGs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, as train_net.py takes them")
+    parser.add_argument("--score", type=float, default=0.5, help="least score of drawn nuclei (default: 0.5)")
+    parser.add_argument("--output", default="output/nuclei/pictures", metavar="FOLDER", help="folder of the PNGs")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides of the config, as for train_net.py"
+    )
     return parser.parse_intermixed_args(arguments)
 
 
@@ -62,7 +64,7 @@ class Clusters:
         reducer = next((module for module in encoder.modules() if isinstance(module, Reducer)), None)
         if reducer is None or reducer.each_block:
             name = "none" if plan.reducer is None else type(plan.reducer).__name__
-            raise InputError(f"clusters are drawn of a reducer that makes one smaller map, the plan's is {name}")
+            raise InputError(f"clusters are drawn for a reducer of one smaller map, got {name}")
         reducer.register_forward_hook(self._remember)
         self.labels = torch.zeros(0, 0)
 
@@ -97,7 +99,7 @@ def find_nuclei(output: dict[str, Any], score: float) -> list[np.ndarray]:
 
 def main(args: argparse.Namespace) -> None:
     if not 0 <= args.score <= 1:
-        raise InputError(f"--score takes a score from 0 to 1, got {args.score}")
+        raise InputError(f"--score must be a number from 0 to 1, got {args.score}")
     check_folder("--output", args.output)
     cfg = load_config(args.config_file, ["train.device=cpu", *args.overrides])
     plan = build(cfg, "plan")
@@ -111,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
     index_of = {Path(record["file_name"]).stem: i for i, record in enumerate(records)}
     missing = [name for name in wanted if name not in index_of]
     if missing:
-        raise InputError(f"--images takes names of the {len(index_of)} validation images, got {missing[0]!r}")
+        raise InputError(f"--images must be names of the {len(index_of)} validation images, got {missing[0]!r}")
     load_checkpoint(model, cfg.train.init_checkpoint)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
         )
         path = folder / f"{name[:8]}.png"
         if not cv2.imwrite(str(path), picture[..., ::-1]):
-            raise InputError(f"--output takes a folder that can be written to, got {args.output!r}")
+            raise InputError(f"--output must be a folder that can be written to, got {args.output!r}")
     print(f"written to {folder}")
 
 

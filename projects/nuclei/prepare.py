@@ -39,7 +39,7 @@ FIRST_IDS = {"train": (1, 1), "val": (1001, 100001)}
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="STAGE1_TRAIN", help="folder of <name>/images/<name>.png, <name>/masks/*.png")
-    parser.add_argument("target", metavar="FOLDER", help="made here, whole or not at all; must not be there yet")
+    parser.add_argument("target", metavar="FOLDER", help="folder to make; it must not exist yet")
     return parser.parse_args(arguments)
 
 
@@ -85,7 +85,7 @@ def prepare_split(source: Path, target: Path, split: str, types: dict[str, str])
         pixels = read(source / name / "images" / f"{name}.png", "RGB")
         masks = [read(path, "L") > 0 for path in sorted((source / name / "masks").glob("*.png"))]
         if not masks or any(mask.shape != pixels.shape[:2] for mask in masks):
-            raise InputError(f"{source / name / 'masks'} takes masks of the image's size, {pixels.shape[:2]}")
+            raise InputError(f"{source / name / 'masks'} must have masks of the image's size, {pixels.shape[:2]}")
         numbers = number_nuclei(masks)
         background = len(masks) + 1
         numbers[numbers == 0] = background
@@ -146,11 +146,11 @@ def main(args: argparse.Namespace) -> None:
     if missing:
         raise InputError(
             f"{source} lacks {len(missing)} of the {len(names)} images, such as {missing[0]}: a folder stage1_train of "
-            "BBBC038 is taken, with a folder of images and one of masks for each"
+            "it must be the folder stage1_train of BBBC038, with a folder of images and one of masks for each"
         )
     check_folder("FOLDER", target)
     if target.exists():
-        raise InputError(f"FOLDER takes a path where nothing is yet, got {str(target)!r}")
+        raise InputError(f"FOLDER must be a path that does not exist yet, got {str(target)!r}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as fresh:
         temporary = Path(fresh) / target.name

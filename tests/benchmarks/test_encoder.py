@@ -44,13 +44,13 @@ def test_bfloat16(tmp_path):
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(InputError, match="--size takes a whole number of at least 1, got 0"):
+    with pytest.raises(InputError, match="--size must be a whole number of at least 1, got 0"):
         main(parse(["--size", "0"]))
 
 
 def test_an_output_that_is_no_folder_is_refused_before_measuring(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="--output takes a folder that can be written to, got '.*file/results'"):
+    with pytest.raises(InputError, match="--output must be a folder that can be written to, got '.*file/results'"):
         run(tmp_path / "file" / "results")
 
 
@@ -70,11 +70,11 @@ def test_scaling(tmp_path, monkeypatch):
 
 
 def test_scaling_takes_a_vit():
-    with pytest.raises(InputError, match="--scaling takes a ViT's model, got swin_t"):
+    with pytest.raises(InputError, match="--scaling needs a ViT's model, got swin_t"):
         main(parse(["--scaling", "--model", "swin_t", "--device", "cpu"]))
     merging = ["plan.reducer._target_=hourglass.BipartiteMatching", "plan.scope=window"]
     for overrides in (["plan.reducer=null"], ["plan.scope=window", "plan.reducer.grid=[10,10]"], merging):
-        with pytest.raises(InputError, match="--scaling takes a plan with a reducer that makes one smaller map"):
+        with pytest.raises(InputError, match="--scaling needs a plan with a reducer that makes one smaller map"):
             main(parse(["--scaling", "--device", "cpu", *overrides]))
 
 

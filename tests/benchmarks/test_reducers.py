@@ -93,10 +93,10 @@ def test_the_table_the_plot_and_the_document(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--images", "0"], "--images takes a whole number of at least 1, got 0"),
-        (["--budgets", "0.5", "1.5"], r"--budgets takes shares of the tokens in \(0, 1\], got 1.5"),
-        (["--images", "1", "--by", "stain"], "--by takes a key of the JSON's images, got 'stain': image 1 lacks it"),
-        (["--output", "/dev/null/x"], "--output takes a folder that can be written to"),
+        (["--images", "0"], "--images must be a whole number of at least 1, got 0"),
+        (["--budgets", "0.5", "1.5"], r"--budgets must be shares of the tokens in \(0, 1\], got 1.5"),
+        (["--images", "1", "--by", "stain"], "--by must be a key of the JSON's images, got 'stain': image 1 lacks it"),
+        (["--output", "/dev/null/x"], "--output must be a folder that can be written to"),
     ],
 )
 def test_refusals(options, message):

@@ -88,11 +88,14 @@ def test_a_file_that_is_right_stays_what_it_is(write, caplog):
     [
         (
             {"category_id": "7"},
-            "1 annotations of 2 whose category_id is no whole number, such as annotation 6 of image 3, which has '7'",
+            "annotations of 2 whose category_id is not a whole number, such as annotation 6 of image 3, which has '7'",
         ),
         ({"category_id": 8}, r"whose category_id is none of \[7, 9\], such as annotation 6 of image 3, which has 8"),
-        ({"category_id": ...}, "whose category_id is no whole number, such as annotation 6 of image 3, which has None"),
-        ({"category_id": 7.5}, "whose category_id is no whole number"),
+        (
+            {"category_id": ...},
+            "whose category_id is not a whole number, such as annotation 6 of image 3, which has None",
+        ),
+        ({"category_id": 7.5}, "whose category_id is not a whole number"),
         (
             {"bbox": [10, float("nan"), 20, 40]},
             "whose bbox is not .* such as annotation 6 of image 3, which has .10, nan, 20",
@@ -104,12 +107,12 @@ def test_a_file_that_is_right_stays_what_it_is(write, caplog):
         ({"bbox": ["10", 20, 20, 40]}, "whose bbox is not"),
         ({"bbox": {"x": 10}}, "whose bbox is not"),
         ({"bbox": ..., "segmentation": ...}, "without a bbox and a mask, such as annotation 6 of image 3"),
-        ({"area": -1}, "whose area is no number from 0, such as annotation 6 of image 3, which has -1"),
-        ({"area": float("nan")}, "whose area is no number from 0"),
-        ({"area": "800"}, "whose area is no number from 0"),
+        ({"area": -1}, "whose area is not a number of at least 0, such as annotation 6 of image 3, which has -1"),
+        ({"area": float("nan")}, "whose area is not a number of at least 0"),
+        ({"area": "800"}, "whose area is not a number of at least 0"),
         ({"iscrowd": 2}, "whose iscrowd is neither 0 nor 1"),
         ({"ignore": 1}, 'with "ignore", which Detectron2 does not take'),
-        ({"segmentation": encode(100, 80)}, r"whose RLE has the size .width, height., where .height, width. is taken"),
+        ({"segmentation": encode(100, 80)}, r"whose RLE has the size .width, height., which must be .height, width."),
         (
             {"segmentation": encode(80, 90)},
             r"whose RLE has another size than their image \(\[80, 90\], not \[80, 100\]\)",
@@ -134,7 +137,7 @@ def test_a_file_that_is_right_stays_what_it_is(write, caplog):
             {"image_id": "3"},
             "1 of the 2 annotations have an image_id that none of its images has, such as annotation 6 with '3'",
         ),
-        ({"id": 1}, "1 annotation ids are there more than once, such as 1"),
+        ({"id": 1}, "1 annotation ids occur more than once, such as 1"),
     ],
 )
 def test_wrong_annotations_are_refused_with_the_first(write, changes, message):
@@ -150,7 +153,7 @@ def test_wrong_annotations_are_refused_with_the_first(write, changes, message):
         (lambda doc: doc.pop("annotations"), r"has no list 'annotations', it has \['categories', 'images'\]"),
         (lambda doc: doc.pop("categories"), "has no list 'categories'"),
         (lambda doc: doc.update(images={}), "has no list 'images'"),
-        (lambda doc: doc["images"].append(dict(doc["images"][0])), "1 image ids are there more than once, such as 3"),
+        (lambda doc: doc["images"].append(dict(doc["images"][0])), "1 image ids occur more than once, such as 3"),
         (
             lambda doc: doc["images"][1].update(id="4"),
             "1 of the 2 images have ids that are not whole numbers, such as '4' of four",
@@ -162,11 +165,11 @@ def test_wrong_annotations_are_refused_with_the_first(write, changes, message):
         (lambda doc: doc["images"][1].pop("file_name"), "image 1 of its list has no file_name"),
         (
             lambda doc: doc["categories"][1].update(id="9"),
-            "1 of the 2 categories have ids that are no whole numbers, such as '9'",
+            "1 of the 2 categories have ids that are not whole numbers, such as '9'",
         ),
-        (lambda doc: doc["categories"][1].update(id=7), "1 category ids are there more than once, such as 7"),
+        (lambda doc: doc["categories"][1].update(id=7), "1 category ids occur more than once, such as 7"),
         (lambda doc: doc["categories"][1].pop("name"), "category 1 of its list has no name"),
-        (lambda doc: doc["annotations"].append(5), "annotation 1 of its list is no object, got 5"),
+        (lambda doc: doc["annotations"].append(5), "annotation 1 of its list is not an object, got 5"),
     ],
 )
 def test_other_documents_are_refused(write, change, message):
@@ -193,7 +196,7 @@ def test_no_json_is_refused(tmp_path, write):
             {"iscrowd": ...},
             "iscrowd",
             0,
-            "1 of the 2 annotations have no iscrowd, such as annotation 6 of image 3: 0 is taken",
+            "1 of the 2 annotations have no iscrowd, such as annotation 6 of image 3: 0 is assumed",
         ),
         ({"iscrowd": None}, "iscrowd", 0, "have no iscrowd"),
         (
@@ -211,21 +214,26 @@ def test_no_json_is_refused(tmp_path, write):
             {"bbox": ...},
             "bbox",
             [10, 20, 20, 40],
-            "have no bbox, such as annotation 6 of image 3: their masks' is taken",
+            "have no bbox, such as annotation 6 of image 3: their masks' is used",
         ),
         ({"bbox": []}, "bbox", [10, 20, 20, 40], "have no bbox"),
         ({"bbox": None, "segmentation": encode()}, "bbox", [10, 20, 20, 40], "have no bbox"),
         ({"bbox": ..., "segmentation": encode(counts=list)}, "bbox", [10, 20, 20, 40], "have no bbox"),
-        ({"segmentation": SQUARE}, "segmentation", [SQUARE], "have one polygon not in a list, such as annotation 6"),
+        (
+            {"segmentation": SQUARE},
+            "segmentation",
+            [SQUARE],
+            "have a polygon that is not in a list, such as annotation 6",
+        ),
         (
             {"segmentation": [[1, 2, 3, 4], SQUARE]},
             "segmentation",
             [SQUARE],
             "polygons of under 3 points beside others",
         ),
-        ({"id": 0}, "id", 2, "annotations have ids that are no whole numbers over 0, such as 0: all are numbered anew"),
-        ({"id": "a6"}, "id", 2, "such as 'a6': all are numbered anew"),
-        ({"id": ...}, "id", 2, "such as None: all are numbered anew"),
+        ({"id": 0}, "id", 2, "annotations have ids that are not whole numbers over 0, such as 0: all are renumbered"),
+        ({"id": "a6"}, "id", 2, "such as 'a6': all are renumbered"),
+        ({"id": ...}, "id", 2, "such as None: all are renumbered"),
     ],
 )
 def test_what_is_beyond_doubt_is_mended_and_said(write, caplog, changes, key, value, line):

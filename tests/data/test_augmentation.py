@@ -60,9 +60,9 @@ class TestEnlargeShortestEdge:
         assert 0.4 < np.mean(np.array(sides) < 40) < 0.6
 
     def test_refusals(self):
-        with pytest.raises(InputError, match="length takes a whole number of at least 1, got 0"):
+        with pytest.raises(InputError, match="length must be a whole number of at least 1, got 0"):
             EnlargeShortestEdge(0)
-        with pytest.raises(InputError, match="zoom takes two factors over 0, the smaller one first"):
+        with pytest.raises(InputError, match="zoom must be two factors over 0, the smaller one first"):
             EnlargeShortestEdge(40, zoom=(2.0, 0.5))
 
 
@@ -89,7 +89,7 @@ class TestRandomStain:
         assert cosine.min() > 0.999
 
     def test_refusals(self):
-        with pytest.raises(InputError, match="scale takes a number from 0 to below 1, got 1"):
+        with pytest.raises(InputError, match="scale must be a number from 0 to below 1, got 1"):
             RandomStain(scale=1)
-        with pytest.raises(InputError, match="shift takes a number from 0 to below 1, got -0.1"):
+        with pytest.raises(InputError, match="shift must be a number from 0 to below 1, got -0.1"):
             RandomStain(shift=-0.1)

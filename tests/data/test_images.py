@@ -102,12 +102,12 @@ def test_a_tiff_that_is_turned_is_refused(tmp_path):
     """Pillow's releases differ, and Detectron2 turns once more what Pillow has turned."""
     exif = Image.Exif()
     exif[274] = 3
-    with pytest.raises(InputError, match="is a TIFF with an orientation: upright ones are taken"):
+    with pytest.raises(InputError, match="is a TIFF with an orientation: it must be upright"):
         read_image(write(tmp_path / "a.tif", GREY, exif=exif))
 
 
 def test_another_scaling_is_refused(tmp_path):
-    with pytest.raises(InputError, match="scaling takes 'full' or 'percentiles', got 'max'"):
+    with pytest.raises(InputError, match="scaling must be 'full' or 'percentiles', got 'max'"):
         read_image(write(tmp_path / "a.png", GREY), scaling="max")
 
 

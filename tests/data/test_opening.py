@@ -160,7 +160,7 @@ class TestNames:
         register(folder)
         register(folder, name="other")
         line = refusal(test, f"dataloader.test.dataset.names={names}")
-        assert "dataloader.test.dataset.names takes one data set, got [" in line
+        assert "dataloader.test.dataset.names must be one data set, got [" in line
         assert line.endswith(f"run once for each, such as with dataloader.test.dataset.names={first}")
 
     def test_training_takes_several(self, folder):
@@ -217,7 +217,7 @@ class TestRecords:
         register(folder)
         cfg = config()
         cfg.dataloader.test.batch_size = 4
-        with pytest.raises(InputError, match="dataloader.test.batch_size takes 1: evaluation.batch_size says how"):
+        with pytest.raises(InputError, match="dataloader.test.batch_size must be 1, as evaluation.batch_size sets"):
             open_test(cfg, model_of(cfg))
         cfg.dataloader.test.batch_size = 1  # which Detectron2 0.6 does not take
         assert len(open_test(cfg, model_of(cfg))) == 2
@@ -276,7 +276,7 @@ class TestImages:
         Image.fromarray(np.zeros((32, 48), np.float32)).save(folder / "float.tif")
         line = refusal(test)
         assert "1 of the 2 images of data set 'mine' cannot be read, such as" in line
-        assert "float.tif, which is of Pillow's mode 'F' (TIFF): values of 8 or 16 bits without sign are taken" in line
+        assert "float.tif, which is of Pillow's mode 'F' (TIFF): values must be of 8 or 16 bits without sign" in line
 
     def test_remote_images_are_left_to_the_loader(self, folder):
         def remote():
@@ -293,7 +293,7 @@ class TestImages:
             next(iter(test(f"dataloader.image_scaling={scaling}")[0]))[0]["image"].max()
             for scaling in ("full", "percentiles")
         ] == [16, 255]
-        assert "dataloader.image_scaling takes 'full' or 'percentiles', got 'max'" in refusal(
+        assert "dataloader.image_scaling must be 'full' or 'percentiles', got 'max'" in refusal(
             test, "dataloader.image_scaling=max"
         )
 
@@ -320,9 +320,9 @@ class TestInstances:
     @pytest.mark.parametrize(
         "changes, message",
         [
-            ({"category_id": "2"}, "1 annotations of 2 whose category_id is no whole number, such as annotation 2"),
+            ({"category_id": "2"}, "1 annotations of 2 whose category_id is not a whole number, such as annotation 2"),
             ({"bbox": [4, float("nan"), 10, 20]}, "1 annotations of 2 whose bbox is not"),
-            ({"area": -1}, "1 annotations of 2 whose area is no number from 0, such as annotation 2"),
+            ({"area": -1}, "1 annotations of 2 whose area is not a number of at least 0, such as annotation 2"),
             ({"segmentation": {"size": [48, 32], "counts": [48 * 32]}}, "whose RLE has the size (width, height)"),
         ],
     )
@@ -369,7 +369,7 @@ class TestInstances:
         assert "the model gives no keypoints: 'dataloader.evaluator.tasks=[bbox]'" in refusal(
             test, "dataloader.evaluator.tasks=[bbox,keypoints]"
         )
-        assert "tasks takes bbox, segm and keypoints, got 'masks'" in refusal(
+        assert "tasks must be bbox, segm or keypoints, got 'masks'" in refusal(
             test, "dataloader.evaluator.tasks=[masks]"
         )
 

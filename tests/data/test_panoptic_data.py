@@ -102,7 +102,7 @@ def test_things_that_do_not_come_first_keep_every_name(birds):
 
 def test_instances_of_another_category_are_refused(birds):
     (birds / "instances.json").write_text(json.dumps(INSTANCES).replace('"category_id": 2', '"category_id": 4'))
-    with pytest.raises(InputError, match="an instance of image 7 has category_id 4, which is no thing of"):
+    with pytest.raises(InputError, match="an instance of image 7 has category_id 4, which is not a thing of"):
         DatasetCatalog.get("birds")
 
 
@@ -165,13 +165,13 @@ def test_ade20k(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"id": None}, "segment None of image 7 is named by no whole number from 1 to 16777215"),
+        ({"id": None}, "segment None of image 7 must have a whole number from 1 to 16777215"),
         ({"id": "4"}, "segment '4' of image 7 is named by no whole number"),
         ({"id": 0}, "segment 0 of image 7 is named by no whole number"),
-        ({"id": 2}, "segment 2 of image 7 is there more than once"),
+        ({"id": 2}, "segment 2 of image 7 occurs more than once"),
         ({"category_id": 5}, r"segment 4 of image 7 has category_id 5, which is none of \[2, 4, 9\]"),
         ({"category_id": "4"}, "segment 4 of image 7 has category_id '4', which is none of"),
-        ({"iscrowd": 2}, "segment 4 of image 7 has iscrowd 2, which is 0 or 1"),
+        ({"iscrowd": 2}, "segment 4 of image 7 has iscrowd 2, which must be 0 or 1"),
     ],
 )
 def test_wrong_segments_are_refused(birds, change, message):
@@ -202,7 +202,7 @@ def test_what_can_be_counted_is_not_asked_for(birds, area, caplog):
     records = load("birds")[1]
     assert [segment_info["iscrowd"] for segment_info in records[0]["segments_info"]] == [0, 1]
     (line,) = caplog.messages
-    assert "panoptic.json: 1 of the 2 segments have no iscrowd, such as segment 4 of image 7: 0 is taken" in line
+    assert "panoptic.json: 1 of the 2 segments have no iscrowd, such as segment 4 of image 7: 0 is assumed" in line
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_what_is_there_twice_is_refused(birds, key, message):
     content = json.loads(json.dumps(CONTENT))
     content[key].append(content[key][0])
     (birds / "panoptic.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=f"panoptic.json: 1 {message} ids are there more than once, such as"):
+    with pytest.raises(InputError, match=f"panoptic.json: 1 {message} ids occur more than once, such as"):
         load("birds")
 
 
@@ -225,5 +225,5 @@ def test_a_png_of_another_size_is_refused_when_opened(birds, folder, kind):
 
 def test_a_panoptic_png_without_colours_is_refused_when_opened(birds):
     Image.new("L", (5, 3)).save(birds / "panoptic" / "7.png")
-    with pytest.raises(InputError, match="panoptic PNG .*7.png is of Pillow's mode 'L': 8 bit RGB is taken"):
+    with pytest.raises(InputError, match="panoptic PNG .*7.png is of Pillow's mode 'L': it must be 8 bit RGB"):
         load("birds")

@@ -131,5 +131,5 @@ def test_a_png_of_another_size_is_refused(record, tmp_path):
 
 def test_a_record_that_is_not_panoptic_is_refused(record):
     del record["pan_seg_file_name"]
-    with pytest.raises(InputError, match="has no pan_seg_file_name: PanopticMapper takes a panoptic data set"):
+    with pytest.raises(InputError, match="has no pan_seg_file_name: PanopticMapper needs a panoptic data set"):
         PanopticMapper([])(record)

@@ -537,7 +537,7 @@ def test_a_block_that_gives_another_result_is_refused(make):
         InputError, match=r"WithNorm looks like ViT, but its block 0, a \w+ of windows of 4, gives another"
     ):
         hourglass.expedite(encoder, Plan(attention="fast"))
-    with pytest.raises(InputError, match="It takes a family of its own"):
+    with pytest.raises(InputError, match="It needs a family of its own"):
         hourglass.expedite(encoder, Plan(TokenClustering(0.6), 1, 4))
     assert not any(proof.holds for proof in hourglass.verify(encoder))
     hourglass.expedite(encoder, Plan())
@@ -679,7 +679,7 @@ def test_a_model_without_an_encoder_is_told_what_it_has():
             super().__init__()
             self.backbone = nn.Conv2d(3, 3, 1)
 
-    with pytest.raises(InputError, match="got MaskFormer with the backbone Conv2d, which holds none: an encoder of an"):
+    with pytest.raises(InputError, match="got MaskFormer with the backbone Conv2d, which has none: to add another"):
         hourglass.expedite(MaskFormer(), Plan())
 
 
@@ -694,7 +694,7 @@ def test_verify_tells_each_kind_of_block():
 def test_verify_refuses_what_has_no_values():
     with torch.device("meta"):
         vit = ViT(**TINY)
-    with pytest.raises(InputError, match="ViT is on the meta device: what has no values cannot be run both ways"):
+    with pytest.raises(InputError, match="ViT is on the meta device: its blocks cannot be run without values"):
         hourglass.verify(vit)
 
 

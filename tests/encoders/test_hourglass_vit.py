@@ -215,11 +215,11 @@ def test_a_smaller_map_needs_fewer_windows():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Plan(TokenClustering((5, 5)), 3, 3), "stop takes a whole number over start"),
-        (lambda: Plan(TokenClustering((5, 5)), -1), "start takes a whole number of at least 0, got -1"),
-        (lambda: Plan(TokenClustering((5, 5)), scope="global"), "scope takes 'map' or 'window', got 'global'"),
-        (lambda: Plan("clustering"), "reducer takes a hourglass.Reducer or None, got 'clustering'"),
-        (lambda: Plan(proportional=1), "proportional takes True or False, got 1"),
+        (lambda: Plan(TokenClustering((5, 5)), 3, 3), "stop must be a whole number over start"),
+        (lambda: Plan(TokenClustering((5, 5)), -1), "start must be a whole number of at least 0, got -1"),
+        (lambda: Plan(TokenClustering((5, 5)), scope="global"), "scope must be 'map' or 'window', got 'global'"),
+        (lambda: Plan("clustering"), "reducer must be a hourglass.Reducer or None, got 'clustering'"),
+        (lambda: Plan(proportional=1), "proportional must be True or False, got 1"),
         (lambda: hourglass.expedite(tiny_vit(), Plan(SkipBlocks(), 2, 6)), "stop <= 5"),
         (lambda: hourglass.expedite(tiny_vit(), Plan(SkipBlocks(), 5)), "start < stop <= 5"),
         (lambda: hourglass.expedite(tiny_vit(), Plan(TokenClustering((5, 5)), 1, scope="window")), "larger than"),
@@ -233,10 +233,10 @@ def test_a_smaller_map_needs_fewer_windows():
         ),
         (
             lambda: hourglass.expedite(tiny_vit(), Plan(Shuffle(), 1, 4)),
-            "Shuffle gives its tokens positions: its class is to say on_grid = False",
+            "Shuffle gives its tokens positions: its class must set on_grid = False",
         ),
-        (lambda: hourglass.expedite(torch.nn.Linear(2, 2), Plan()), "got Linear, which holds none"),
-        (lambda: hourglass.expedite(tiny_vit(), None), "plan takes a hourglass.Plan, got None"),
+        (lambda: hourglass.expedite(torch.nn.Linear(2, 2), Plan()), "got Linear, which has none"),
+        (lambda: hourglass.expedite(tiny_vit(), None), "plan must be a hourglass.Plan, got None"),
         (
             lambda: hourglass.expedite(torch.nn.ModuleList([tiny_vit(), tiny_vit()]), Plan()),
             r"with 0 \(ViT\), 1 \(ViT\)",

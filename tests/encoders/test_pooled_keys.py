@@ -132,15 +132,15 @@ def test_it_compiles_to_one_graph_and_has_gradients():
 @pytest.mark.parametrize(
     "make, plan, message",
     [
-        (tiny_swin, lambda: Plan(keys=2), "keys takes an encoder with global attention, got keys=2 and a Swin"),
+        (tiny_swin, lambda: Plan(keys=2), "keys needs an encoder with global attention, got keys=2 and a Swin"),
         (
             lambda: tiny_vit(window_block_indexes=range(5)),
             lambda: Plan(keys=2),
             "a block of global attention, got none",
         ),
         (tiny_vit, lambda: Plan(AveragePooling((4, 4)), keys=2), "global attention outside blocks 0 to"),
-        (tiny_vit, lambda: Plan(keys=0), "keys takes a whole number of at least 1, got 0"),
-        (tiny_vit, lambda: Plan(keys=True), "keys takes a whole number"),
+        (tiny_vit, lambda: Plan(keys=0), "keys must be a whole number of at least 1, got 0"),
+        (tiny_vit, lambda: Plan(keys=True), "keys must be a whole number"),
     ],
 )
 def test_what_has_no_keys_to_pool_is_refused(make, plan, message):

@@ -320,15 +320,18 @@ def swin(reducer, scope):
     "make, message",
     [
         (lambda: Plan(DensityPeaks((5, 5)), 1, 4, scope="window"), r"grid \(5, 5\) is larger than the token map"),
-        (lambda: Plan(BipartiteMatching(9), 1, 4, scope="window"), "r takes at most half of the 16 tokens of a window"),
-        (lambda: Plan(DensityPeaks(0.5), 1, 4), 'DensityPeaks takes scope "window" where blocks have windows'),
+        (
+            lambda: Plan(BipartiteMatching(9), 1, 4, scope="window"),
+            "r must be at most half of the 16 tokens of a window",
+        ),
+        (lambda: Plan(DensityPeaks(0.5), 1, 4), 'DensityPeaks needs scope "window" where blocks have windows'),
         (
             lambda: Plan(BipartiteMatching(0.2), 1, 4),
-            'BipartiteMatching takes scope "window" where blocks have windows',
+            'BipartiteMatching needs scope "window" where blocks have windows',
         ),
-        (lambda: Plan(selection(), 1, 4, scope="window"), 'TokenSelection acts on whole blocks and takes scope "map"'),
+        (lambda: Plan(selection(), 1, 4, scope="window"), 'TokenSelection acts on whole blocks: scope must be "map"'),
         (lambda: Plan(selection(), 1, 3), "are for 3 blocks of 16 channels, the plan has 2 of 16"),
-        (lambda: Plan(BipartiteMatching(2), 1, published=True), "published=True takes a reducer with a published form"),
+        (lambda: Plan(BipartiteMatching(2), 1, published=True), "published=True needs a reducer with a published form"),
     ],
 )
 def test_refusals(make, message):
@@ -341,14 +344,14 @@ def test_refusals_of_a_swin_and_of_convolutions():
     for make, message in (
         (
             lambda: swin(BipartiteMatching(2), "window"),
-            "BipartiteMatching takes an encoder whose windows stay where they are, got a Swin",
+            "BipartiteMatching needs an encoder whose windows do not shift, got a Swin",
         ),
-        (lambda: swin(DensityPeaks(0.5), "map"), 'DensityPeaks takes scope "window" where blocks have windows'),
+        (lambda: swin(DensityPeaks(0.5), "map"), 'DensityPeaks needs scope "window" where blocks have windows'),
         (
             lambda: hourglass.expedite(
                 tiny_vit(window_block_indexes=(), residual_block_indexes=(2,)), Plan(DensityPeaks(0.5), 1, 4)
             ),
-            "DensityPeaks takes blocks without convolutions, got some in blocks 1 to 3",
+            "DensityPeaks needs blocks without convolutions, got blocks with them in blocks 1 to 3",
         ),
     ):
         with pytest.raises(InputError, match=message):

@@ -39,7 +39,7 @@ def test_outputs_are_named_and_described():
         "p0": (1, 12, 10, 9),
         "p2": (1, 48, 3, 3),
     }
-    with pytest.raises(InputError, match="out_names takes a name for each"):
+    with pytest.raises(InputError, match="out_names must be a name for each"):
         Swin(out_names=("res2",))
 
 

@@ -116,6 +116,6 @@ def test_what_was_kept_comes_back_from_a_journal():
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(InputError, match="second model did not run on 1 images, such as 1"):
         agreement(recorder(FIRST, FIRST), recorder(FIRST), [0, 1], draw_samples(2))
-    with pytest.raises(InputError, match="score takes a number from 0 to 1, got 1.5"):
+    with pytest.raises(InputError, match="score must be a number from 0 to 1, got 1.5"):
         compared([FIRST], [FIRST], score=1.5)
     assert compared([FIRST], [{"sem_seg": torch.zeros(2, *SIZE)}]) == {}

@@ -125,14 +125,14 @@ def test_evaluators_of_a_whole_data_set_refuse_a_part_of_it(tmp_path, index):
 
 
 def test_images_that_run_twice_or_are_not_annotated_are_refused():
-    with pytest.raises(InputError, match="an image is compared once, got 1 again"):
+    with pytest.raises(InputError, match="an image must be compared once, got 1 again"):
         compare(subjects(), [*images(2), images(2)[1]])
-    with pytest.raises(InputError, match="an image to be compared has an 'image_id', got \\['image'\\]"):
+    with pytest.raises(InputError, match="an image to be compared must have an 'image_id', got \\['image'\\]"):
         compare(subjects(), [[{"image": torch.zeros(3, 64, 64)}]])
     compared = subjects()
     for subject in compared.values():
         subject.evaluator._coco_api = SimpleNamespace(imgs={0: {}, 1: {}})
-    with pytest.raises(InputError, match="image 2 is not among the 2 images of the evaluator's annotations"):
+    with pytest.raises(InputError, match="image 2 is not among the 2 images that the evaluator has"):
         compare(compared, images(3))
 
 
@@ -423,7 +423,7 @@ def test_a_model_that_does_not_take_batches_is_refused():
         compare(compared, in_batches(2, 2))
     # Nothing stays behind on the models.
     assert not any(subject.encoder._forward_hooks for subject in compared.values())
-    with pytest.raises(InputError, match="an image is compared once, got 0 again"):
+    with pytest.raises(InputError, match="an image must be compared once, got 0 again"):
         compare(several(), [in_batches(1, 1)[0] * 2])
 
 

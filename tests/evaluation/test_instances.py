@@ -135,14 +135,14 @@ def test_ap_of_objects_of_some_sizes_is_cocos(seed):
 
 def test_sizes_that_do_not_grow_are_refused():
     for sides in ([20, 10], [10, 10], [0, 10]):
-        with pytest.raises(InputError, match="sides takes growing numbers of pixels over 0"):
+        with pytest.raises(InputError, match="sides must be increasing numbers of pixels over 0"):
             InstanceEvaluator("coco_2017_val", tasks=("bbox",), use_fast_impl=False, sides=sides)
 
 
 @pytest.mark.parametrize("most", [2, 9, 0, 20.5, "100", True])
 def test_limits_that_coco_does_not_take_are_refused(registered, most):
     """COCO would take 10 detections for 2."""
-    with pytest.raises(InputError, match=f"max_dets_per_image takes a whole number of at least 10, got {most!r}"):
+    with pytest.raises(InputError, match=f"max_dets_per_image must be a whole number of at least 10, got {most!r}"):
         InstanceEvaluator(registered(crowded([1])), tasks=("bbox",), max_dets_per_image=most)
 
 

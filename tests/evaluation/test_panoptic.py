@@ -309,7 +309,7 @@ class TestPanopticEvaluator:
         content = json.loads(json.dumps(CONTENT))
         content["annotations"][0]["segments_info"].append({"id": 3, "category_id": 5})
         (cells / "panoptic.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match="segment 3 of image a is there more than once"):
+        with pytest.raises(InputError, match="segment 3 of image a occurs more than once"):
             give(PanopticEvaluator("cells"), "a")
 
     def test_nothing_found_has_quality_0(self, cells):
@@ -408,7 +408,7 @@ class TestBadInputs:
     def test_pngs_that_are_none(self, cells):
         path = cells / "panoptic" / "a.png"
         cv2.imwrite(str(path), TRUTH.astype(np.uint8))
-        assert f"panoptic PNG {path} is (4, 8) uint8: 8 bit RGB is taken" in self.refusal()
+        assert f"panoptic PNG {path} is (4, 8) uint8: it must be 8 bit RGB" in self.refusal()
         path.write_bytes(path.read_bytes()[:40])
         assert f"panoptic PNG {path} cannot be read" in self.refusal()
 

@@ -93,9 +93,11 @@ def test_what_it_does_not_take(folder, tmp_path, capsys, monkeypatch):
     draw_image(folder / "c.jpg")
     line = refusal(capsys, "--predict", str(folder), "--output", str(folder), *UNTRAINED)
     assert "would overwrite" in line and "b.jpg, which is predicted on" in line
-    assert "--score takes a number from 0 to 1" in refusal(capsys, "--predict", str(folder), "--score", "2", *UNTRAINED)
+    assert "--score must be a number from 0 to 1" in refusal(
+        capsys, "--predict", str(folder), "--score", "2", *UNTRAINED
+    )
     for arguments, message in (
-        (["--predict", "a.png", "--eval-only"], "--predict is a task of its own, without --eval-only"),
+        (["--predict", "a.png", "--eval-only"], "--predict cannot be used with --eval-only"),
         (["--compare"], "--output and --compare are for --predict"),
     ):
         with pytest.raises(SystemExit):

@@ -332,7 +332,7 @@ class TestModel:
             model([image(64, 64)])
         entry = image(64, 64, 2)
         entry["instances"].gt_classes += 4
-        with pytest.raises(InputError, match=r"has classes \[4, 5\], the model takes \[0, 5\)"):
+        with pytest.raises(InputError, match=r"has classes \[4, 5\], they must be in \[0, 5\)"):
             model([entry])
         entry = image(64, 64, 2)
         entry["instances"].remove("gt_masks")
@@ -362,12 +362,12 @@ class TestModel:
     @pytest.mark.parametrize(
         "changes, message",
         [
-            ({"in_features": ["res2", "res3", "res4"]}, "in_features takes four of the backbone's"),
-            ({"in_features": ["res1", "res3", "res4", "res5"]}, "in_features takes four of the backbone's"),
+            ({"in_features": ["res2", "res3", "res4"]}, "in_features must be four of the backbone's"),
+            ({"in_features": ["res1", "res3", "res4", "res5"]}, "in_features must be four of the backbone's"),
             ({"in_features": ["res2", "res3", "res5", "res4"]}, r"strides that double, got \[4, 8, 32, 16\]"),
-            ({"hidden_dim": 48}, "hidden_dim takes a multiple of 32 and of num_heads, 4, got 48"),
-            ({"hidden_dim": 64, "num_heads": 5}, "hidden_dim takes a multiple of 32 and of num_heads, 5, got 64"),
-            ({"things": [0, 5]}, r"things takes classes in \[0, 5\), got \[0, 5\]"),
+            ({"hidden_dim": 48}, "hidden_dim must be a multiple of 32 and of num_heads, 4, got 48"),
+            ({"hidden_dim": 64, "num_heads": 5}, "hidden_dim must be a multiple of 32 and of num_heads, 5, got 64"),
+            ({"things": [0, 5]}, r"things must be classes in \[0, 5\), got \[0, 5\]"),
         ],
     )
     def test_wrong_arguments_are_refused(self, changes, message):
@@ -392,7 +392,7 @@ class TestOptimizerParams:
 
     @pytest.mark.parametrize("factor", [0, 1.5])
     def test_refuses(self, factor):
-        with pytest.raises(InputError, match=r"backbone_multiplier takes a factor in \(0, 1\]"):
+        with pytest.raises(InputError, match=r"backbone_multiplier must be a factor in \(0, 1\]"):
             optimizer_params(small(), 1e-4, 0.05, factor)
 
 

@@ -91,7 +91,7 @@ def test_prepared_records(nuclei):
 def test_prepare_refuses_and_leaves_nothing(tmp_path, source, split):
     target = tmp_path / "nuclei"
     (target / "annotations").mkdir(parents=True)
-    with pytest.raises(InputError, match="FOLDER takes a path where nothing is yet"):
+    with pytest.raises(InputError, match="FOLDER must be a path that does not exist yet"):
         prepare.main(prepare.parse([str(source), str(target)]))
     with pytest.raises(InputError, match="lacks 4 of the 4 images, such as b1"):
         prepare.main(prepare.parse([str(tmp_path), str(tmp_path / "new")]))
@@ -193,9 +193,9 @@ def test_pictures(nuclei, tmp_path, capsys):
     assert picture.shape == (2 * (1024 + 40 + 12), 2 * (1280 + 12), 3)
     image, truth, _, expedited = (picture[y : y + 1024, x : x + 1280] for y in (40, 1116) for x in (0, 1292))
     assert (image != truth).any() and (image != expedited).any()
-    with pytest.raises(InputError, match="--images takes names of the 1 validation images, got 'a2'"):
+    with pytest.raises(InputError, match="--images must be names of the 1 validation images, got 'a2'"):
         pictures.main(pictures.parse(["--images", "a2"]))
-    with pytest.raises(InputError, match="--score takes a score from 0 to 1, got 2"):
+    with pytest.raises(InputError, match="--score must be a number from 0 to 1, got 2"):
         pictures.main(pictures.parse(["--score", "2"]))
 
 

@@ -112,7 +112,7 @@ def test_it_follows_the_tokens_type(dtype):
 @pytest.mark.parametrize(
     "reducer, message",
     [
-        (TokenClustering((3, 3), restore_mode="features"), 'whose restoring is another: with restore_mode="update"'),
+        (TokenClustering((3, 3), restore_mode="features"), 'which restores something else: use restore_mode="update"'),
         (AveragePooling((3, 3), restore_mode="features"), "TokenClustering|AveragePooling"),
         (BipartiteMatching(2), "got BipartiteMatching, which reduces anew in each block"),
     ],
@@ -135,5 +135,5 @@ def test_restoring_of_updates_is_taken(reducer, dtype):
 def test_an_affine_map_needs_its_calibration():
     from tests.encoders.test_hourglass_vit import tiny_vit
 
-    with pytest.raises(InputError, match="LinearBlocks takes a plan with a calibration"):
+    with pytest.raises(InputError, match="LinearBlocks needs a plan with a calibration"):
         hourglass.expedite(tiny_vit(), hourglass.Plan(LinearBlocks(), 1, 3))

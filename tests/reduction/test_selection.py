@@ -121,18 +121,18 @@ def test_refusals(tmp_path):
     torch.save({"some": torch.zeros(2)}, tmp_path / "other.pth")
     (tmp_path / "broken.pth").write_text("no checkpoint")
     torch.save(selection().state_dict(), tmp_path / "reducer.pth")
-    trained, takes = tmp_path / "reducer.pth", "target takes a share of tokens in "
+    trained, shares = tmp_path / "reducer.pth", "target must be a share of tokens in "
     for make, message in (
-        (lambda: TokenSelection(), 'takes a file of trained selectors, or "random" to train new ones, got None'),
+        (lambda: TokenSelection(), 'must be a file of trained selectors, or "random" to train new ones, got None'),
         (lambda: TokenSelection("missing.pth"), "selectors missing.pth cannot be read"),
         (lambda: TokenSelection(tmp_path / "broken.pth"), "cannot be read"),
         (lambda: TokenSelection(tmp_path / "other.pth"), "holds no selectors"),
-        (lambda: TokenSelection("random", 0), takes + r"\(0, 1\], or one for each block, got 0"),
+        (lambda: TokenSelection("random", 0), shares + r"\(0, 1\], or one for each block, got 0"),
         (lambda: TokenSelection("random", [0.5, 2]), r"got \[0.5, 2\]"),
         (lambda: TokenSelection("random", "half"), "got 'half'"),
-        (lambda: TokenSelection("random", loss_weight=0), "loss_weight takes a number over 0, got 0"),
-        (lambda: TokenSelection("random", temperature="warm"), "temperature takes a number over 0, got 'warm'"),
-        (lambda: TokenSelection("random", [0.5, 0.5]).bind([8, 8, 8]), "target takes one share or 3"),
+        (lambda: TokenSelection("random", loss_weight=0), "loss_weight must be a number over 0, got 0"),
+        (lambda: TokenSelection("random", temperature="warm"), "temperature must be a number over 0, got 'warm'"),
+        (lambda: TokenSelection("random", [0.5, 0.5]).bind([8, 8, 8]), "target must be one share or 3"),
         (lambda: TokenSelection(trained).bind([8]), "are for 2 blocks of 8 channels, the plan has 1 of 8"),
         (lambda: TokenSelection(trained).bind([8, 16]), "the plan has 2 of 8, 16"),
     ):

@@ -32,17 +32,20 @@ class TestGoal:
     @pytest.mark.parametrize(
         "words, message",
         [
-            (["keep=1.2"], "a keep over 0 and under 1, .* got 1.2"),
-            (["keep=nan"], "a keep over 0 and under 1"),
-            (["speed=0.5"], "a speed over 1, .* got 0.5"),
-            (["keep=0.9", "speed=2"], "either keep=0.99, say, or speed=2, got keep=0.9 speed=2"),
-            (["labels=none"], "either keep=0.99, say, or speed=2, got labels=none"),
-            (["keep=much"], "takes keep=a number, got 'keep=much'"),
-            (["kept=0.9"], "takes keep=..., speed=..., labels=..., seed=..., got 'kept=0.9'"),
+            (["keep=1.2"], "keep must be over 0 and under 1, .* got 1.2"),
+            (["keep=nan"], "keep must be over 0 and under 1"),
+            (["speed=0.5"], "speed must be over 1, .* got 0.5"),
+            (
+                ["keep=0.9", "speed=2"],
+                "either keep, such as keep=0.99, or speed, such as speed=2, got keep=0.9 speed=2",
+            ),
+            (["labels=none"], "either keep, such as keep=0.99, or speed, such as speed=2, got labels=none"),
+            (["keep=much"], "must have keep=a number, got 'keep=much'"),
+            (["kept=0.9"], "must be keep=..., speed=..., labels=..., seed=..., got 'kept=0.9'"),
             (["keep"], "got 'keep'"),
-            (["keep=0.9", "keep=0.8"], "takes keep once"),
-            (["keep=0.9", "labels=some"], "labels=auto or labels=none, got labels=some"),
-            (["keep=0.9", "seed=-1"], "a seed of at least 0"),
+            (["keep=0.9", "keep=0.8"], "must have keep once"),
+            (["keep=0.9", "labels=some"], "labels must be auto or none, got some"),
+            (["keep=0.9", "seed=-1"], "seed must be at least 0"),
         ],
     )
     def test_what_is_none_is_refused_in_a_line(self, words, message):

@@ -237,7 +237,7 @@ class Swin(Backbone):
         super().__init__()
         names = [f"p{i}" for i in out_indices] if out_names is None else list(out_names)
         if len(names) != len(out_indices):
-            raise InputError(f"out_names takes a name for each of the stages {list(out_indices)}, got {names}")
+            raise InputError(f"out_names must be a name for each of the stages {list(out_indices)}, got {names}")
         self.ape = ape
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages

@@ -130,12 +130,12 @@ class SwinFamily(Family):
 
     def check_published(self, plan: Plan, blocks: list[Any]) -> None:
         if plan.scope != "window":
-            raise InputError(f'a published plan takes scope "window" in Swin, got {plan.scope!r}')
+            raise InputError(f'a published plan must have scope "window" in Swin, got {plan.scope!r}')
         window = self.window_size(blocks[0])
         assert plan.reducer is not None, "only a reducer is run as published"
         cells = EachWindow(plan.reducer, window).cells
         if min(cells) <= window // 2:
             raise InputError(
-                f"a published plan takes more than {window // 2} tokens a side of a window of {window}, "
+                f"a published plan must keep more than {window // 2} tokens a side of a window of {window}, "
                 f"got {cells[0]} x {cells[1]}"
             )

@@ -329,7 +329,7 @@ class SimpleFeaturePyramid(Backbone):
     ):
         super().__init__()
         if norm not in ("LN", ""):
-            raise ValueError(f'norm takes "LN" or "", got {norm!r}')
+            raise ValueError(f'norm must be "LN" or "", got {norm!r}')
         self.net = net
         self.in_feature = in_feature
         self.top_block = top_block
@@ -369,7 +369,7 @@ class SimpleFeaturePyramid(Backbone):
             return [], channels
         if scale == 0.5:
             return [nn.MaxPool2d(kernel_size=2, stride=2)], channels
-        raise ValueError(f"scale_factors takes 4.0, 2.0, 1.0 and 0.5, got {scale}")
+        raise ValueError(f"scale_factors must be 4.0, 2.0, 1.0 or 0.5, got {scale}")
 
     @property
     def size_divisibility(self) -> int:
