@@ -98,7 +98,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue from train.output_dir: with --eval-only after the finished images, else from the last checkpoint",
+        help="continue from train.output_dir: with --eval-only after the finished images, else at the last checkpoint",
     )
     parser.add_argument(
         "--num-gpus", type=int, default=1, metavar="N", help="number of GPUs on this machine, a process each"
