@@ -37,7 +37,7 @@ def check_switch(name: str, value: Any) -> None:
 
 
 def repeated(values: Iterable[Any]) -> list[Any]:
-    """Those that are among the values before them, too."""
+    """The values that occurred before, in order: [1, 2, 1, 1] -> [1, 1]."""
     seen: set[Any] = set()
     duplicates = []
     for value in values:

@@ -1,4 +1,4 @@
-"""States that a model is run in, and left as it was."""
+"""Context managers that set a model's state and restore it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """All of a model's modules in evaluation mode."""
+    """Set all of a model's modules to evaluation mode; at the end each has its mode back."""
     # Module by module: views of one model share most of theirs.
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -22,6 +22,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def without_autocast(tokens: Tensor) -> AbstractContextManager:
-    """Computing in the tensors' own types; on the meta device, which has no autocast, as everywhere."""
+    """Disable autocast on the tensors' device. The meta device has no autocast: there it does nothing."""
     device = tokens.device.type
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)

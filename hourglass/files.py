@@ -20,7 +20,7 @@ def check_folder(name: str, folder: str | os.PathLike) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write the file whole or not at all."""
+    """Write the file atomically: after an error the old file, if any, is unchanged."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)

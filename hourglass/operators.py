@@ -1,4 +1,4 @@
-"""Steps of a model that compiling takes as one."""
+"""Custom operators: steps of a model that torch.compile does not look into."""
 
 import functools
 from collections.abc import Callable
@@ -14,19 +14,17 @@ def operator(
     arguments: str, shape: Callable[..., list], dtype: torch.dtype | None = None, like: int = 0
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """
-    A decorator that makes a function an operator of torch's, ``torch.ops.hourglass.<its name>``. Compiling takes it as
-    one step and does not look inside: the function may loop over and choose by sizes as it likes, without a graph
-    break and without a new compilation for each size of image.
+    A decorator that registers a function as ``torch.ops.hourglass.<name>``. torch.compile treats it as one step: the
+    function may loop and branch on sizes without a graph break and without a new compilation for each image size.
 
-    Operators have no backward pass. Where a gradient is asked for, the function is run as it is; so it is under
-    ``torch.jit.trace``, by which operations are counted, and ``torch.export``, whose programs are to run without this
-    package.
+    Operators have no backward pass. Where a gradient is needed the function itself runs; so it does under
+    ``torch.jit.trace``, which counts operations, and ``torch.export``, whose programs run without this package.
 
     Args:
-        arguments: as a schema of torch's, such as "Tensor tokens, int heads".
-        shape: the function's arguments -> the shape of what it returns.
-        dtype: of what it returns; None: that of the argument number ``like``.
-        like: number of the argument, a tensor or a list of them, whose device the result is on.
+        arguments: in torch's schema language, such as "Tensor tokens, int heads".
+        shape: maps the function's arguments to the shape of its result.
+        dtype: of the result; None: that of argument number ``like``.
+        like: number of the argument, a tensor or a list of tensors, whose device the result is on.
     """
 
     def decorate(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -57,14 +55,14 @@ def operator(
 
 def is_exporting() -> bool:
     """
-    Whether ``torch.export`` is at work, for ONNX too: what it is shown is to be operators of torch's own, functional,
-    and few.
+    Whether ``torch.export`` is running, for ONNX too. Code should then use few operators, all of them torch's own and
+    functional.
     """
     return getattr(torch.compiler, "is_exporting", _never)()  # new in torch 2.7
 
 
 def is_symbolic(*sizes: Any) -> bool:
-    """Whether one of the sizes is left open, as in a program for images of many sizes."""
+    """Whether one of the sizes is symbolic, as in a program for images of many sizes."""
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
@@ -73,7 +71,7 @@ def _never() -> bool:
 
 
 def needs_gradient(*values) -> bool:
-    """Whether a result of ``values``, tensors and others, is to have a gradient."""
+    """Whether a result computed from ``values`` (tensors, lists of tensors, others) needs a gradient."""
     if not torch.is_grad_enabled():
         return False
     tensors = (tensor for value in values for tensor in (value if isinstance(value, list) else [value]))

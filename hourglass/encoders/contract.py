@@ -1,10 +1,11 @@
 """
-What an hourglass asks of an encoder. Each family of encoders answers in one file, which registers itself:
+The interface between an hourglass and an encoder. Each family of encoders implements it in one file, which registers
+itself:
 
 - an encoder has blocks, in one or several stages, each of which keeps the size of its map;
 - its own forward pass calls each of them once, in order, with what the one before returned, a map (B, H, W, C) or a
-  list (B, H * W, C) of the size that is set on the block as ``H`` and ``W``; what it does before, between stages and
-  after is its own affair;
+  list (B, H * W, C) of the size that is set on the block as ``H`` and ``W``; it may do anything before the blocks,
+  between stages and after;
 - a block of the family can also be run on tokens that are fewer and lie apart (:class:`PlacedBlock`).
 
 A block is seen through a view of it (:mod:`hourglass.encoders.sharing`), on which its family's :class:`PlacedBlock`
@@ -31,9 +32,9 @@ class AttentionOptions(NamedTuple):
     Attributes:
         window_size: tokens a side of the block's windows; 0: attention is global.
         shifted: whether the windows are shifted by half of them.
-        fast: as :mod:`hourglass.attention` does fast, in place of the plain formula.
-        published: reduced maps as the papers' own code has them.
-        keys: rows and columns of tokens that are pooled to one key and one value; 1: none are.
+        fast: whether it is the fast one of :mod:`hourglass.attention`, not the plain formula.
+        published: whether reduced maps are treated as in the papers' own code.
+        keys: side of the cells of tokens that are pooled to one key and one value; 1: no pooling.
     """
 
     window_size: int
@@ -44,7 +45,7 @@ class AttentionOptions(NamedTuple):
 
 
 class PlacedAttention(nn.Module):
-    """Before the class of a block's attention: runs it on placed tokens."""
+    """Mixed in before the class of a block's attention: runs it on placed tokens (:class:`Place`)."""
 
     #: Children that the attention's own forward pass calls and this one does not: hooks on them are refused.
     uncalled: ClassVar[tuple[str, ...]] = ()
@@ -61,16 +62,15 @@ class PlacedAttention(nn.Module):
             place: where they lie.
 
         Returns:
-            what is attended to, (B, h, w, C); with ``place.between`` also the keys in the mean over heads,
-            (B, h, w, D).
+            attention's result (B, h, w, C); with ``place.between`` also the keys, averaged over heads (B, h, w, D).
         """
         raise NotImplementedError
 
 
 class PlacedBlock(nn.Module):
     """
-    Before a block's class: runs it on the full map or on placed tokens. Of the block it takes ``norm1``, ``attn``,
-    ``norm2`` and ``mlp``, and, if it has them, ``drop_path`` and, with ``use_residual_block``, ``residual``.
+    Mixed in before a block's class: runs it on the full map or on placed tokens. It uses the block's ``norm1``,
+    ``attn``, ``norm2`` and ``mlp``, and, if present, ``drop_path`` and, with ``use_residual_block``, ``residual``.
 
     Attributes:
         windowed: whether the block's attention has windows.
@@ -137,19 +137,18 @@ class PlacedBlock(nn.Module):
 
 class Family:
     """
-    An encoder's family: how its encoders are found, and how their blocks are run on placed tokens.
+    A family of encoders: how they are recognised, and how their blocks are run on placed tokens.
 
     Attributes:
         name: of the family, for messages.
-        known: classes of encoders, of their blocks and of these' attention, that are taken as they are. All others are
-            proven first, Detectron2's own too: forks have classes of the same dotted names.
-        class_names: names of classes of encoders, wherever they are defined, that are taken for encoders of the family
-            in a LazyConfig, before they are built.
-        parts, attention_parts: attributes that a block of the family has, and its ``attn``.
+        known: classes of encoders, blocks and attention that need no verification. All others are verified first, also
+            Detectron2's own, as forks have classes of the same dotted names.
+        class_names: names of encoder classes that are recognised in a LazyConfig, before they are built.
+        parts, attention_parts: attributes that a block of the family and its ``attn`` have.
         pools_keys: whether blocks with global attention can pool keys and values.
-        pads_published: whether published plans reduce what fills cut windows along.
-        block: what goes before the class of a block.
-        hourglass: what goes before the class of an encoder.
+        pads_published: whether published plans also reduce the zeros that fill cut windows.
+        block: mixed in before the class of a block.
+        hourglass: mixed in before the class of an encoder.
     """
 
     name: str
@@ -163,7 +162,7 @@ class Family:
     hourglass: type
 
     def stages(self, encoder: nn.Module) -> list[list[nn.Module]] | None:
-        """The encoder's blocks, as they stand in its lists, stage after stage; None: it is not of the family."""
+        """The encoder's blocks, stage by stage, as in its module lists; None for an encoder of another family."""
         raise NotImplementedError
 
     def stages_of(self, encoder: nn.Module) -> list[list[nn.Module]]:
@@ -173,7 +172,7 @@ class Family:
         return stages
 
     def fits(self, block: Any) -> bool:
-        """Whether a block, without its wrappers, has what is asked of one."""
+        """Whether a block, without its wrappers, has the attributes ``parts`` and ``attention_parts``."""
         has_parts = all(hasattr(block, name) for name in self.parts)
         return has_parts and all(hasattr(block.attn, name) for name in self.attention_parts)
 
@@ -191,8 +190,8 @@ class Family:
 
     def small_variant(self, block: Any) -> tuple[tuple[int, int], dict[str, Tensor]] | None:
         """
-        Where a block runs on maps of one size alone: a smaller size (H, W) that it is proven on, and what takes the
-        place of its tensors then, by their names. None: it takes maps of any size.
+        For a block that only runs on maps of one size: a smaller size (H, W) that it is verified on, and the tensors
+        that replace its own there, by name. None: it runs on maps of any size.
         """
         return None
 

@@ -14,18 +14,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def expedite(model: Model, plan: Plan) -> Model:
     """
-    A second view of a model, with its encoder's middle blocks on fewer tokens.
+    A second view of a model, whose encoder runs its middle blocks on fewer tokens.
 
-    ``model`` stays as it was. Everything outside the encoder is the same modules in both, and every parameter, buffer
-    and hook is the same; the names in ``state_dict()`` are too. What is done to one later, such as ``.to()``, a new
-    parameter or a hook, is done to the other, but for what replaces a block, its ``mlp`` or its ``attn`` as a whole:
-    expedite the model again after that. ``eval()`` and ``train()`` set the modules that both have, and those of the one
-    that they are called on.
+    ``model`` is not changed. The view shares all parameters, buffers and hooks with it, the modules outside the encoder,
+    and the names in ``state_dict()``. Later changes to one, such as ``.to()``, a new parameter or a hook, also apply to
+    the other, except replacing a block, its ``mlp`` or its ``attn`` as a whole: expedite the model again after that.
+    ``eval()`` and ``train()`` set the shared modules, and the unshared ones of the model that they are called on.
 
     Args:
-        model: holds, or is, an encoder of a family that is known (:mod:`hourglass.encoders.registry`), unmodified or
-            expedited. One that is not known by its class is proven first, see :func:`hourglass.verify`.
+        model: has, or is, one encoder of a registered family (:mod:`hourglass.encoders.registry`), unmodified or
+            expedited. An encoder of an unknown class is verified first, see :func:`hourglass.verify`.
         plan: replaces the plan of an expedited model.
+
+    Returns:
+        the view.
 
     Raises:
         InputError: for a model without an encoder that can be expedited, or a plan that it cannot follow.

@@ -23,17 +23,17 @@ class Hourglass(nn.Module):
     An encoder whose middle blocks run on fewer tokens: on a smaller map, on a list of tokens that merge block by block,
     or on those that are selected for each block.
 
-    It is a view of the encoder: of its class, with its modules, parameters and hooks under their own names, so that
-    checkpoints of the encoder load and changing a parameter of one changes it for both. The blocks are views as well.
-    What stands before, between and after the blocks is the encoder's own code. A reducer's parameters, if it has some,
-    are beside the encoder's under "reducer".
+    It is a view of the encoder: an instance of its class that shares its modules, parameters and hooks under their own
+    names, so that checkpoints of the encoder load, and changing a parameter of one changes it for both. The blocks are
+    views as well. Everything before, between and after the blocks is the encoder's own code. A reducer's parameters, if
+    any, are registered under "reducer".
 
     Args:
         encoder: of a family that is registered, unmodified or expedited.
         plan: which blocks run on fewer tokens; ``Plan()``: the encoder's own forward pass.
 
     Raises:
-        InputError: for an encoder whose blocks cannot be run so, or a plan that it cannot follow.
+        InputError: for an encoder whose blocks cannot be run on fewer tokens, or a plan that it cannot follow.
     """
 
     plan: Plan

@@ -14,25 +14,27 @@ ATTENTION = ("plain", "fast")
 
 class Plan:
     """
-    Which blocks of an encoder run on fewer tokens, and what reduces them. ``Plan()`` is the unmodified encoder.
+    Which blocks of an encoder run on fewer tokens, and the reducer that reduces them. ``Plan()`` is the unmodified
+    encoder.
 
     Args:
-        reducer: makes the smaller map; None: no block is changed.
+        reducer: makes the smaller map; None: every block runs on all tokens.
         start: the first block, counted from 0, that runs on the smaller map.
         stop: the block before which the full map is restored; None: after the last.
-        scope: what the reducer is applied to, the whole "map" or each attention "window".
-        proportional: attention adds the logarithm of the number of tokens that a key stands for to its score
-            (ToMe, arXiv 2210.09461), where the reducer tells it.
-        published: compute as the papers' own code does, for comparison with their figures: with the reducer's
-            published form (:meth:`Reducer.published_form`) and without proportional attention. In Swin all else is as
-            the authors' code has it too, see :class:`~hourglass.HourglassSwin`; in a ViT the reducer alone.
-        attention: of every block, "fast" or by the "plain" formula, which materialises all scores as the published
-            encoders do; the result is the same to float32's rounding (:mod:`hourglass.attention`). None: "fast" under a
-            reducer that is not run as published or with pooled keys, else "plain".
-        calibration: of the plan's restoring, from :func:`hourglass.calibrate`, or the file of one; None: none.
-        keys: blocks with global attention outside the planned ones attend to the means of cells of ``keys`` x ``keys``
-            tokens: each key and value is the projection of a cell's mean, with its mean relative position, or its
-            centre's rotary one. Not lossless. 1: to all tokens.
+        scope: "map": the reducer is applied to the whole map; "window": to each attention window.
+        proportional: whether attention adds the logarithm of the number of tokens that a key stands for to its score
+            (ToMe, arXiv 2210.09461), where the reducer gives that number.
+        published: whether to compute as the papers' own code does, for comparison with their figures: with the
+            reducer's published form (:meth:`Reducer.published_form`) and without proportional attention. In Swin
+            everything else follows the authors' code too, see :class:`~hourglass.HourglassSwin`; in a ViT only the
+            reducer does.
+        attention: of every block, "fast" or "plain", the formula, which materialises all scores as the published
+            encoders do; both give the same result to float32's rounding (:mod:`hourglass.attention`). None: "fast" with
+            pooled keys or a reducer that is not run as published, else "plain".
+        calibration: of the plan's restoring, from :func:`hourglass.calibrate`, or the path of its file.
+        keys: side of the cells, in tokens, whose keys and values are pooled in blocks with global attention outside the
+            planned ones: each key and value is the projection of a cell's mean, with its mean relative position, or its
+            centre's rotary one. Lossy. 1: no pooling.
 
     Raises:
         InputError: for an argument out of range.
@@ -91,7 +93,7 @@ class Plan:
         The blocks that run on the smaller map, in an encoder of ``depth`` blocks.
 
         Raises:
-            InputError: where the encoder has not all of them.
+            InputError: where the encoder does not have all of them.
         """
         if self.reducer is None:
             return range(0)
@@ -104,11 +106,11 @@ class Plan:
         return range(self.start, stop)
 
     def control(self) -> "Plan":
-        """The same plan with its blocks left out: what the model owes to its other blocks."""
+        """The control of this plan: its blocks are skipped (:class:`~hourglass.SkipBlocks`)."""
         return Plan(SkipBlocks(), self.start, self.stop, attention=self.attention, keys=self.keys)
 
     def linear_control(self) -> "Plan":
-        """The same plan with an affine map in the place of its blocks, to be calibrated."""
+        """The control with an affine map in place of the plan's blocks, to be calibrated."""
         return Plan(LinearBlocks(), self.start, self.stop, attention=self.attention, keys=self.keys)
 
     def uncalibrated(self) -> "Plan":
@@ -118,7 +120,8 @@ class Plan:
         return plan
 
     def to_be_calibrated(self) -> "Plan":
-        """The same plan as it runs before it is calibrated: an affine map's blocks are left out."""
+        """The plan that a calibration is fitted under: without a calibration, and :class:`~hourglass.LinearBlocks` skips
+        its blocks."""
         return self.control() if self.reducer is not None and self.reducer.needs_calibration else self.uncalibrated()
 
     def calibrated(self, calibration: Calibration) -> "Plan":

@@ -1,6 +1,6 @@
 """
-Proof that blocks are run as their own forward passes run them. An encoder that is not known by its exact class (a copy,
-a fork, a subclass) is taken only with this proof: otherwise what differs would go into every figure without a word.
+Verifies that an hourglass runs an encoder's blocks as their own forward passes do. An encoder of an unknown class (a
+copy, a fork, a subclass) is accepted only then: otherwise a difference would silently affect every figure.
 """
 
 import hashlib
@@ -29,13 +29,14 @@ _ACROSS = "no plan may run blocks on fewer tokens across that: end it there, or 
 
 class Proof(NamedTuple):
     """
-    One kind of an encoder's blocks, run both ways on a small random map.
+    The result of running one kind of an encoder's blocks both ways on a small random map.
 
     Attributes:
-        blocks: their numbers.
-        kind: their class, and what of it is told apart.
-        difference: largest, of the own forward pass and ours, plain and fast, relative to what the block adds.
-        tolerance: up to which they are equal to rounding.
+        blocks: numbers of the blocks of this kind.
+        kind: class of the blocks and of their attention.
+        difference: largest absolute difference between the block's own forward pass and the hourglass's (plain or
+            fast), divided by the largest absolute update of the block.
+        tolerance: largest difference that rounding explains.
     """
 
     blocks: list[int]
@@ -56,13 +57,16 @@ class Proof(NamedTuple):
 def verify(model: nn.Module) -> list[Proof]:
     """
     Run each distinct kind of block of a model's encoder both ways, by its own forward pass and as an hourglass runs it
-    on a full map, plain and fast, with random parameters in float64::
+    on a full map (plain and fast), with random parameters in float64::
 
         for proof in hourglass.verify(model):
             print(proof)
 
     Args:
-        model: holds, or is, one encoder of a family that is known.
+        model: has, or is, one encoder of a registered family.
+
+    Returns:
+        a proof for each kind of block; ``proof.holds`` says whether both ways agree.
 
     Raises:
         InputError: for a model without such an encoder, with blocks that cannot be run, or on the meta device.

@@ -1,4 +1,4 @@
-"""The families of encoders that are known, and which of them a module is of."""
+"""The registry of families of encoders."""
 
 from torch import nn
 
@@ -10,18 +10,18 @@ _families: list[Family] = []
 
 
 def register(family: type[Family]) -> type[Family]:
-    """Make a family known to all that ask for encoders: a decorator of its class."""
+    """A class decorator that registers a family."""
     _families.append(family())
     return family
 
 
 def families() -> list[Family]:
-    """Those that are registered, the first one first."""
+    """The registered families, in the order of registration."""
     return list(_families)
 
 
 def is_known(encoder: nn.Module) -> bool:
-    """Whether an encoder and its blocks are known by their exact classes."""
+    """Whether an encoder, its blocks and their attention are of known classes, exactly."""
     family = next((family for family in _families if base_class(encoder) in family.known), None)
     if family is None:
         return False
@@ -30,7 +30,7 @@ def is_known(encoder: nn.Module) -> bool:
 
 
 def is_encoder_class(kind: type) -> bool:
-    """Whether a class is, or by its name or that of a base seems, one of encoders; what it builds is seen then."""
+    """Whether a class is one of encoders, by itself or by the name of a base; its instances are checked when built."""
     return any(
         base in family.known or base is family.hourglass or base.__name__ in family.class_names
         for family in _families
@@ -39,13 +39,15 @@ def is_encoder_class(kind: type) -> bool:
 
 
 def family_or_none(module: nn.Module) -> Family | None:
-    """The family of a module, by how it is built."""
+    """The family of a module, by its attributes; None for a module of no family."""
     # The last one first: a family that is built on another is told from that one by what it adds.
     return next((family for family in reversed(_families) if family.stages(module) is not None), None)
 
 
 def family_of(encoder: nn.Module) -> Family:
     """
+    The family of an encoder.
+
     Raises:
         InputError: for a module of no family.
     """
@@ -58,7 +60,10 @@ def family_of(encoder: nn.Module) -> Family:
 
 def find_encoder(model: nn.Module) -> tuple[str, nn.Module]:
     """
-    The encoder in a model, unmodified or expedited, and its name (that of ``named_modules``; "" for the model itself).
+    The encoder in a model, unmodified or expedited.
+
+    Returns:
+        its name in ``named_modules()`` ("" for the model itself), and the encoder.
 
     Raises:
         InputError: where the model has none or several.

@@ -91,9 +91,10 @@ def mixture(
     weights: str,
 ) -> Callable[[Tensor], Tensor]:
     """
-    What restoring does with the centres' new features: each token mixes those of its ``k`` most similar centres, with
-    weights exp(-temperature x squared distance) of the features before (Expedit). With all centres as candidates, those
-    as similar as the k-th are kept too, as in the authors' code. The weights are constants to gradients.
+    The function that restores tokens from the centres' refined features (Expedit): each token mixes those of its ``k``
+    most similar centres, with weights exp(-temperature x squared distance) from the features before. With all centres
+    as candidates, those as similar as the k-th are kept too, as in the authors' code. Gradients do not flow through the
+    weights.
 
     Args:
         tokens: (B, H, W, C), float32.
@@ -101,8 +102,8 @@ def mixture(
         temperature: as in :func:`cluster`.
         k: number of centres.
         neighborhood: odd; only centres that many cells around home are candidates. None: all are.
-        weights: "sum": they sum to 1. "l2": their squares do, as in the authors' code, and where all are below 1e-12
-            they fade out.
+        weights: "sum": they sum to 1. "l2": their squares sum to 1, as in the authors' code; those with a norm below
+            1e-12 fade out.
 
     Returns:
         a function (B, h, w, D) -> (B, H, W, D), for any D.
@@ -250,7 +251,7 @@ class TokenClustering(GridReducer):
     Token clustering and reconstruction, the reducer of Expedit (arXiv 2210.01035). Restricted to neighbourhoods, it
     costs time and memory linear in the number of tokens.
 
-    The defaults are what keeps most accuracy; :meth:`published` has the authors' settings.
+    The defaults keep most accuracy; :meth:`published` has the authors' settings.
 
     Args:
         grid: see :class:`~hourglass.reduction.GridReducer`.
@@ -259,11 +260,11 @@ class TokenClustering(GridReducer):
         temperature: multiplies squared distances before the softmax over centres. "auto" is relative to the
             map's own mean squared distance between tokens and their home centres, so that one value fits every model.
         restore_temperature: the same for restoring; None: as ``temperature``.
-        k: restoring mixes so many of a token's most similar centres.
-        weights: "sum": the mixture's weights sum to 1. "l2": their squares do, as in the authors' code: a constant
-            map comes back scaled.
-        candidates: the centres that restoring chooses from: "neighborhood", the token's own, or "all", which takes
-            the time of tokens x centres.
+        k: number of centres, the most similar ones, that restoring mixes for a token.
+        weights: "sum": the mixture's weights sum to 1. "l2": their squares sum to 1, as in the authors' code, which
+            scales a constant map.
+        candidates: the centres that restoring chooses from, "neighborhood" or "all", which takes time proportional to
+            tokens x centres.
         restore_mode: "update": a token keeps its features and gets the mixture of the centres' changes; "features": the
             mixture of the centres' features, as published.
 
@@ -316,8 +317,8 @@ class TokenClustering(GridReducer):
         k: int = 10,
     ) -> "TokenClustering":
         """
-        The operators as the authors' code has them; the default figures are those of their Mask2Former on COCO. Use it
-        in a ``Plan`` with ``published=True``.
+        The reducer as the authors' code computes it; the defaults are those of their Mask2Former on COCO. Use it in a
+        ``Plan`` with ``published=True``.
         """
         return cls(
             grid,

@@ -17,12 +17,12 @@ from hourglass.reduction.windows import grid_positions, map_size
 
 def standardize(tokens: Tensor, spatial: float) -> Tensor:
     """
-    The features that distances are of: those of the tokens, by their standard deviation over the map (the mean one of
-    all channels) and the root of C, and beside them the place in the map.
+    The features that distances are taken in: those of the tokens, divided by their standard deviation over the map and
+    all channels and by the square root of C, with the tokens' positions appended.
 
     Args:
         tokens: (B, H, W, C), float32.
-        spatial: weight of the place, in standard deviations a token.
+        spatial: weight of the positions, in standard deviations per token.
 
     Returns:
         (B, H * W, C + 2)
@@ -118,16 +118,16 @@ class DensityPeaks(GridReducer):
     the grid has cells are picked where tokens differ, every other token joins the nearest of them, and the middle
     blocks run on the means. Relative positions are read at the representatives' own places.
 
-    The paper says of its spatial term that there is one; this one is ours: distances are taken in the features, by
-    their standard deviation, and in the map, ``spatial`` standard deviations a token. It and ``k`` are what kept most
-    AP on training images of the demo (benchmarks/README.md). The representatives lie in the smaller map as near to
-    their places in the full one as they fit: rows are bands of it, in the order of columns.
+    The paper mentions a spatial term without giving it; this one adds to the distance of the features, in standard
+    deviations, that in the map times ``spatial``. Its default and that of ``k`` kept most AP on training images of the
+    demo (benchmarks/README.md). In the smaller map the representatives are ordered by rows, then within a row by
+    columns.
 
-    In a plain ViT it takes the whole map; where blocks have windows it takes scope "window".
+    Scope "map" is for ViTs whose planned blocks are all global; with windows use scope "window".
 
     Args:
         grid: see :class:`~hourglass.reduction.GridReducer`; rows x columns is the number of representatives.
-        k: neighbours that a token's density is taken from.
+        k: number of neighbours in a token's density.
         spatial: weight of the distance in the map; 0: none.
         restore_mode: "update": a token keeps its features and gets its representative's change; "features": its
             representative's features, as published.

@@ -97,8 +97,8 @@ def _merge_grid(tokens: Tensor, h: int, w: int) -> Tensor:
 
 class GridMerging(GridReducer):
     """
-    Merges neighbours in every row, and then in every column, as often as it takes to come to the grid: tokens that are
-    alike become one, and what remains is a dense grid, whose relative positions are read as a regular one's.
+    Merges similar neighbours in every row, then in every column, until the grid is reached (the idea of CubistMerge,
+    arXiv 2509.21764). The result is a dense grid, whose relative positions are read as those of a regular one.
 
     Args:
         grid: see :class:`~hourglass.reduction.GridReducer`.

@@ -21,13 +21,13 @@ def bipartite_matching(metric: Tensor, r: int, class_token: bool = False) -> Ten
     its most similar B token, and the r most similar pairs merge. Of equal ones the first comes first.
 
     Args:
-        metric: (B, L, D), what similarity is the cosine of.
-        r: how many tokens are merged into others; at most half of them are.
-        class_token: the first token is a class token, and stays as it is.
+        metric: (B, L, D), features whose cosine is the similarity.
+        r: how many tokens merge into others; at most half of them do.
+        class_token: whether the first token is a class token, which is not merged.
 
     Returns:
-        (B, L) int64, the token that each is in after merging, of L - r: first those left of A, the one whose pair is
-        most similar first (with a class token in their own order), then those of B.
+        (B, L) int64, in [0, L - r): for each token its index after merging. The remaining A tokens come first, those
+        with the most similar pair first (with a class token in their own order), then the B tokens.
     """
     return _bipartite_matching(metric.detach(), r, class_token)
 
@@ -75,7 +75,7 @@ class BipartiteMatching(MergingReducer):
 
     Args:
         r: how many tokens of the map (or of each window) merge in each block, a number or a share of the unreduced
-            map's tokens, up to 0.5; never more than half of those that are left.
+            map's tokens, up to 0.5; never more than half of the remaining ones.
         restore_mode: "update": tokens keep the features that they had before they merged and get the change since;
             "features": those of the token that they are in, as published.
 

@@ -1,5 +1,5 @@
 """
-The contract of a reducer: a token map goes in, a smaller one comes out with the way back.
+The interface of reducers: a token map goes in, a smaller map and the function that restores it come out.
 
 Letters, here and in the reducers: B batch, H x W tokens of the full map, h x w of the smaller one, C channels.
 """
@@ -25,20 +25,20 @@ PAIRS = 1 << 22
 
 class Place(NamedTuple):
     """
-    What a block is told of the tokens that it runs on, (B, h, w, C): where they lie, and what else is to be done.
+    What a block needs to know about the tokens (B, h, w, C) that it runs on.
 
     Attributes:
-        full: (H, W) of the map that they stand for; (h, w) where they are all of it.
+        full: (H, W) of the full map; equal to (h, w) where the tokens are the full map.
         sizes: (B, h, w), how many tokens each stands for: its logarithm is added to a key's score. None: equally many.
         positions: (B, h, w, 2), centres (y, x) in units of original tokens; None: the regular grid.
         window: (wh, ww), rows and columns of an attention window among them; None: shrunk as the map is.
         listed: the windows of a list of tokens, (B, 1, L, C), and how many tokens those of each kind have
             (:class:`~hourglass.reduction.windows.WindowList`); None: a map.
-        mask: (B, h, w, 1), 1 for tokens that take part and 0 for others, with a gradient: no token attends to the
-            others, and they are not changed. None: all take part.
-        between: what acts between attention and MLP: the tokens (B, h, w, C) and the attention's keys in the mean over
-            heads (B, h, w, D) -> the tokens for the MLP, and a mask of its update or None.
-        restore: what brings the MLP's result back to a map before the block's convolutions, if it has some.
+        mask: (B, h, w, 1), 1 for tokens that take part and 0 for the others, with a gradient. No token attends to the
+            others, and the block does not change them. None: all take part.
+        between: called between attention and MLP with the tokens (B, h, w, C) and the attention's keys, averaged over
+            heads (B, h, w, D). It returns the tokens for the MLP, and a mask of the MLP's update or None.
+        restore: maps the MLP's result back to a map, before the block's convolutions, if it has any.
     """
 
     full: tuple[int, int]
@@ -53,13 +53,13 @@ class Place(NamedTuple):
 
 class Reduction(NamedTuple):
     """
-    A smaller map, where its tokens lie, and the way back.
+    What a reducer returns: a smaller map, the positions of its tokens, and the function that restores the full map.
 
     Attributes:
-        tokens: (B, h, w, C). With h and w 0 there is nothing for the plan's blocks to run on, and they are left out.
+        tokens: (B, h, w, C). If h and w are 0, the plan's blocks are skipped.
         positions: (B, h, w, 2), centres (y, x) in units of original tokens; None: the regular grid.
         sizes: (B, h, w), how many tokens each stands for, fractional where membership is soft; None: equally many.
-        restore: (B, h, w, C) -> (B, H, W, C).
+        restore: maps the refined tokens (B, h, w, C) to the full map (B, H, W, C).
         window: (wh, ww), rows and columns of an attention window on the smaller map; None: shrunk as the map is.
     """
 
@@ -72,21 +72,21 @@ class Reduction(NamedTuple):
 
 class Reducer(nn.Module):
     """
-    An operator (B, H, W, C) -> :class:`Reduction`. It keeps nothing between calls: what restoring needs lives in
-    ``Reduction.restore``. A module, so that a learned one's weights belong to the model.
+    Base class of reducers: modules that map tokens (B, H, W, C) to a :class:`Reduction`. A reducer keeps no state
+    between calls: what restoring needs lives in ``Reduction.restore``.
     """
 
     #: Whether the smaller map's tokens lie on its regular grid (``Reduction.positions`` is None).
     on_grid = True
-    #: Whether it reduces anew in each of the plan's blocks.
+    #: Whether it reduces again in each of the plan's blocks.
     each_block = False
-    #: Whether it chooses by an image's tokens how many of them run.
+    #: Whether the number of tokens that run depends on the image.
     selects = False
-    #: Whether it runs blocks on lists of tokens, of which windows may lose any number.
+    #: Whether it runs blocks on lists of tokens, in which windows may have any number of tokens.
     takes_lists = False
-    #: What it may be applied to.
+    #: The scopes that a plan may apply it in.
     scopes: tuple[str, ...] = ("map", "window")
-    #: Whether it is nothing without a calibration.
+    #: Whether it can only run with a calibration.
     needs_calibration = False
 
     def forward(self, tokens: Tensor) -> Reduction:
@@ -94,13 +94,13 @@ class Reducer(nn.Module):
 
     def run(self, tokens: Tensor, blocks: Sequence[nn.Module], proportional: bool, first: int = 0) -> Tensor:
         """
-        Run blocks on fewer tokens.
+        Run blocks on fewer tokens and restore the full map.
 
         Args:
             tokens: (B, H, W, C).
-            blocks: each is called with tokens and their :class:`Place`, and returns the tokens refined.
-            proportional: whether blocks are told how many tokens each stands for.
-            first: number of the first of the blocks among those of the plan.
+            blocks: called with tokens and their :class:`Place`; return the refined tokens.
+            proportional: whether blocks get the number of tokens that each token stands for.
+            first: index of the first block among the plan's.
 
         Returns:
             (B, H, W, C)
@@ -110,16 +110,19 @@ class Reducer(nn.Module):
 
     def bind(self, channels: Sequence[int]) -> None:
         """
-        Make ready for the plan's blocks, of so many channels each.
+        Prepare the reducer for the plan's blocks; called once, when a plan is applied to an encoder.
+
+        Args:
+            channels: number of channels of each block.
 
         Raises:
-            InputError: where it does not fit them.
+            InputError: where the reducer cannot run in these blocks.
         """
 
     def relative_to(self, size: tuple[int, int]) -> "Reducer":
         """
-        The same reducer with its budget for a map of ``size`` tokens as a share, for the smaller windows at the
-        map's edge.
+        The same reducer with its budget as a share of a map of ``size`` (H, W), for the smaller windows at the map's
+        edge.
         """
         return self
 
@@ -128,7 +131,7 @@ class Reducer(nn.Module):
         The same reducer as its authors' code computes it.
 
         Raises:
-            InputError: where it differs in nothing, or is of nobody's.
+            InputError: for a reducer without a published form.
         """
         raise InputError(f"published=True needs a reducer with a published form, TokenClustering, got {self!r}")
 
@@ -149,10 +152,15 @@ def refine(
     reduction: Reduction, full: tuple[int, int], blocks: Sequence[nn.Module], proportional: bool = True
 ) -> Tensor:
     """
-    Run blocks on a smaller map of one of ``full`` (H, W) tokens; the others as for :meth:`Reducer.run`.
+    Run blocks on the smaller map of a reduction.
+
+    Args:
+        reduction: whose tokens are refined.
+        full: (H, W) of the full map.
+        blocks, proportional: as for :meth:`Reducer.run`.
 
     Returns:
-        (B, h, w, C)
+        the refined tokens (B, h, w, C).
     """
     refined, sizes, positions, window = reduction.tokens, reduction.sizes, reduction.positions, reduction.window
     if refined.numel() == 0:
@@ -167,8 +175,8 @@ def refine(
 
 class MergingReducer(Reducer):
     """
-    A reducer that acts in each of the plan's blocks, between attention and MLP, on what blocks before have left.
-    After the last block the reductions are restored, the last one first.
+    Base class of reducers that merge tokens in each of the plan's blocks, between attention and MLP. After the last
+    block the reductions are restored in reverse order.
     """
 
     on_grid = False
@@ -176,7 +184,13 @@ class MergingReducer(Reducer):
     takes_lists = True
 
     def remaining(self, length: int, full: int) -> int:
-        """How many tokens a block leaves of ``length``, where there were ``full`` before the plan's first block."""
+        """
+        Number of tokens after a block.
+
+        Args:
+            length: number of tokens before the block.
+            full: number of tokens before the plan's first block.
+        """
         raise NotImplementedError
 
     def forward(  # type: ignore[override]  # it acts between the halves of a block
@@ -185,10 +199,10 @@ class MergingReducer(Reducer):
         """
         Args:
             tokens: (B, h, w, C), after attention.
-            keys: (B, h, w, D), that attention's, in the mean over heads.
+            keys: (B, h, w, D), keys of that attention, averaged over heads.
             sizes: (B, h, w), how many tokens of the full map each stands for.
             positions: (B, h, w, 2), their centres.
-            n: how many tokens to leave, as :meth:`remaining` says.
+            n: number of tokens after merging, from :meth:`remaining`.
 
         Returns:
             a reduction to a map (B, 1, n, C), with positions and sizes.
@@ -198,9 +212,9 @@ class MergingReducer(Reducer):
 
 class SelectingReducer(Reducer):
     """
-    A reducer that selects, for each of the plan's blocks anew, the tokens that the block runs on. The others pass by
-    unchanged. In blocks with windows attention runs on all tokens and the MLP on those selected, before which they are
-    selected. In training all tokens run, and a mask keeps the others out.
+    Base class of reducers that select the tokens that each of the plan's blocks runs on; the other tokens pass
+    unchanged. In blocks with windows attention runs on all tokens, and only the MLP on the selected ones. In training
+    all tokens run, and a mask excludes the others.
     """
 
     each_block = True
@@ -210,8 +224,8 @@ class SelectingReducer(Reducer):
     def forward(self, tokens: Tensor, block: int) -> Reduction:  # type: ignore[override]  # anew for each block
         """
         Args:
-            tokens: (1, H, W, C), of one image: each may keep another number of tokens.
-            block: number of the block, counted from the plan's first.
+            tokens: (1, H, W, C), one image, as images may keep different numbers of tokens.
+            block: index of the block among the plan's.
 
         Returns:
             a reduction to the selected tokens (1, 1, n, C), with positions.
@@ -220,8 +234,14 @@ class SelectingReducer(Reducer):
 
     def mask(self, tokens: Tensor, block: int) -> Tensor:
         """
-        What training multiplies in place of selecting: (B, H, W, C) -> (B, H, W, 1), 1 for a selected token and 0 for
-        another, with a gradient.
+        The mask that training uses in place of selecting.
+
+        Args:
+            tokens: (B, H, W, C).
+            block: as for :meth:`forward`.
+
+        Returns:
+            (B, H, W, 1), 1 for a selected token and 0 for another, with a gradient.
         """
         raise NotImplementedError
 
@@ -260,11 +280,14 @@ class SelectingReducer(Reducer):
 
 class GridReducer(Reducer):
     """
-    A reducer to a grid of tokens.
+    Base class of reducers to a grid of tokens.
 
     Args:
-        grid: (rows, columns) of the smaller map; or the share of rows and of columns that is kept, which suits maps
-            of any size: a float for both, or two.
+        grid: (rows, columns) of the smaller map as integers; or, for maps of any size, the share of rows and columns
+            that is kept, one float for both or two.
+
+    Raises:
+        InputError: for a grid that is neither.
     """
 
     def __init__(self, grid: Sequence[int | float] | float):

@@ -15,13 +15,13 @@ from hourglass.reduction.windows import Strip, WindowList, grid_positions, join,
 
 def in_scope(reducer: Reducer, window: int | None, pad: bool = False, like: Tensor | None = None) -> Reducer:
     """
-    What applies a reducer to the whole map, or to each of its windows.
+    A reducer that applies another to the whole map, or to each of its windows.
 
     Args:
         reducer: stays as it is.
         window: tokens a side; None: the whole map.
-        pad: fill the windows at the map's edge with zeros and reduce those along, as Expedit's code does.
-        like: (C,), of the device and type of the tokens. None: float32 on the CPU, 8 channels.
+        pad: fill the windows at the map's edge with zeros and reduce these too, as Expedit's code does.
+        like: (C,), a tensor of the tokens' device and dtype; None: float32 on the CPU, 8 channels.
 
     Raises:
         InputError: where the reducer does not fit the window.
@@ -105,7 +105,7 @@ def _positions_in_map(positions: Tensor, rows: list[int], columns: list[int], wi
 
 class MergeEachWindow(Reducer):
     """
-    Merges tokens as the plan's blocks go: those of each window on their own, or those of the whole map.
+    Merges tokens in each of the plan's blocks, in each window on its own or in the whole map.
 
     Args:
         reducer: of a window, or of the map.

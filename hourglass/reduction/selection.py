@@ -24,10 +24,10 @@ RANDOM = "random"
 
 class Collected(NamedTuple):
     """
-    What reducers had to say of a training step.
+    What reducers add to a training step.
 
     Attributes:
-        losses: name -> (), to be added to the model's.
+        losses: name -> scalar tensor, to be added to the model's.
         figures: name -> number, for the log.
     """
 
@@ -41,7 +41,7 @@ _collecting: ContextVar[Collected | None] = ContextVar("collecting", default=Non
 @contextlib.contextmanager
 def collect_losses() -> Iterator[Collected]:
     """
-    Collect the losses that learned reducers have beside the model's, while it runs in training mode::
+    Collect the losses of learned reducers while the model runs in training mode::
 
         with collect_losses() as collected:
             losses = model(batch)
@@ -62,7 +62,7 @@ class Selector(nn.Sequential):
 
     Args:
         channels: C.
-        share: of the tokens that it keeps, about, before it has learned anything.
+        share: approximate share of the tokens that it keeps at initialisation.
     """
 
     def __init__(self, channels: int, share: float = 0.5):
@@ -88,15 +88,16 @@ class TokenSelection(SelectingReducer):
     masked out of attention, and the squared difference of the share kept over the batch and ``target``, in the mean
     over blocks and times ``loss_weight``, is a loss beside the model's (:func:`collect_losses`).
 
-    Ours is the threshold: the paper keeps what is more probably kept than not, which only a long training makes agree
-    with the share that is drawn (where each token is kept with a probability of 0.6, all are). So training also
-    follows, in a running mean, the log-odds that ``target`` of a batch's tokens lie above, and inference keeps those.
+    The threshold differs from the paper, which keeps tokens with a probability over one half: only after long training
+    does their share agree with the share that training draws (with all probabilities at 0.6 every token is kept). So
+    training also tracks, in a running mean, the log-odds that a share ``target`` of the tokens exceeds, and inference
+    keeps the tokens above it.
 
     Args:
         selectors: file of trained selectors: ``reducer.pth``, which training writes, or a checkpoint of the whole
             model; "random": as initialised, to be trained.
         target: share of the tokens that training aims at, for all blocks or one for each.
-        loss_weight: of the loss that holds the share to it.
+        loss_weight: weight of the loss on the share.
         temperature: of the Gumbel softmax.
 
     Raises:

@@ -5,8 +5,8 @@ from hourglass.reduction.reducer import Reducer, Reduction
 
 class SkipBlocks(Reducer):
     """
-    The control: leaves the plan's blocks out. It reduces to no token at all, so that nothing is run, and restores
-    the tokens as they were. What a model keeps of its accuracy so, it owes to its other blocks.
+    A control that skips the plan's blocks: it reduces to no tokens and restores the tokens unchanged. The accuracy that
+    a model keeps with it comes from the other blocks.
     """
 
     scopes = ("map",)
@@ -17,8 +17,8 @@ class SkipBlocks(Reducer):
 
 class LinearBlocks(SkipBlocks):
     """
-    The better control: one affine map, y = x M + b, in the place of the plan's blocks, fitted by a calibration, which
-    its plan names. What a plan keeps over this one, it owes to the blocks.
+    A control that replaces the plan's blocks by one affine map, y = x M + b, fitted by the calibration of its plan. The
+    accuracy that a plan keeps beyond it comes from the blocks.
     """
 
     needs_calibration = True
