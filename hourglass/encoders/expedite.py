@@ -16,10 +16,10 @@ def expedite(model: Model, plan: Plan) -> Model:
     """
     A second view of a model, whose encoder runs its middle blocks on fewer tokens.
 
-    ``model`` is not changed. The view shares all parameters, buffers and hooks with it, the modules outside the encoder,
-    and the names in ``state_dict()``. Later changes to one, such as ``.to()``, a new parameter or a hook, also apply to
-    the other, except replacing a block, its ``mlp`` or its ``attn`` as a whole: expedite the model again after that.
-    ``eval()`` and ``train()`` set the shared modules, and the unshared ones of the model that they are called on.
+    ``model`` is not changed. The view shares all parameters, buffers and hooks with it, all modules outside the
+    encoder, and the names in ``state_dict()``. Later changes to one, such as ``.to()``, a new parameter or a hook, also
+    apply to the other, except replacing a block, its ``mlp`` or its ``attn`` as a whole: expedite the model again after
+    that. ``eval()`` and ``train()`` set the shared modules, and the unshared ones of the model that they are called on.
 
     Args:
         model: has, or is, one encoder of a registered family (:mod:`hourglass.encoders.registry`), unmodified or

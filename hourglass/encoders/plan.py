@@ -120,8 +120,7 @@ class Plan:
         return plan
 
     def to_be_calibrated(self) -> "Plan":
-        """The plan that a calibration is fitted under: without a calibration, and :class:`~hourglass.LinearBlocks` skips
-        its blocks."""
+        """The plan that a calibration is fitted under: uncalibrated, with the blocks of ``LinearBlocks`` skipped."""
         return self.control() if self.reducer is not None and self.reducer.needs_calibration else self.uncalibrated()
 
     def calibrated(self, calibration: Calibration) -> "Plan":
