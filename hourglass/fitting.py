@@ -2,7 +2,7 @@
 Calibration: the maps of :mod:`hourglass.reduction.calibrated` in closed form, from a few images without labels. No
 weight is trained.
 
-What restoring leaves, e = y - x - U (c' - c), where y is what the blocks would have made of x, is regressed on
+The error of restoring, e = y - x - U (c' - c), where y is the blocks' output for x on the full map, is regressed on
 d = x - U c, or on d, x and the update U (c' - c), by ridge regression. Form, ridge and rank are those with the least
 squared error on images that were left out (cross-validation over images); of ridges that hardly differ the largest,
 as it errs least on images of other kinds. An image counts as known where its reduced tokens, whitened by those of the
@@ -49,14 +49,17 @@ FORMS = {"detail": ("detail",), "full": ("detail", "tokens", "update")}
 
 def calibrate(model: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]]], about: str = "") -> Calibration:
     """
-    Fit what a plan's restoring leaves out. The plan takes the result, ``plan.calibrated(...)``.
+    Fit a correction of a plan's restoring, for ``plan.calibrated(...)``.
 
     Args:
-        model: as for :func:`hourglass.expedite`, its weights loaded.
-        plan: with a reducer of one smaller map that restores updates, or with
+        model: as for :func:`hourglass.expedite`, with its weights loaded.
+        plan: with a reducer of one smaller map and ``restore_mode="update"``, or with
             :class:`~hourglass.reduction.LinearBlocks`.
-        images: what the model is called with, one batch after the other; at least two. Labels are not read.
-        about: what the images are, for people, such as the name of their data set.
+        images: batches of the model's inputs, at least two. Labels are not read.
+        about: a description of the images, such as the name of their data set.
+
+    Returns:
+        the calibration, for this plan, encoder and weights.
 
     Raises:
         InputError: for a plan that cannot be calibrated, and for less than two batches.
@@ -112,7 +115,7 @@ def to_calibration(fits: "dict[int, Fit]", view: nn.Module, plan: Plan, count: i
 
 class Recorder:
     """
-    Runs a stage's planned blocks in full, and on fewer tokens beside, and keeps what restoring leaves out.
+    Runs a stage's planned blocks on the full map and on fewer tokens, and records the moments of the difference.
 
     Args:
         proportional: see :class:`~hourglass.Plan`.
@@ -171,7 +174,15 @@ class Moments:
         self.count = 0
 
     def observe(self, tokens: Tensor, reduction: Reduction, refined: Tensor, output: Tensor) -> None:
-        """What restoring leaves of a map (B, H, W, C), of its reduction refined, and of what the blocks made of it."""
+        """
+        Record the error of restoring.
+
+        Args:
+            tokens: (B, H, W, C), the blocks' input.
+            reduction: of these tokens.
+            refined: (B, h, w, C), its tokens after the blocks.
+            output: (B, H, W, C), the blocks' output on the full map.
+        """
         restored = reduction.restore(refined)
         features = [tokens]
         if refined.numel() > 0:
@@ -179,12 +190,12 @@ class Moments:
         self.add(features, output - restored, output)
 
     def observe_images(self, reduced: Tensor) -> None:
-        """Images by their reduced tokens (B, h, w, C)."""
+        """Record the second moments of each image's reduced tokens (B, h, w, C)."""
         for rows in sample(reduced).float():
             self.images.append((rows.T @ rows / len(rows)).cpu())
 
     def add(self, features: list[Tensor], target: Tensor, output: Tensor) -> None:
-        """Features and target (B, H, W, C), and the blocks' output, of which the target is a part."""
+        """Add features, target and the blocks' output, (B, H, W, C) each, to the sums."""
         step = max(1, target[..., 0].numel() // self.tokens)
         rows = [values.flatten(0, 2)[::step].float() for values in (*features, target, output)]
         ones = torch.ones_like(rows[0][:, :1])
@@ -234,7 +245,7 @@ class Fit(NamedTuple):
 
     def remaining_on(self, images: Sequence[Moments]) -> float:
         """
-        The squared error that remains on other images, as a share of the variance of the blocks' output there.
+        The squared error after correction on other images, as a share of the variance of the blocks' output there.
 
         Args:
             images: the moments of each.
@@ -246,7 +257,7 @@ class Fit(NamedTuple):
         return error / reduce(add, images).variance
 
     def share_of(self, image: Moments) -> float:
-        """Of the correction, that an image gets (:class:`~hourglass.reduction.calibrated.Guard`)."""
+        """Share of the correction that an image gets (:class:`~hourglass.reduction.calibrated.Guard`), from 0 to 1."""
         if "whitening" not in self.tensors:
             return 1.0
         (moments,), root = image.images, self.tensors["whitening"]
@@ -265,7 +276,7 @@ def fit(
     ranks, as shares of the channels and in ascending order, the lowest that hardly adds to the error of the last.
 
     Args:
-        guard: whether it is kept from images of other kinds.
+        guard: whether images unlike those of ``folds`` are corrected less.
     """
     folds = [fold for fold in folds if fold.count]
     total = reduce(add, folds)

@@ -1,4 +1,4 @@
-"""A model of a LazyConfig, expedited, called on images as they are."""
+"""Prediction with a LazyConfig's expedited model on images as arrays."""
 
 import copy
 import logging
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 class Predictor:
     """
-    Detectron2's ``DefaultPredictor`` for a LazyConfig, its model under the config's plan.
+    Like Detectron2's ``DefaultPredictor``, for a LazyConfig and with the model under the config's plan::
 
         predictor = hourglass.Predictor(cfg)
         output = predictor(cv2.imread("image.jpg"))
@@ -45,12 +45,12 @@ class Predictor:
 
     Attributes:
         model: the expedited model, in evaluation mode.
-        plan: that it runs under; None where the config has none.
-        metadata: Detectron2's, of the data set that the config is evaluated on.
+        plan: the plan that it runs under; None where the config has none.
+        metadata: Detectron2's metadata of the data set that the config is evaluated on.
 
     Raises:
         InputError: for a config without these nodes, a plan that the model cannot follow, a checkpoint that does not
-            fit, and a device that is not there.
+            match the model, and a device that is not available.
     """
 
     def __init__(self, cfg: DictConfig):

@@ -1,4 +1,4 @@
-"""What a calibration of a plan's restoring holds, its file, and what it was made for."""
+"""Calibrations of a plan's restoring: their content, their files, and the plan and weights that they are for."""
 
 import hashlib
 import io
@@ -31,10 +31,10 @@ class Calibration:
 
     Args:
         corrections: number of a stage's first block among those of the plan -> tensors by name.
-        plan: what :meth:`hourglass.Plan.describe` said.
-        encoder: what :func:`describe_encoder` said.
-        weights: what :func:`sample_weights` said.
-        seen: how it was fitted, for people: the number of images, their data set, the error left, and so on.
+        plan: result of :meth:`hourglass.Plan.describe`.
+        encoder: result of :func:`describe_encoder`.
+        weights: result of :func:`sample_weights`.
+        seen: how it was fitted, as plain values: the number of images, their data set, the remaining error.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Calibration:
         self.seen = seen
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write it to a file, whole or not at all."""
+        """Write it to a file, atomically."""
         file = io.BytesIO()
         torch.save({"format": FORMAT, **vars(self)}, file)
         write_whole(Path(path), file.getvalue())
@@ -77,7 +77,7 @@ class Calibration:
             raise InputError(f"calibration {path} is damaged: write it again with train_net.py --calibrate") from error
 
     def digest(self) -> str:
-        """A checksum of what it corrects with."""
+        """A checksum of the corrections."""
         total = hashlib.blake2b(digest_size=8)
         for first, tensors in sorted(self.corrections.items()):
             for name, value in sorted(tensors.items()):
@@ -92,7 +92,7 @@ class Calibration:
     def check_plan(self, plan: dict[str, Any]) -> None:
         """
         Raises:
-            InputError: for another plan than it was made for; it says what differs.
+            InputError: for another plan than the one that it was fitted for; the message names the first difference.
         """
         expected, given = (_flat(description) for description in (self.plan, plan))
         for name in sorted(expected.keys() | given.keys()):

@@ -1,10 +1,10 @@
 """
-Agreement: how much of what a model finds another finds too. The first model's output is taken as if it were the truth,
-so that no labels are needed.
+Agreement of two models: AP, PQ and mIoU of one model's output with the other's output as ground truth. It needs no
+labels.
 
-It ranks models that are near each other better than labels of as many images do: every changed mask counts, where
-a difference of AP by one per cent is lost in noise. It is no share of accuracy that is kept: what a model changes was
-not all right before, so that it is lower.
+It ranks similar models better than labels of as many images do, as every changed mask counts, where a difference of AP
+by one per cent is lost in noise. It is not the share of accuracy that is kept but lower, as some of the outputs that
+change were wrong before.
 """
 
 import contextlib

@@ -56,8 +56,8 @@ class Subject(NamedTuple):
         encoder: the part of it that is timed and counted.
         evaluator: of its outputs; several of them as Detectron2's `DatasetEvaluators`.
         dtype: that it runs in, by autocast if not float32; None: that of the comparison.
-        compiled: whether the encoder is; its operations are then not counted, and of no model what is in the encoder
-            is timed: hooks there would be the compiled one's too.
+        compiled: whether the encoder is compiled. Its operations are then not counted, and the parts of encoders are
+            not timed in any model, as hooks there would be those of the compiled one too.
     """
 
     model: nn.Module
@@ -69,7 +69,7 @@ class Subject(NamedTuple):
 
 class Measurement(NamedTuple):
     """
-    What was measured of one model.
+    The measurements of one model.
 
     Attributes:
         accuracy: task -> metric -> figure, from the evaluator; nan where there is none.
@@ -80,7 +80,7 @@ class Measurement(NamedTuple):
         peak_memory_mb: over all batches; nan where the system does not tell.
         classes: "task.metric" -> class -> (samples,) as `samples`; of evaluators that cannot be resampled the figure of
             the images alone.
-        warnings: what is to be said of the model's figures, a line each.
+        warnings: about the model's figures, a line each.
     """
 
     accuracy: dict[str, dict[str, float]]
@@ -98,7 +98,7 @@ class Measurement(NamedTuple):
 
     @property
     def timed(self) -> dict[str, np.ndarray]:
-        """The runs on batches of that size, which times are told of."""
+        """The runs on batches of that size; times are reported for these."""
         full_batches = self.runs["images"] == self.batch_size
         return {part: values[full_batches] for part, values in self.runs.items()}
 
@@ -114,9 +114,9 @@ class Comparison(NamedTuple):
 
     Attributes:
         models: name -> measurement.
-        max_detections: how many of an image COCO's evaluation takes; None where there is none.
-        agreement: name -> "segm.AP" and so on -> (samples,) in percent, of what each of the others finds with what the
-            first does (:mod:`hourglass.evaluation.agreement`); of models whose outputs were kept.
+        max_detections: number of detections of an image that COCO's evaluation uses; None without COCO's evaluation.
+        agreement: name -> "segm.AP" and so on -> (samples,) in percent, agreement of each other model with the first
+            (:mod:`hourglass.evaluation.agreement`), for models whose outputs were kept.
     """
 
     models: dict[str, Measurement]
@@ -165,7 +165,7 @@ class Comparison(NamedTuple):
         }
 
     def warnings(self) -> list[str]:
-        """What is to be said of the figures: of all models, or of those that are named."""
+        """Warnings about the figures; those that are not of all models begin with the models' names."""
         names_by_line: dict[str, list[str]] = {}
         for name, measurement in self.models.items():
             for line in measurement.warnings:
@@ -176,7 +176,7 @@ class Comparison(NamedTuple):
         ]
 
     def efficiency(self, name: str) -> float:
-        """Share of the encoder's time that is not reducing and restoring: 1 is the limit for its number of tokens."""
+        """Share of the encoder's time that is not spent on reducing and restoring, at most 1."""
         runs = self.models[name].timed
         return float(np.median(runs["encoder"] - runs["reduction"]) / np.median(runs["encoder"]))
 
@@ -191,23 +191,24 @@ def compare(
     journal: Journal | None = None,
 ) -> Comparison | None:
     """
-    Run every model on every batch, in turn and in alternating order, evaluate the outputs and time the runs. The images
-    that ran are those that are evaluated, whatever else the evaluators' annotations have.
+    Run every model on every batch, in turn and in alternating order, evaluate the outputs and time the runs. Only the
+    images that ran are evaluated, also where the evaluators' annotations have more.
 
     Every process of a distributed job calls this with its share of the images.
 
     Args:
-        subjects: name -> model, the one to be compared with first.
-        images: batches of Detectron2's input dictionaries; has a length. Some may have fewer images than others.
+        subjects: name -> model; the others are compared with the first.
+        images: batches of Detectron2's input dictionaries, with a length. Batches may differ in size.
         device: "cuda" or "cpu".
-        dtype: float32, or another type for autocast.
+        dtype: float32, or another dtype for autocast.
         warmup: untimed runs of each model on the first batch.
         title: text before the progress bar; None: the names of the models.
-        journal: what was finished before, without which `images` are, and where batches go as they are finished; of
-            evaluators that :func:`~hourglass.evaluation.journal.can_dump`. None: an interruption loses everything.
+        journal: the finished batches of an interrupted run, which `images` do not include, and where further ones are
+            recorded; for evaluators that :func:`~hourglass.evaluation.journal.can_dump`. None: an interruption loses
+            everything.
 
     Returns:
-        the comparison; None in all but the main process.
+        the comparison; None in all processes but the main one.
 
     Raises:
         InputError: for images without an id, with one that ran already or that the annotations lack, for a model that

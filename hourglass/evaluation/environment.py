@@ -1,4 +1,4 @@
-"""What figures were measured with: hardware and versions."""
+"""The hardware and the versions that figures were measured with."""
 
 import platform
 import subprocess

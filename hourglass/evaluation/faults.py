@@ -1,4 +1,4 @@
-"""What a reader of the figures is to be told: limits that cut them, and outputs that are not finite."""
+"""Warnings for readers of the figures: limits that cut them, and outputs that are not finite."""
 
 import math
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def find_faults(
     batch_size: int = 1,
 ) -> list[str]:
     """
-    What evaluation has shown.
+    Warnings about an evaluation that has run.
 
     Args:
         model: what was evaluated.

@@ -1,4 +1,4 @@
-"""The figures of accuracy that are known: what they are called, and which of them retention is of."""
+"""The known figures of accuracy: their labels, and for which of them retention is reported."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

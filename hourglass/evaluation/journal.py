@@ -1,5 +1,5 @@
 """
-What a comparison has finished, image by image, on disk: one that was killed goes on from there.
+The finished batches of a comparison on disk, from which an interrupted one continues.
 
     FOLDER/journal/DIGEST/settings.json       what determines the figures; DIGEST is of it
     FOLDER/journal/DIGEST/R_of_N.msgpack      of process R of N: a record a batch, appended when all models have run

@@ -1,4 +1,4 @@
-"""How sure figures are: intervals from drawing the images again (Efron's bootstrap)."""
+"""Intervals of figures by resampling the images (Efron's bootstrap)."""
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +9,7 @@ from hourglass.errors import InputError
 
 
 class Interval(NamedTuple):
-    """A figure and the 95 % interval around it; nan where it has none."""
+    """A ratio and its 95 % interval; nan where there is none."""
 
     ratio: float
     low: float
@@ -17,7 +17,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """By how many points a figure differs, and the 95 % interval around that; nan where there is none."""
+    """A difference in percentage points and its 95 % interval; nan where there is none."""
 
     points: float
     low: float
@@ -25,7 +25,7 @@ class Difference(NamedTuple):
 
 
 class Resampled(Protocol):
-    """An evaluator whose main figures can be had for any sample of the images, once it has evaluated."""
+    """An evaluator that, after evaluation, gives its main figures for any sample of the images."""
 
     image_ids: Sequence[Any]
 
@@ -40,7 +40,7 @@ class Resampled(Protocol):
 
 
 class ResampledByClass(Resampled, Protocol):
-    """One whose main figures are means over classes, and can be had by class too."""
+    """An evaluator whose main figures are means over classes, and which gives them also by class."""
 
     def resample_classes(self, weights: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
         """
@@ -105,7 +105,7 @@ def draw_samples(images: int, samples: int = 500, seed: int = 0) -> np.ndarray:
 
 def ratio_of_samples(first: np.ndarray, kept: np.ndarray) -> Interval:
     """
-    The share of a model's figure that another keeps.
+    The ratio of another model's figure to a model's, with its interval.
 
     Args:
         first, kept: (1 + samples,) the two models' figures on :func:`draw_samples`.
@@ -125,7 +125,7 @@ def interval_of_samples(samples: np.ndarray) -> Interval:
 
 def difference_of_samples(first: np.ndarray, kept: np.ndarray) -> Difference:
     """
-    By how many points a model's figure is over another's.
+    The difference of another model's figure and a model's in points, with its interval.
 
     Args:
         first, kept: (1 + samples,) the two models' figures on :func:`draw_samples`, in percent.

@@ -1,5 +1,5 @@
 """
-The accuracy of semantic segmentation, and how sure it is.
+The accuracy of semantic segmentation, with intervals.
 
 Letters: K classes, I images.
 """

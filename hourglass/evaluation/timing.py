@@ -1,4 +1,4 @@
-"""Times of a model's parts, taken from outside it."""
+"""Timing of a model's parts by hooks."""
 
 import math
 import time
@@ -13,8 +13,8 @@ from hourglass.reduction.calibrated import Guard
 
 class Clock:
     """
-    Marks moments and tells the milliseconds between them. On CUDA a mark is an event in the stream, so that marking
-    does not wait for the device.
+    Marks points in time and gives the milliseconds between them. On CUDA a mark is an event in the stream, so that
+    marking does not wait for the device.
 
     Args:
         device: "cuda" or "cpu".
