@@ -96,7 +96,9 @@ def test_a_projection_that_is_more_than_a_product_is_called_once():
 def test_only_global_blocks_outside_the_plan_pool(attention):
     vit = tiny_vit()
     pooled = hourglass.expedite(vit, Plan(AveragePooling((4, 4)), 1, 3, keys=2, attention=attention))
-    keys = [getattr(block.attn, "how", None) and block.attn.how.keys for block in pooled.blocks]
+    keys = [
+        getattr(block.attn, "attention_options", None) and block.attn.attention_options.keys for block in pooled.blocks
+    ]
     windows = [block.window_size for block in vit.blocks]
     for i, (number, window) in enumerate(zip(keys, windows)):
         assert number in ((2,) if window == 0 and i not in (1, 2) else (1, None)), (i, keys)

@@ -81,7 +81,7 @@ class TestErrors:
         vit = traced.view
         with torch.no_grad():
             tokens = kept[0]
-            for block, after in zip(traced.own, kept[1:]):
+            for block, after in zip(traced.original_blocks, kept[1:]):
                 tokens = block(tokens)
                 torch.testing.assert_close(tokens, after, atol=1e-4, rtol=1e-4)
         assert isinstance(vit, torch.nn.Module)
@@ -103,8 +103,8 @@ class TestErrors:
 
     def test_pooled_keys_have_the_error_of_their_block(self, traced, errors):
         for (block, keys), error in errors.pooled.items():
-            assert traced.own[block].window_size == 0
-            view = traced.family.placed(traced.own[block], True, keys=keys)
+            assert traced.original_blocks[block].window_size == 0
+            view = traced.family.placed(traced.original_blocks[block], True, keys=keys)
             with torch.no_grad():
                 found_errors = [relative(view(kept[block]), kept[block + 1]) for kept in traced.maps[0]]
             assert error == pytest.approx(np.mean(found_errors), rel=1e-3)
