@@ -48,7 +48,7 @@ def placed(encoder: nn.Module, block: nn.Module, fast: bool = False) -> nn.Modul
     return family_of(encoder).placed(block, fast)
 
 
-def found(size: tuple[int, int], boxes, scores, classes, masks: bool = True) -> dict:
+def detector_output(size: tuple[int, int], boxes, scores, classes, masks: bool = True) -> dict:
     """A detector's output of an image of ``size``: boxes (left, top, right, bottom), and masks that fill them."""
     instances = Instances(size)
     instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
@@ -59,3 +59,12 @@ def found(size: tuple[int, int], boxes, scores, classes, masks: bool = True) -> 
         for mask, (left, top, right, bottom) in zip(instances.pred_masks, boxes):
             mask[int(top) : int(bottom), int(left) : int(right)] = True
     return {"instances": instances}
+
+
+def images(number: int, size: tuple[int, int] = (64, 64), first: int = 0) -> list[torch.Tensor]:
+    """Smooth ones: of noise nothing can be left out."""
+    batches = []
+    for i in range(first, first + number):
+        coarse = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(i))
+        batches.append(nn.functional.interpolate(coarse, size=size, mode="bicubic"))
+    return batches

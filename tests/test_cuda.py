@@ -9,9 +9,9 @@ import hourglass
 from hourglass import AveragePooling, Plan, TokenClustering
 from hourglass.attention import attend, attend_windows
 from hourglass.encoders import SimpleFeaturePyramid
-from tests.encoders import test_hourglass_swin as of_swin
-from tests.encoders import test_hourglass_vit as of_vit
-from tests.encoders.test_reducers import FEWER
+from tests import small_swin as of_swin
+from tests import small_vit as of_vit
+from tests.small_plans import FEWER
 
 pytestmark = [
     pytest.mark.cuda,

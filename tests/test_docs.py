@@ -17,8 +17,8 @@ import train_net
 from hourglass import InputError, Plan
 from hourglass.encoders import ViT
 from hourglass.launch import load_config
-from tests.encoders import test_hourglass_swin as of_swin
-from tests.encoders.test_hourglass_vit import image, last, tiny_vit
+from tests import small_swin as of_swin
+from tests.small_vit import image, last, tiny_vit
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -31,10 +31,10 @@ from hourglass import (
 )
 from hourglass import export as exporting
 from hourglass.export import FORMATS, check_format, encoder_program, export, image_sizes, resized
-from tests.encoders.test_hourglass_swin import tiny_swin
-from tests.encoders.test_hourglass_vit import tiny_vit
-from tests.encoders.test_reducers import selection
 from tests.models import UNTRAINED
+from tests.small_plans import selection
+from tests.small_swin import tiny_swin
+from tests.small_vit import tiny_vit
 
 # Maps of whole windows; in pixels.
 FIXED = {"vit": (64, 96), "global vit": (40, 56), "swin": (48, 96)}

@@ -10,8 +10,9 @@ import hourglass
 from hourglass import AveragePooling, BipartiteMatching, InputError, LinearBlocks, Plan, TokenClustering, calibrate
 from hourglass.encoders.calibration import Calibration
 from hourglass.fitting import FOLDS, RIDGES, Recorder, fit
-from tests.encoders import test_hourglass_swin as of_swin
-from tests.encoders import test_hourglass_vit as of_vit
+from tests import small_swin as of_swin
+from tests import small_vit as of_vit
+from tests.models import images
 
 PLAN = Plan(TokenClustering((3, 3)), 1, 4)
 
@@ -26,15 +27,6 @@ class Model(nn.Module):
     def forward(self, inputs):
         self.backbone(inputs)
         raise AssertionError("calibration needs the encoder's blocks alone")
-
-
-def images(number: int, size: tuple[int, int] = (64, 64), first: int = 0) -> list[torch.Tensor]:
-    """Smooth ones: of noise nothing can be left out."""
-    batches = []
-    for i in range(first, first + number):
-        coarse = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(i))
-        batches.append(nn.functional.interpolate(coarse, size=size, mode="bicubic"))
-    return batches
 
 
 def error(encoder, plan: Plan, held_out: list[torch.Tensor]) -> float:

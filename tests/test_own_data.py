@@ -9,7 +9,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from projects.demo import write_demo
-from tests.test_train_net import UNTRAINED, handlers, read, refusal, run  # noqa: F401
+from tests.commands import read, refusal, run
+from tests.models import UNTRAINED
+
+pytestmark = pytest.mark.usefixtures("handlers")
 
 
 @pytest.fixture

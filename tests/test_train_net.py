@@ -2,7 +2,6 @@
 
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ import torch
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
-from detectron2.utils.logger import setup_logger
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -29,10 +27,12 @@ from hourglass import InputError, TokenClustering, launch
 from hourglass.evaluation.journal import read_records
 from hourglass.search.options import Option
 from hourglass.training import check_training
+from tests.commands import read, refusal, run
 from tests.models import SMALL, UNTRAINED
-from tests.report.test_page import check_page
+from tests.pages import check_page
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("handlers")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,35 +45,6 @@ def datasets(tmp_path_factory):
         patch.setitem(projects.demo.DEMO_IMAGES, "val", 5)
         patch.setitem(projects.demo.DEMO_IMAGES, "search", 8)
         yield root
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """Training adds handlers to Detectron2's loggers that write to this test's captured output."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "detectron2.engine.train_loop")]
-    before = [(list(logger.handlers), list(logger.filters)) for logger in loggers]
-    setup_logger.cache_clear()
-    yield
-    for logger, (old_handlers, old_filters) in zip(loggers, before):
-        logger.handlers, logger.filters = old_handlers, old_filters
-
-
-def run(*arguments: str) -> None:
-    train_net.run(train_net.parse(list(arguments)))
-
-
-def refusal(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in error, error
-    return lines[0]
-
-
-def read(folder: Path) -> dict:
-    return json.loads((folder / "comparison.json").read_text())
 
 
 def test_the_demo(tmp_path, capsys):

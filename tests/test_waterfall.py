@@ -9,7 +9,7 @@ import torch
 
 from hourglass import InputError, Plan, TokenClustering, waterfall
 from hourglass.evaluation import compare
-from tests.evaluation.test_compare import Drawn, Several, in_batches, rows, tiny_vit
+from tests.detectors import Drawn, Several, in_batches, rows, tiny_vit
 
 PLAN = Plan(TokenClustering((5, 4)), 1)
 NAMES = [

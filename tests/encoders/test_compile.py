@@ -6,8 +6,8 @@ from torch._dynamo.testing import CompileCounter
 
 import hourglass
 from hourglass import AveragePooling, DensityPeaks, GridMerging, Plan, TokenClustering
-from tests.encoders import test_hourglass_swin as of_swin
-from tests.encoders import test_hourglass_vit as of_vit
+from tests import small_swin as of_swin
+from tests import small_vit as of_vit
 
 # Of any shape: square or not, in whole windows or not, of even and odd numbers of patches.
 SIZES = [(64, 64), (56, 104), (104, 64), (120, 88), (80, 160)]

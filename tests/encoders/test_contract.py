@@ -27,9 +27,9 @@ from hourglass import (
 from hourglass.encoders import Swin, ViT, find_encoder
 from hourglass.encoders.swin.model import Block as SwinBlock
 from hourglass.encoders.vit.model import Attention, Block
-from tests.encoders.test_hourglass_swin import TINY as TINY_SWIN
-from tests.encoders.test_hourglass_swin import tiny_swin
-from tests.encoders.test_hourglass_vit import TINY, Shuffle, tiny_vit
+from tests.small_swin import TINY as TINY_SWIN
+from tests.small_swin import tiny_swin
+from tests.small_vit import TINY, Shuffle, tiny_vit
 
 VIT_PLANS = {
     "empty": lambda: Plan(),

@@ -10,9 +10,9 @@ import hourglass
 from hourglass import AveragePooling, InputError, Plan
 from hourglass.attention import rotate
 from hourglass.encoders.vit.placed import ViTAttention, _cell_attention
-from tests.encoders.test_hourglass_swin import tiny_swin
-from tests.encoders.test_hourglass_vit import image, last, tiny_vit
 from tests.models import placed
+from tests.small_swin import tiny_swin
+from tests.small_vit import image, last, tiny_vit
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -20,25 +20,14 @@ from hourglass.compat import detectron2_encoder
 from hourglass.encoders import find_encoder
 from hourglass.reduction import collect_losses
 from hourglass.reduction.windows import grid_positions
-from tests.encoders import test_hourglass_swin as of_swin
-from tests.encoders.test_hourglass_vit import TINY, image, last, tiny_vit
+from tests import small_swin as of_swin
 from tests.models import embed_vit
 from tests.reduction import references
+from tests.small_plans import FEWER, selection
+from tests.small_vit import TINY, image, last, tiny_vit
 
 SIZES = pytest.mark.parametrize("size", [(64, 64), (56, 104), (8, 8)], ids=str)
 ATTENTION = pytest.mark.parametrize("attention", ["fast", "plain"])
-
-
-def selection(bias: float = 0.0, target: float = 0.5) -> TokenSelection:
-    """Selectors that keep some tokens; all or none where ``bias`` is large."""
-    torch.manual_seed(3)
-    reducer = TokenSelection("random", target)
-    reducer.bind([16, 16, 16])
-    with torch.no_grad():
-        for selector in reducer.blocks:
-            selector[3].weight.normal_()
-            selector[3].bias.copy_(torch.tensor([bias, 0.0]))
-    return reducer.double()
 
 
 def global_vit(**kwargs):
@@ -52,14 +41,6 @@ KEEPING_ALL = {
     "merged grid": lambda attention: Plan(GridMerging(1.0), 1, 4, scope="window", attention=attention),
     "matching": lambda attention: Plan(BipartiteMatching(0), 1, 4, scope="window", attention=attention),
     "selection": lambda attention: Plan(selection(bias=1e4), 1, 4, attention=attention),
-}
-FEWER = {
-    "peaks": lambda: Plan(DensityPeaks(0.6), 1, 4, scope="window"),
-    "peaks' features": lambda: Plan(DensityPeaks((3, 2), restore_mode="features"), 1, 4, scope="window"),
-    "matching": lambda: Plan(BipartiteMatching(0.2), 1, 4, scope="window"),
-    "matching's features": lambda: Plan(BipartiteMatching(3, restore_mode="features"), 1, 4, scope="window"),
-    "merged grid": lambda: Plan(GridMerging(0.6), 1, 4, scope="window"),
-    "selection": lambda: Plan(selection(), 1, 4),
 }
 
 

@@ -10,10 +10,10 @@ import torch
 from hourglass import InputError
 from hourglass.evaluation.agreement import OutputRecorder, agreement
 from hourglass.evaluation.resampling import draw_samples
-from tests.models import found
+from tests.models import detector_output
 
 SIZE = (60, 80)
-instances = partial(found, SIZE)
+instances = partial(detector_output, SIZE)
 
 
 def recorder(*outputs: dict) -> OutputRecorder:

@@ -34,21 +34,7 @@ from hourglass.evaluation.cost import PeakMemory
 from hourglass.evaluation.faults import describe_gaps, describe_limits, detection_limit
 from hourglass.evaluation.instances import Crowding
 from hourglass.evaluation.timing import Run
-from tests.evaluation.test_timing import Detector, tiny_vit
-
-
-class Recorder(DatasetEvaluator):
-    """Remembers what it is given; its AP is how many images it saw."""
-
-    def reset(self):
-        self.seen = []
-
-    def process(self, inputs, outputs):
-        self.seen += [record["image_id"] for record in inputs]
-
-    def evaluate(self, img_ids=None):
-        print("a table of its own")
-        return {"bbox": {"AP": float(len(self.seen if img_ids is None else img_ids))}}
+from tests.detectors import Detector, Drawn, Recorder, Several, images, in_batches, rows, tiny_vit
 
 
 def subjects() -> dict[str, Subject]:
@@ -57,10 +43,6 @@ def subjects() -> dict[str, Subject]:
     plans = {"unmodified": Plan(), "expedited": Plan(TokenClustering((5, 4)), 1), "control": Plan(SkipBlocks(), 1)}
     models = {name: Detector(expedite(encoder, plan)).eval() for name, plan in plans.items()}
     return {name: Subject(model, model.encoder, Recorder()) for name, model in models.items()}
-
-
-def images(count: int) -> list[list[dict]]:
-    return [[{"image": torch.randn(3, 64, 64), "image_id": i}] for i in range(count)]
 
 
 def test_every_model_sees_every_image_once_and_in_turn(capsys):
@@ -134,23 +116,6 @@ def test_images_that_run_twice_or_are_not_annotated_are_refused():
         subject.evaluator._coco_api = SimpleNamespace(imgs={0: {}, 1: {}})
     with pytest.raises(InputError, match="image 2 is not among the 2 images that the evaluator has"):
         compare(compared, images(3))
-
-
-class Drawn(Recorder):
-    """Its AP is the mean of its images' worth."""
-
-    max_detections = 7
-
-    def __init__(self, worth):
-        self.worth = np.array(worth)
-        self.image_ids = []
-
-    def evaluate(self, img_ids=None):
-        self.image_ids = sorted(self.seen)
-        return {"bbox": {"AP": self.worth.mean()}}
-
-    def resample(self, weights):
-        return {"bbox.AP": weights @ self.worth / weights.sum(1)}
 
 
 def test_retention_has_a_paired_interval_over_images():
@@ -343,25 +308,12 @@ def test_a_memory_that_the_system_does_not_tell_has_no_figure(monkeypatch):
     assert ["peak memory, MB", "-", "-", "-"] in [line[:4] for line in rows(to_table(content, "github"))]
 
 
-class Several(Detector):
-    """Gives an output for each image: the mean of its features."""
-
-    def forward(self, inputs):
-        (output,) = super().forward(inputs)
-        return [{"mean": feature.mean()} for feature in output["features"]["last_feat"]]
-
-
 def several() -> dict[str, Subject]:
     compared = subjects()
     for name, subject in compared.items():
         model = Several(subject.encoder).eval()
         compared[name] = Subject(model, model.encoder, Recorder())
     return compared
-
-
-def in_batches(count: int, size: int) -> list[list[dict]]:
-    alone = [image for (image,) in images(count)]
-    return [alone[i : i + size] for i in range(0, count, size)]
 
 
 def test_batches_and_a_ragged_last_one():
@@ -463,11 +415,6 @@ ABOUT = dict(dataset="scenes", device="cpu", dtype="float32", plan=Plan(TokenClu
 
 def document(**models) -> dict:
     return to_json(Comparison(models), **ABOUT)
-
-
-def rows(table: str) -> list[list[str]]:
-    """The cells of a table in GitHub's format, without its head."""
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
 
 
 def test_the_documents_figures_by_hand():

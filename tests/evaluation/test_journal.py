@@ -31,8 +31,8 @@ from hourglass.evaluation.journal import (
     read_records,
     to_plain,
 )
-from tests.evaluation.test_instances import dataset
-from tests.evaluation.test_timing import Detector, tiny_vit
+from tests.detections import dataset
+from tests.detectors import Detector, tiny_vit
 
 IMAGES = 6
 ANNOTATIONS, DETECTIONS = dataset(seed=3, images=IMAGES, digits=6)

@@ -19,26 +19,7 @@ from hourglass.evaluation.resampling import ratio_of_medians
 from hourglass.evaluation.timing import Clock, Run, Stopwatch
 from hourglass.reduction import SelectingReducer
 from hourglass.reduction.windows import grid_positions
-
-
-def tiny_vit(**kwargs) -> ViT:
-    options = dict(img_size=64, patch_size=8, embed_dim=16, depth=2, num_heads=2, window_size=4, use_rel_pos=True)
-    return ViT(**{**options, "window_block_indexes": (0, 1), **kwargs}).eval()
-
-
-class Detector(nn.Module):
-    """Takes and gives Detectron2's dictionaries; idles around its encoder."""
-
-    def __init__(self, encoder: nn.Module, idle: float = 0.0):
-        super().__init__()
-        self.encoder = encoder
-        self.idle = idle
-
-    def forward(self, inputs: list[dict]) -> list[dict]:
-        time.sleep(self.idle)
-        with torch.no_grad():
-            return [{"features": self.encoder(torch.stack([record["image"] for record in inputs]))}]
-
+from tests.detectors import Detector, tiny_vit
 
 INPUTS = [{"image": torch.zeros(3, 64, 64)}]
 

@@ -1,25 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes
 
 from hourglass.prediction.drawing import CROWDED, LARGEST, _colours, colour, count, draw, side_by_side
-from hourglass.prediction.names import Names
-
-NAMES = Names({0: "disc", 1: "square"}, {2: "sky", 3: "grass"}, {0: 1, 1: 5}, {2: 7, 3: 9})
-
-
-def found(boxes, classes, scores=None, size=(60, 80), masks=True) -> Instances:
-    instances = Instances(size)
-    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-    instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
-    instances.scores = torch.tensor(scores if scores is not None else [0.9] * len(classes))
-    if masks:
-        drawn = torch.zeros(len(classes), *size, dtype=torch.bool)
-        for mask, (left, top, right, bottom) in zip(drawn, instances.pred_boxes.tensor.int().tolist()):
-            mask[top:bottom, left:right] = True
-        instances.pred_masks = drawn
-    return instances
+from tests.predictions import NAMES, make_instances
 
 
 def grey(height: int = 60, width: int = 80) -> np.ndarray:
@@ -33,7 +18,7 @@ def changed(picture: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_instances_over_the_score_are_drawn_where_they_are(masks):
-    output = {"instances": found([[10, 20, 30, 40], [50, 5, 70, 15]], [0, 1], [0.8, 0.3], masks=masks)}
+    output = {"instances": make_instances([[10, 20, 30, 40], [50, 5, 70, 15]], [0, 1], [0.8, 0.3], masks=masks)}
     picture = draw(grey(), output, NAMES, 0.5)
     scale = picture.shape[1] / 80
     assert picture.dtype == np.uint8 and abs(picture.shape[0] - 60 * scale) < 2 and max(picture.shape) >= 800
@@ -48,16 +33,16 @@ def test_instances_over_the_score_are_drawn_where_they_are(masks):
 
 
 def test_an_image_without_objects_is_the_image():
-    nothing = {"instances": found([], [])}
+    nothing = {"instances": make_instances([], [])}
     assert not changed(draw(grey(), nothing, NAMES, 0.5)).any() and count(nothing, 0.5) == "0 objects"
     empty = {"panoptic_seg": (torch.zeros(60, 80, dtype=torch.int32), [])}
     assert not changed(draw(grey(), empty, NAMES, 0.5)).any()
 
 
 def test_the_same_object_has_the_same_colour():
-    reference = found([[0, 0, 20, 20], [30, 30, 50, 50], [60, 0, 80, 20]], [0, 0, 1])
+    reference = make_instances([[0, 0, 20, 20], [30, 30, 50, 50], [60, 0, 80, 20]], [0, 0, 1])
     # The second and the first a little moved, one of another class in the third's place, and a new one.
-    compared = found([[31, 30, 51, 50], [0, 1, 20, 21], [60, 0, 80, 20], [0, 40, 10, 50]], [0, 0, 0, 0])
+    compared = make_instances([[31, 30, 51, 50], [0, 1, 20, 21], [60, 0, 80, 20], [0, 40, 10, 50]], [0, 0, 0, 0])
     assert _colours(reference, None) == [colour(0), colour(1), colour(2)]
     assert _colours(compared, reference) == [colour(1), colour(0), colour(3), colour(4)]
     # Of models of masks, whose boxes are 0.
@@ -79,7 +64,7 @@ def test_a_crowd_has_no_labels(monkeypatch):
     monkeypatch.setattr(drawing, "Visualizer", Watched)
     for number in (CROWDED, CROWDED + 1):
         boxes = [[i % 8 * 10, i // 8 * 10, i % 8 * 10 + 8, i // 8 * 10 + 8] for i in range(number)]
-        draw(grey(), {"instances": found(boxes, [0] * number)}, NAMES, 0.5)
+        draw(grey(), {"instances": make_instances(boxes, [0] * number)}, NAMES, 0.5)
     assert received[0]["labels"][0] == "disc 90%" and received[0]["boxes"] is not None
     assert received[1]["labels"] is None and received[1]["boxes"] is None and len(received[1]["masks"]) == CROWDED + 1
 
@@ -105,7 +90,7 @@ def test_panoptic_segments_and_classes_of_pixels():
 
 def test_a_wide_image_is_drawn_smaller():
     size = (300, 8000)
-    output = {"instances": found([[4000, 0, 8000, 300]], [1], size=size)}
+    output = {"instances": make_instances([[4000, 0, 8000, 300]], [1], size=size)}
     segments = torch.zeros(size, dtype=torch.int32)
     segments[:, :4000] = 1
     panoptic = {"panoptic_seg": (segments, [{"id": 1, "isthing": True, "category_id": 0}])}

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from hourglass.data.panoptic import PanopticMetadata, segment_ids
 from hourglass.prediction.names import Names
 from hourglass.prediction.results import JsonList, Results
-from tests.prediction.test_drawing import NAMES, found
+from tests.predictions import NAMES, make_instances
 
 
 def about(number: int) -> dict:
@@ -21,9 +21,9 @@ def about(number: int) -> dict:
 
 def test_instances_are_results_that_coco_reads(tmp_path):
     results = Results(tmp_path / "out", NAMES)
-    results.add(about(1), {"instances": found([[10, 20, 30, 50], [0, 0, 4, 4]], [1, 0], [0.75, 0.01])})
-    results.add(about(2), {"instances": found([], [])})
-    masks_alone = found([[3, 5, 9, 8]], [1])
+    results.add(about(1), {"instances": make_instances([[10, 20, 30, 50], [0, 0, 4, 4]], [1, 0], [0.75, 0.01])})
+    results.add(about(2), {"instances": make_instances([], [])})
+    masks_alone = make_instances([[3, 5, 9, 8]], [1])
     masks_alone.pred_boxes = Boxes(torch.zeros(1, 4))
     results.add(about(3), {"instances": masks_alone})
     assert results.close() == ["predictions.json", "images.json"]

@@ -8,8 +8,9 @@ import pytest
 from pycocotools.coco import COCO
 
 import train_net
-from tests.prediction.test_sources import write_video
-from tests.test_train_net import UNTRAINED, refusal, run
+from tests.commands import refusal, run
+from tests.models import UNTRAINED
+from tests.predictions import write_video
 
 
 def draw_image(path, size=(120, 160)) -> None:

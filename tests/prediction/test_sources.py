@@ -1,20 +1,10 @@
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 from hourglass import InputError
 from hourglass.prediction.sources import Video, VideoFile, find_sources, read_pixels
-
-
-def write_video(path, frames: int, size=(64, 48)) -> list[np.ndarray]:
-    """A video in which each frame is of one brightness."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 5, size)
-    drawn = [np.full((size[1], size[0], 3), 40 * (i + 1), np.uint8) for i in range(frames)]
-    for frame in drawn:
-        writer.write(frame)
-    writer.release()
-    return drawn
+from tests.predictions import write_video
 
 
 def test_files_and_folders(tmp_path):

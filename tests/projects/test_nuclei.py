@@ -18,7 +18,7 @@ from hourglass.encoders import find_encoder
 from hourglass.launch import build, load_config
 from hourglass.reduction.scope import EachWindow
 from projects.nuclei import deepen, pictures, prepare, register_nuclei
-from tests.evaluation.test_timing import tiny_vit
+from tests.detectors import tiny_vit
 
 ROOT = Path(__file__).parents[2]
 NAMES = {

@@ -133,7 +133,7 @@ def test_restoring_of_updates_is_taken(reducer, dtype):
 
 
 def test_an_affine_map_needs_its_calibration():
-    from tests.encoders.test_hourglass_vit import tiny_vit
+    from tests.small_vit import tiny_vit
 
     with pytest.raises(InputError, match="LinearBlocks needs a plan with a calibration"):
         hourglass.expedite(tiny_vit(), hourglass.Plan(LinearBlocks(), 1, 3))

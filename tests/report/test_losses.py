@@ -35,10 +35,10 @@ from hourglass.report.losses import (
     match,
     overlap,
 )
-from tests.models import found
+from tests.models import detector_output
 
 SIZE = (60, 100)
-detections = partial(found, SIZE)
+detections = partial(detector_output, SIZE)
 NAMES = Metadata(thing_classes=["car", "dog"], stuff_classes=["sky", "sea", "sand"], ignore_label=255)
 
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from hourglass.report import MARK, check_report
 from hourglass.report.drawing import accuracy_and_time, scaled_size
 from hourglass.report.page import Material, write_page
 from hourglass.report.tokens import Tokens
+from tests.pages import Page, check_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -112,49 +112,6 @@ def material(folder: Path, sizes: list[tuple[int, int]], counts: list[int], labe
         24,
     )
     return page_material._replace(**options)
-
-
-class Page(HTMLParser):
-    """The files that a page names, its ids, and that what is opened is closed."""
-
-    VOID = {"meta", "link", "img", "br", "input"}
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.files, self.open, self.texts = [], [], []
-        self.feed(path.read_text(encoding="utf-8"))
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attributes):
-        for name, value in attributes:
-            if name in ("src", "href") and not value.startswith("#"):
-                self.files.append(value)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        pass
-
-    def handle_endtag(self, tag):
-        if tag not in ("html", "body", "head", "p", "li"):
-            assert self.open.count(tag), tag
-        if tag in self.open:
-            while self.open.pop() != tag:
-                pass
-
-    def handle_data(self, text):
-        self.texts.append(text)
-
-
-def check_page(path: Path) -> Page:
-    """Whatever it names is beside it, and nothing of a network."""
-    page = Page(path)
-    assert page.files
-    for file in page.files:
-        assert "/" not in file and ":" not in file
-        assert Image.open(path.parent / file).size[0] <= 1600
-    assert set(page.files) == {file.name for file in path.parent.iterdir()} - {"index.html"}
-    return page
 
 
 def browse(path: Path, width: int, choice: str = "") -> dict:

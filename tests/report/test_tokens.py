@@ -7,7 +7,7 @@ import torch
 from hourglass import AveragePooling, BipartiteMatching, DensityPeaks, Plan, SkipBlocks, TokenClustering, expedite
 from hourglass.reduction.scope import EachWindow
 from hourglass.report.tokens import Tokens, draw_tokens, find_clusters, find_clusters_in_windows, find_tokens
-from tests.evaluation.test_timing import Detector, tiny_vit
+from tests.detectors import Detector, tiny_vit
 
 
 @pytest.mark.parametrize("size", [(16, 16), (20, 13)])

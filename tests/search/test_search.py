@@ -18,9 +18,9 @@ from hourglass.search.measured import Measured, Result
 from hourglass.search.options import KEYS, make_options
 from hourglass.search.run import describe, key
 from hourglass.search.trace import Errors, measure_errors, relative, trace
-from tests.encoders import test_hourglass_swin as of_swin
-from tests.encoders import test_hourglass_vit as of_vit
-from tests.test_fitting import images
+from tests import small_swin as of_swin
+from tests import small_vit as of_vit
+from tests.models import images
 
 
 class TestGoal:
