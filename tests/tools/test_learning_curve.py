@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[1] / "tools" / "learning_curve.py"
+SCRIPT = Path(__file__).parents[2] / "tools" / "learning_curve.py"
 
 
 def run(*arguments):
