@@ -11,6 +11,7 @@ others, are no farther out than the farthest of those that were left out.
 Letters: n tokens, p features, C channels.
 """
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from itertools import product
@@ -22,13 +23,15 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hourglass.contexts import evaluating
 from hourglass.encoders.calibration import Calibration, describe_encoder, sample_weights
 from hourglass.encoders.expedite import expedite
 from hourglass.encoders.plan import Plan
 from hourglass.encoders.registry import find_encoder
 from hourglass.encoders.sharing import unmodified
-from hourglass.encoders.visiting import visiting
+from hourglass.encoders.visiting import middles_of, visiting
 from hourglass.errors import InputError
+from hourglass.reduction import SkipBlocks
 from hourglass.reduction.calibrated import check_restoring, sample
 from hourglass.reduction.reducer import Place, Reducer, Reduction, refine
 from hourglass.reduction.windows import map_size
@@ -64,22 +67,52 @@ def calibrate(model: nn.Module, plan: Plan, images: Iterable[list[dict[str, Any]
     Raises:
         InputError: for a plan that cannot be calibrated, and for less than two batches.
     """
-    if plan.reducer is None or plan.published:
-        raise InputError(f"calibration needs a plan with a reducer that is not run as published, got {plan!r}")
-    plan = plan.uncalibrated()
-    view = expedite(model, plan.to_be_calibrated())
-    recorder = Recorder(plan.proportional)
+    return calibrate_plans(model, [plan], images, about)[0]
+
+
+def calibrate_plans(
+    model: nn.Module, plans: Sequence[Plan], images: Iterable[list[dict[str, Any]]], about: str = ""
+) -> list[Calibration]:
+    """As :func:`calibrate`, for several plans: the encoder's blocks run on the full map once for all of them."""
+    for plan in plans:
+        if plan.reducer is None or plan.published:
+            raise InputError(f"calibration needs a plan with a reducer that is not run as published, got {plan!r}")
+    plans = [plan.uncalibrated() for plan in plans]
+    views = [expedite(model, plan.to_be_calibrated()) for plan in plans]
+    middles = [middles_of(view) for view in views]
+    recorders = [Recorder(plan.proportional) for plan in plans]
+    lowest = min(min(of_plan) for of_plan in middles)
+    highest = max(start + len(middle.blocks) for of_plan in middles for start, middle in of_plan.items())
     count = 0
-    with visiting(view, recorder) as run:
+
+    def visit(first: int, tokens: Tensor, blocks: Sequence[nn.Module], _: Reducer) -> Tensor:
+        maps = [tokens]
+        for block in blocks:
+            maps.append(block(maps[-1], Place(map_size(tokens))))
+        for recorder, of_plan in zip(recorders, middles):
+            recorder.fold = count % FOLDS
+            for number, middle in of_plan.items():
+                start = number - lowest - first
+                if 0 <= start < len(blocks):
+                    outcome = maps[start], maps[start + len(middle.blocks)]
+                    recorder.record(middle.first, *outcome, middle.blocks, middle.reducer)
+        return maps[-1]
+
+    with contextlib.ExitStack() as stack:
+        for view in views:
+            stack.enter_context(evaluating(view))
+        run = stack.enter_context(visiting(expedite(model, Plan(SkipBlocks(), lowest, highest)), visit))
         quiet = not comm.is_main_process()
         for inputs in tqdm(images, desc="calibrating", unit="image", dynamic_ncols=True, disable=quiet):
-            recorder.fold = count % FOLDS
             run(inputs)
             count += 1
     if count < 2:
         raise InputError(f"calibration needs at least 2 images, got {count}")
-    fits = {first: fit(moments) for first, moments in recorder.moments.items()}
-    return to_calibration(fits, view, plan, count, about)
+    calibrations = []
+    for plan, view, recorder in zip(plans, views, recorders):
+        fits = {first: fit(moments) for first, moments in recorder.moments.items()}
+        calibrations.append(to_calibration(fits, view, plan, count, about))
+    return calibrations
 
 
 def to_calibration(fits: "dict[int, Fit]", view: nn.Module, plan: Plan, count: int, about: str = "") -> Calibration:
@@ -132,18 +165,22 @@ class Recorder:
         self.fold = 0
 
     def __call__(self, first: int, tokens: Tensor, blocks: Sequence[nn.Module], reducer: Reducer) -> Tensor:
-        if first not in self.moments:
-            check_restoring(reducer, map_size(tokens), tokens.new_zeros(tokens.shape[-1]))
-            self.moments[first] = [Moments() for _ in range(self.folds)]
         output = tokens
         for block in blocks:
             output = block(output, Place(map_size(tokens)))
+        self.record(first, tokens, output, blocks, reducer)
+        return output
+
+    def record(self, first: int, tokens: Tensor, output: Tensor, blocks: Sequence[nn.Module], reducer: Reducer) -> None:
+        """The moments of what blocks make of a map (B, H, W, C), which is known, and of it on fewer tokens."""
+        if first not in self.moments:
+            check_restoring(reducer, map_size(tokens), tokens.new_zeros(tokens.shape[-1]))
+            self.moments[first] = [Moments() for _ in range(self.folds)]
         reduction = reducer(tokens)
         refined = refine(reduction, map_size(tokens), blocks, self.proportional)
         self.moments[first][self.fold].observe(tokens, reduction, refined, output)
         if refined.numel() > 0:
             self.moments[first][self.fold].observe_images(reduction.tokens)
-        return output
 
 
 class Moments:

@@ -9,7 +9,7 @@ from torch import nn
 import hourglass
 from hourglass import AveragePooling, BipartiteMatching, InputError, LinearBlocks, Plan, TokenClustering, calibrate
 from hourglass.encoders.calibration import Calibration
-from hourglass.fitting import FOLDS, RIDGES, Recorder, fit
+from hourglass.fitting import FOLDS, RIDGES, Recorder, calibrate_plans, fit
 from tests import small_swin as of_swin
 from tests import small_vit as of_vit
 from tests.models import images
@@ -189,7 +189,7 @@ def test_what_cannot_be_calibrated_is_refused_in_a_line(tmp_path):
         (Plan(TokenClustering((3, 3)), published=True), "needs a plan with a reducer that is not run as published"),
         (
             Plan(TokenClustering((3, 3), restore_mode="features"), 1, 4),
-            'restores something else: use restore_mode="update"',
+            'restoring is another: use restore_mode="update"',
         ),
         (Plan(BipartiteMatching(4), 1, 4), "BipartiteMatching|MergeEachWindow"),
     ):
@@ -220,3 +220,23 @@ def test_a_failed_calibration_leaves_the_model_as_it_was():
     torch.testing.assert_close(
         of_vit.last(view.eval(), *images(1)), of_vit.last(hourglass.expedite(encoder.eval(), PLAN), *images(1))
     )
+
+
+def test_plans_that_are_calibrated_together_are_as_each_alone():
+    """In a Swin plans begin and end in any stage."""
+    encoder = of_swin.tiny_swin()
+    plans = [
+        Plan(AveragePooling(0.5), 1, 7),
+        Plan(TokenClustering(0.5), 2, 3),
+        Plan(LinearBlocks(), 3, 6),
+        Plan(AveragePooling(0.5), 3, 7, proportional=False),
+    ]
+    held_out = images(2, (128, 192), first=100)
+    for plan, calibration in zip(plans, calibrate_plans(encoder, plans, images(4, (128, 192)))):
+        alone = calibrate(encoder, plan, images(4, (128, 192)))
+        assert calibration.plan == alone.plan and calibration.corrections.keys() == alone.corrections.keys()
+        errors = [error(encoder, plan.calibrated(fitted), held_out) for fitted in (calibration, alone)]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+        for first, tensors in alone.corrections.items():
+            for name, value in tensors.items():
+                assert calibration.corrections[first][name].shape == value.shape

@@ -37,6 +37,14 @@ class _Visitor(Reducer):
         return restored
 
 
+def middles_of(view: nn.Module) -> dict[int, Middle]:
+    """Where an expedited model runs its plan's blocks: number of a stage's first planned block -> what runs them."""
+    encoder = find_encoder(view)[1]
+    assert isinstance(encoder, Hourglass)
+    middles = [module for module in encoder._body.modules() if isinstance(module, Middle)]
+    return {encoder._planned.start + middle.first: middle for middle in middles}
+
+
 @contextmanager
 def visiting(view: nn.Module, visit: Visit) -> Iterator[Callable[[Any], None]]:
     """
@@ -50,9 +58,7 @@ def visiting(view: nn.Module, visit: Visit) -> Iterator[Callable[[Any], None]]:
         a function of the model's inputs, which runs the model up to the last of the plan's blocks. It raises InputError
         where the model did not come to them.
     """
-    encoder = find_encoder(view)[1]
-    assert isinstance(encoder, Hourglass)
-    middles = [module for module in encoder._body.modules() if isinstance(module, Middle)]
+    middles = list(middles_of(view).values())
     reducers = [middle.reducer for middle in middles]
 
     def run(inputs: Any) -> None:

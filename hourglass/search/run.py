@@ -19,7 +19,7 @@ from hourglass.errors import InputError
 from hourglass.evaluation.agreement import recording
 from hourglass.evaluation.compare import Comparison, Subject, compare
 from hourglass.evaluation.journal import members
-from hourglass.fitting import calibrate
+from hourglass.fitting import calibrate_plans
 from hourglass.search.estimate import Slope, estimate, learn_slopes
 from hourglass.search.front import Candidate, enumerate_plans, make_pool, spread
 from hourglass.search.goal import Goal
@@ -31,6 +31,8 @@ from hourglass.search.trace import Traced, measure_errors, trace
 FIRST, SECOND = 12, 8
 # Images of the first round, at most.
 FEW = 32
+# Plans that are calibrated at a time: of 2,304 features, ViTDet-B's, each takes 170 MB.
+TOGETHER = 6
 BASE = "fast attention"
 
 
@@ -171,6 +173,7 @@ class Search:
         number = min(FEW, len(self.images.rank)) if phase == "first" else len(self.images.rank)
         images = [inputs for i, inputs in enumerate(self.images.rank) if i < number]
         plans = {key(candidate.plan(traced)): candidate for candidate in candidates}
+        self._calibrate([candidate.plan(traced) for candidate in plans.values()])
         views = {name: self._calibrated(candidate.plan(traced)) for name, candidate in plans.items()}
         results = self._measure(views, images, f"rank {number}")
         self._slopes = learn_slopes(results.values())
@@ -194,13 +197,17 @@ class Search:
         kept, lower = estimate(result, self._slopes)
         return Row(describe(plan), plan, predicted, result, images, kept, lower)
 
+    def _calibrate(self, plans: list[Plan]) -> None:
+        """Calibrate those that are not calibrated yet."""
+        missing = [plan for plan in plans if plan.reducer is not None and key(plan) not in self._calibrations]
+        for start in range(0, len(missing), TOGETHER):
+            part = missing[start : start + TOGETHER]
+            calibrations = calibrate_plans(self.model, part, self.images.fit, self.images.about)
+            self._calibrations |= {key(plan): calibration for plan, calibration in zip(part, calibrations)}
+
     def _calibrated(self, plan: Plan) -> Plan:
-        if plan.reducer is None:
-            return plan
-        name = key(plan)
-        if name not in self._calibrations:
-            self._calibrations[name] = calibrate(self.model, plan, self.images.fit, self.images.about)
-        return plan.calibrated(self._calibrations[name])
+        self._calibrate([plan])
+        return plan if plan.reducer is None else plan.calibrated(self._calibrations[key(plan)])
 
     def _measure(self, plans: dict[str, Plan], images: list[list[dict[str, Any]]], phase: str) -> dict[str, Result]:
         """The results of plans on some images, those that are not known yet measured."""
