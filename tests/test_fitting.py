@@ -199,7 +199,7 @@ def test_what_cannot_be_calibrated_is_refused_in_a_line(tmp_path):
         calibrate(encoder, PLAN, images(1))
     with pytest.raises(InputError, match="calibration must be a Calibration, its file or None, got 3"):
         Plan(TokenClustering((3, 3)), calibration=3)
-    with pytest.raises(InputError, match="calibration is of a plan with a reducer"):
+    with pytest.raises(InputError, match="calibration must be None in a plan without a reducer"):
         Plan(calibration=tmp_path / "x.pth")
     with pytest.raises(InputError, match="missing.pth cannot be read .FileNotFoundError"):
         Plan(TokenClustering((3, 3)), calibration=tmp_path / "missing.pth")
