@@ -37,7 +37,6 @@ from hourglass import (
     SkipBlocks,
     TokenClustering,
     TokenSelection,
-    calibrate,
 )
 from hourglass.checkpoint import load_checkpoint
 from hourglass.checks import check_count
@@ -50,6 +49,7 @@ from hourglass.evaluation.journal import members
 from hourglass.evaluation.report import describe_interval, without_nan
 from hourglass.evaluation.resampling import draw_samples, ratio_of_samples
 from hourglass.files import check_folder
+from hourglass.fitting import TOGETHER, calibrate_plans
 from hourglass.launch import build, build_evaluator, load_config, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,10 +182,18 @@ def measure(args: argparse.Namespace) -> Measured:
     load_checkpoint(model, cfg.train.init_checkpoint)
     records = open_test(cfg, model, args.images)
     groups = part_images(cfg.dataloader.test.dataset.names, records, args.by) if args.by else {}
+    calibrated = [
+        name
+        for name, plan in plans.items()
+        if name.endswith(CALIBRATED) or plan.reducer is not None and plan.reducer.needs_calibration
+    ]
+    for first in range(0, len(calibrated), TOGETHER):
+        names = calibrated[first : first + TOGETHER]
+        given = [plans[name] for name in names]
+        fitted = calibrate_plans(model, given, open_search(cfg, model), search_dataset(cfg))
+        plans |= {name: plans[name].calibrated(calibration) for name, calibration in zip(names, fitted)}
     instances, subjects = {}, {}
     for name, plan in plans.items():
-        if name.endswith(CALIBRATED) or plan.reducer is not None and plan.reducer.needs_calibration:
-            plan = plans[name] = plan.calibrated(calibrate(model, plan, open_search(cfg, model), search_dataset(cfg)))
         view = hourglass.expedite(model, plan)
         evaluator = build_evaluator(cfg, name)
         instances[name] = next(member for member in members(evaluator) if isinstance(member, InstanceEvaluator))

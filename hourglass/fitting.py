@@ -47,6 +47,8 @@ RANKS = (1 / 16, 1 / 8, 1 / 4, 1)
 SLACK, RIDGE_SLACK = 0.005, 0.1
 # Added to the second moments of reduced tokens, times their mean, for whitening.
 DAMPING = 0.1
+# Plans that are calibrated at a time: each of ViTDet-B's takes 170 MB.
+TOGETHER = 6
 FORMS = {"detail": ("detail",), "full": ("detail", "tokens", "update")}
 
 

@@ -19,7 +19,7 @@ from hourglass.errors import InputError
 from hourglass.evaluation.agreement import recording
 from hourglass.evaluation.compare import Comparison, Subject, compare
 from hourglass.evaluation.journal import members
-from hourglass.fitting import calibrate_plans
+from hourglass.fitting import TOGETHER, calibrate_plans
 from hourglass.search.estimate import Slope, estimate, learn_slopes
 from hourglass.search.front import Candidate, enumerate_plans, make_pool, spread
 from hourglass.search.goal import Goal
@@ -31,8 +31,6 @@ from hourglass.search.trace import Traced, measure_errors, trace
 FIRST, SECOND = 12, 8
 # Images of the first round, at most.
 FEW = 32
-# Plans that are calibrated at a time: of 2,304 features, ViTDet-B's, each takes 170 MB.
-TOGETHER = 6
 BASE = "fast attention"
 
 
