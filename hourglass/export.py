@@ -118,7 +118,7 @@ def _by_name(outputs: Any) -> dict[str, Tensor]:
     if isinstance(outputs, Mapping):
         return dict(outputs)
     several = list(outputs) if isinstance(outputs, Sequence) else [outputs]
-    return {f"feature{i}" if len(several) > 1 else "feature": each for i, each in enumerate(several)}
+    return {f"feature{i}" if len(several) > 1 else "feature": feature for i, feature in enumerate(several)}
 
 
 def encoder_program(model: nn.Module, image: Tensor, dynamic: bool = False) -> Program:
@@ -141,8 +141,8 @@ def encoder_program(model: nn.Module, image: Tensor, dynamic: bool = False) -> P
     least = 3 if dynamic and _shifts(encoder) else 2
     if step is not None and any(side % step or side < least * step for side in image.shape[-2:]):
         raise InputError(
-            f"dynamic sizes of this encoder and plan are multiples of {step} pixels, whole windows, from "
-            f"{least * step}, got an image of {image.shape[-2]} x {image.shape[-1]}"
+            f"dynamic sizes of this encoder and plan must be multiples of {step} pixels, whole windows, and "
+            f"at least {least * step}, got an image of {image.shape[-2]} x {image.shape[-1]}"
         )
     with evaluating(encoder), torch.no_grad():
         outputs = list(_by_name(encoder(image)))
@@ -193,23 +193,23 @@ def refuse_reducers(encoder: nn.Module, dynamic: bool) -> None:
     if reducer.selects:
         raise InputError(
             f"{type(reducer).__name__} selects another number of tokens for each image, and a program's steps do not "
-            "branch on data: take another reducer"
+            "branch on data: use another reducer"
         )
     if dynamic and (reducer.each_block or not reducer.on_grid):
         raise InputError(
-            f"dynamic sizes take a reducer to a regular grid, got {type(reducer).__name__}, which chooses tokens: "
+            f"dynamic sizes need a reducer to a regular grid, got {type(reducer).__name__}, which chooses tokens: "
             "export for one size"
         )
     grid = reducer.describe().get("grid")
     if not dynamic or plan.scope == "window" or grid is None:
         return
     if not all(isinstance(side, int) for side in grid):
-        raise InputError(f"dynamic sizes take a grid of rows and columns under scope 'map', got the share {grid}")
+        raise InputError(f"dynamic sizes need a grid of rows and columns under scope 'map', got the share {grid}")
     family = family_of(encoder)
     blocks = [block for stage in family.stages_of(unmodified(encoder)) for block in stage]
     if any(family.window_size(blocks[i]) for i in plan.blocks(len(blocks))):
         raise InputError(
-            "dynamic sizes take scope 'window' where planned blocks have windows: under scope 'map' windows would be "
+            "dynamic sizes need scope 'window' where planned blocks have windows: under scope 'map' windows would be "
             "of another size for each image"
         )
 
@@ -222,19 +222,22 @@ def check_format(format: str, whole_model: bool = False, dynamic: bool = False) 
     check_choice("--format", format, tuple(FORMATS))
     if whole_model and format != "torchscript":
         raise InputError(
-            f"--model takes torchscript, got {format}: Detectron2's heads branch on data, which a trace alone follows"
+            f"--model needs --format torchscript, got {format}: Detectron2's heads branch on data, which only a trace "
+            "can follow"
         )
     if whole_model and dynamic:
-        raise InputError("--model takes one image size: --dynamic is for the encoder")
+        raise InputError("--model cannot be used with --dynamic, which exports an encoder")
     if dynamic and format == "torchscript":
-        raise InputError("--dynamic takes torch.export, onnx or aoti: a trace (torchscript) is of one image size")
+        raise InputError(
+            "--dynamic needs --format torch.export, onnx or aoti, got torchscript, whose trace is of one image size"
+        )
     if format != "torchscript" and not hasattr(torch.compiler, "is_exporting"):
-        raise InputError(f"--format {format} takes torch 2.7 or newer, got {torch.__version__}")
+        raise InputError(f"--format {format} needs torch 2.7 or newer, got {torch.__version__}")
     if format == "onnx":
         missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
             raise InputError(
-                f"--format onnx takes {', '.join(missing)}, not installed: pip install {' '.join(missing)}"
+                f"--format onnx needs {', '.join(missing)}, not installed: pip install {' '.join(missing)}"
             )
     if format == "aoti":
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -242,7 +245,7 @@ def check_format(format: str, whole_model: bool = False, dynamic: bool = False) 
         try:
             get_cpp_compiler()
         except Exception as error:
-            raise InputError("--format aoti takes a C++ compiler, and finds none: install g++, or set CXX") from error
+            raise InputError("--format aoti needs a C++ compiler, and finds none: install g++, or set CXX") from error
 
 
 def check_path(path: str | os.PathLike, format: str) -> None:
@@ -252,7 +255,7 @@ def check_path(path: str | os.PathLike, format: str) -> None:
     """
     path = Path(path)
     if path.suffix != FORMATS[format]:
-        raise InputError(f"a file of {format} ends with {FORMATS[format]}, got {str(path)!r}")
+        raise InputError(f"--output must end with {FORMATS[format]} for {format}, got {str(path)!r}")
     check_folder("--output", path.parent)
 
 
@@ -292,8 +295,10 @@ def export(program: Program, format: str, path: str | os.PathLike, images: Seque
                 f"{_name(program)} as {format} differs from the eager model by {largest:.2g} of the output's scale, "
                 f"over {TOLERANCE:g}: not written to {path}"
             )
-        for each in sorted(Path(folder).iterdir(), key=lambda each: each == file):  # what the file refers to first
-            os.replace(each, path.parent / each.name)
+        for written in sorted(
+            Path(folder).iterdir(), key=lambda written: written == file
+        ):  # what the file refers to first
+            os.replace(written, path.parent / written.name)
     return differences
 
 
@@ -314,11 +319,11 @@ def load(path: str | os.PathLike, format: str, outputs: Sequence[str]) -> Runtim
         providers = onnxruntime.get_available_providers()
         kept = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in providers]
         session = onnxruntime.InferenceSession(os.fspath(path), options, providers=kept)
-        names = [each.name for each in session.get_inputs()]
+        names = [node.name for node in session.get_inputs()]
 
         def run(*inputs: Tensor) -> list[Tensor]:
-            feed = {name: each.cpu().numpy() for name, each in zip(names, inputs)}
-            return [torch.from_numpy(each) for each in session.run(list(outputs), feed)]
+            feed = {name: tensor.cpu().numpy() for name, tensor in zip(names, inputs)}
+            return [torch.from_numpy(array) for array in session.run(list(outputs), feed)]
 
         return run
     if format == "torchscript":
@@ -338,17 +343,17 @@ def compare(program: Program, run: Runtime, images: Sequence[Tensor]) -> list[Di
 
     differences = []
     for image in images:
-        expected, found = eager(image), run(image)
-        same = len(found) == len(expected)
-        largest = max(_difference(*pair) for pair in zip(found, expected)) if same else math.inf
+        expected, actual = eager(image), run(image)
+        same_number = len(actual) == len(expected)
+        largest = max(_difference(*pair) for pair in zip(actual, expected)) if same_number else math.inf
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(RUNS):
-            for each, spent in zip((eager, run), times):
+            for function, durations in zip((eager, run), times):
                 _synchronize(image)
                 start = time.perf_counter()
-                each(image)
+                function(image)
                 _synchronize(image)
-                spent.append(1000 * (time.perf_counter() - start))
+                durations.append(1000 * (time.perf_counter() - start))
         size = (int(image.shape[-2]), int(image.shape[-1]))
         differences.append(Difference(size, largest, *map(statistics.median, times)))
     return differences
@@ -357,8 +362,14 @@ def compare(program: Program, run: Runtime, images: Sequence[Tensor]) -> list[Di
 def to_table(differences: Sequence[Difference], format: str) -> str:
     """The differences as a table, a row for each image."""
     rows = [
-        [i, f"{each.size[0]} x {each.size[1]}", f"{each.largest:.1e}", f"{each.eager:.1f}", f"{each.exported:.1f}"]
-        for i, each in enumerate(differences, start=1)
+        [
+            i,
+            f"{difference.size[0]} x {difference.size[1]}",
+            f"{difference.largest:.1e}",
+            f"{difference.eager:.1f}",
+            f"{difference.exported:.1f}",
+        ]
+        for i, difference in enumerate(differences, start=1)
     ]
     headers = ["image", "size", "largest difference", "eager, ms", f"{format}, ms"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=("right",) * 5)
@@ -366,26 +377,26 @@ def to_table(differences: Sequence[Difference], format: str) -> str:
 
 def encoder_inputs(model: nn.Module, inputs: Sequence[Any]) -> list[Tensor]:
     """What a model's encoder gets, (1, C, height, width) each, for inputs of the model."""
-    found: list[Tensor] = []
+    images: list[Tensor] = []
 
     class Reached(Exception):
         pass
 
     def stop(_: nn.Module, arguments: tuple) -> None:
-        found.append(arguments[0].detach().clone())
+        images.append(arguments[0].detach().clone())
         raise Reached
 
     handle = find_encoder(model)[1].register_forward_pre_hook(stop)
     try:
         with evaluating(model), torch.no_grad():
-            for each in inputs:
+            for batch in inputs:
                 try:
-                    model(each)
+                    model(batch)
                 except Reached:
                     continue
     finally:
         handle.remove()
-    return found
+    return images
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -425,7 +436,7 @@ def _write_onnx(program: Program, path: Path) -> None:
     )
     assert exported is not None
     exported.model.metadata_props["hourglass"] = json.dumps(program.about)
-    weights = sum(each.numel() * each.element_size() for each in program.module.state_dict().values())
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in program.module.state_dict().values())
     exported.save(path, external_data=weights > LARGEST_PROTOBUF)
 
 
@@ -465,8 +476,8 @@ def _step(encoder: nn.Module, image: Tensor) -> int:
         stages = family.stages_of(encoder)
         rows: dict[nn.Module, int] = {}
 
-        def look(block: nn.Module, given: tuple) -> None:
-            rows[block] = as_map(given[0], block).shape[1]
+        def look(block: nn.Module, arguments: tuple) -> None:
+            rows[block] = as_map(arguments[0], block).shape[1]
 
         handles = [stage[0].register_forward_pre_hook(look) for stage in stages]
         try:

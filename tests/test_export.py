@@ -105,20 +105,20 @@ def check(encoder: str, plan: str, format: str, dynamic: bool, folder: Path) -> 
     if format == "onnx":
         pytest.importorskip("onnxruntime", reason="the export extra is not installed")
     differences = exported(encoder, plan, format, dynamic, folder)
-    assert len({each.size for each in differences}) == (2 if dynamic else 1)
-    largest = max(each.largest for each in differences)
+    assert len({difference.size for difference in differences}) == (2 if dynamic else 1)
+    largest = max(difference.largest for difference in differences)
     print(f"| {encoder} | {plan} | {format} | {'two sizes' if dynamic else 'one size'} | {largest:.0e} |")  # pytest -rP
     assert largest < 1e-4
     assert [path.name for path in folder.iterdir()] == [f"encoder{FORMATS[format]}"]
 
 
 @pytest.mark.parametrize("format", ["torchscript", "torch.export", "onnx"])
-@pytest.mark.parametrize("encoder, plan", CASES, ids=["-".join(each) for each in CASES])
+@pytest.mark.parametrize("encoder, plan", CASES, ids=["-".join(case) for case in CASES])
 def test_the_program_is_the_eager_encoder(encoder, plan, format, tmp_path):
     check(encoder, plan, format, False, tmp_path)
 
 
-@pytest.mark.parametrize("encoder, plan, format", SEVERAL_SIZES, ids=["-".join(each) for each in SEVERAL_SIZES])
+@pytest.mark.parametrize("encoder, plan, format", SEVERAL_SIZES, ids=["-".join(case) for case in SEVERAL_SIZES])
 def test_one_program_takes_several_sizes(encoder, plan, format, tmp_path):
     check(encoder, plan, format, True, tmp_path)
 
@@ -130,7 +130,7 @@ def test_aoti_is_the_eager_encoder(encoder, tmp_path):
     except InputError as error:
         pytest.skip(str(error))
     differences = exported(encoder, "clustering in windows", "aoti", False, tmp_path)
-    assert max(each.largest for each in differences) < 1e-4
+    assert max(difference.largest for difference in differences) < 1e-4
 
 
 def test_chunks_of_an_exported_program_are_those_of_attention(monkeypatch, tmp_path):
@@ -163,9 +163,9 @@ def test_exporting_leaves_the_eager_encoder_as_it_was():
 def test_the_file_says_what_it_is(tmp_path):
     program = encoder_program(view("vit", "blocks left out"), image(64, 64))
     export(program, "torchscript", tmp_path / "encoder.ts", [image(64, 64)])
-    said = {"hourglass.json": ""}
-    torch.jit.load(tmp_path / "encoder.ts", _extra_files=said)
-    about = json.loads(said["hourglass.json"])
+    metadata = {"hourglass.json": ""}
+    torch.jit.load(tmp_path / "encoder.ts", _extra_files=metadata)
+    about = json.loads(metadata["hourglass.json"])
     assert about["plan"]["reducer"]["name"] == "SkipBlocks" and about["image"] == [1, 3, 64, 64]
 
 
@@ -175,7 +175,7 @@ class Louder(torch.nn.Module):
         self.module = module
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {name: 1.01 * each for name, each in self.module(x).items()}
+        return {name: 1.01 * value for name, value in self.module(x).items()}
 
 
 def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
@@ -186,7 +186,7 @@ def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
     (tmp_path / "encoder.ts").write_text("what was there")
     with pytest.raises(InputError, match="differs from the eager model by 0.01 of the output's scale.*not written"):
         export(program, "torchscript", tmp_path / "encoder.ts", [image(64, 64)])
-    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("encoder.ts", "what was there")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("encoder.ts", "what was there")]
 
 
 def test_what_is_not_finite_or_of_another_shape_differs():
@@ -225,8 +225,8 @@ def test_a_reducer_of_ones_own_that_branches_on_data_is_refused_by_name(tmp_path
 @pytest.mark.parametrize(
     "plan, size, message",
     [
-        (Plan(TokenClustering((5, 5)), 1, 3), (64, 64), "dynamic sizes take scope 'window'"),
-        (Plan(TokenClustering(0.5), 2, 3), (64, 64), "dynamic sizes take a grid of rows and columns"),
+        (Plan(TokenClustering((5, 5)), 1, 3), (64, 64), "dynamic sizes need scope 'window'"),
+        (Plan(TokenClustering(0.5), 2, 3), (64, 64), "dynamic sizes need a grid of rows and columns"),
         (Plan(DensityPeaks(0.6), 1, 3, scope="window"), (64, 64), "got DensityPeaks, which chooses tokens"),
         (Plan(BipartiteMatching(0.2), 1, 3, scope="window"), (64, 64), "got BipartiteMatching, which chooses tokens"),
         (Plan(attention="fast"), (64, 72), "multiples of 32 pixels, whole windows, from 64, got an image of 64 x 72"),
@@ -240,10 +240,10 @@ def test_what_has_no_dynamic_sizes_is_refused(plan, size, message):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("caffe2",), "--format takes 'torchscript'"),
-        (("onnx", True), "--model takes torchscript, got onnx"),
-        (("torchscript", True, True), "--model takes one image size"),
-        (("torchscript", False, True), "--dynamic takes torch.export, onnx or aoti"),
+        (("caffe2",), "--format must be 'torchscript'"),
+        (("onnx", True), "--model needs --format torchscript, got onnx"),
+        (("torchscript", True, True), "--model cannot be used with --dynamic"),
+        (("torchscript", False, True), "--dynamic needs --format torch.export, onnx or aoti"),
     ],
 )
 def test_what_a_format_does_not_take_is_refused(arguments, message):
@@ -259,7 +259,7 @@ def test_missing_packages_are_named(monkeypatch):
 
 def test_a_file_ends_as_its_format_says(tmp_path):
     program = encoder_program(view("vit", "unmodified"), image(64, 64))
-    with pytest.raises(InputError, match=r"a file of onnx ends with .onnx, got"):
+    with pytest.raises(InputError, match=r"--output must end with .onnx for onnx, got"):
         export(program, "onnx", tmp_path / "encoder.pt", [image(64, 64)])
 
 
@@ -289,22 +289,25 @@ def command(tmp_path_factory):
 def test_the_command_exports_the_demo(part, command, tmp_path, capsys):
     output = tmp_path / "new folder" / f"{part}.ts"
     command("--format", "torchscript", "--output", str(output), *(["--model"] if part == "model" else []))
-    said = capsys.readouterr().out
-    assert f"exporting the {part} as torchscript for images of 512 x 512" in said
-    rows = [line.split("|") for line in said.splitlines() if "512 x 512 |" in line]
+    printed = capsys.readouterr().out
+    assert f"exporting the {part} as torchscript for images of 512 x 512" in printed
+    rows = [line.split("|") for line in printed.splitlines() if "512 x 512 |" in line]
     assert len(rows) == 3 and all(float(row[3]) <= 1e-3 for row in rows)
     x = torch.zeros(1, 3, 512, 512) if part == "encoder" else torch.zeros(3, 512, 512, dtype=torch.uint8)
-    found = torch.jit.load(output)(x)
-    assert found["last_feat"].shape == (1, 128, 16, 16) if part == "encoder" else len(found) == 5
+    actual = torch.jit.load(output)(x)
+    assert actual["last_feat"].shape == (1, 128, 16, 16) if part == "encoder" else len(actual) == 5
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--format", "onnx", "--model"], "--model takes torchscript, got onnx"),
-        (["--format", "torchscript", "--size", "0", "64"], "--size takes height and width in pixels, got 0 64"),
+        (["--format", "onnx", "--model"], "--model needs --format torchscript, got onnx"),
+        (
+            ["--format", "torchscript", "--size", "0", "64"],
+            "--size must be height and width in pixels, each at least 1, got 0 64",
+        ),
         (["--format", "torchscript", "evaluation.dtype=bfloat16"], "programs are exported in float32"),
-        (["--format", "torchscript", "--output", "encoder.pt"], "a file of torchscript ends with .ts"),
+        (["--format", "torchscript", "--output", "encoder.pt"], "--output must end with .ts for torchscript"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, message, command, capsys):

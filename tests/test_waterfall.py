@@ -72,9 +72,9 @@ def test_each_part_alone_and_all_of_them_together(backend, tmp_path):
     assert flags["unmodified"] == ("plain", "float32", False, False)
     assert flags["all: plan, bfloat16, compiled"] == ("fast", "bfloat16", True, True)
     with torch.no_grad():
-        found = {name: view(batches[0])[0]["mean"] for name, view in zip(NAMES, views)}
-    torch.testing.assert_close(found["compiled"], found["unmodified"])
-    assert found["plan"] != found["unmodified"]
+        outputs = {name: view(batches[0])[0]["mean"] for name, view in zip(NAMES, views)}
+    torch.testing.assert_close(outputs["compiled"], outputs["unmodified"])
+    assert outputs["plan"] != outputs["unmodified"]
 
     waterfall.write_waterfall(document, tmp_path)
     assert json.loads((tmp_path / "waterfall.json").read_text()) == document

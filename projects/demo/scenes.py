@@ -204,12 +204,12 @@ def _lay_out(rng: np.random.RandomState, count: int) -> tuple[list[_Object], np.
             box, part = _overlap(item)
             mask = item.coverage[part] > 0.5
             hidden = np.bincount(owner[box][mask] + 1, minlength=len(objects) + 1)[1:]
-            left = np.append(visible - hidden, np.count_nonzero(mask))
-            if np.all(left >= np.maximum(_MIN_VISIBLE_SHARE * np.array(areas + [area]), _MIN_VISIBLE_AREA)):
+            remaining = np.append(visible - hidden, np.count_nonzero(mask))
+            if np.all(remaining >= np.maximum(_MIN_VISIBLE_SHARE * np.array(areas + [area]), _MIN_VISIBLE_AREA)):
                 owner[box][mask] = len(objects)
                 objects.append(item)
                 areas.append(area)
-                visible = left
+                visible = remaining
                 break
     return objects, owner
 

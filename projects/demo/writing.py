@@ -221,8 +221,8 @@ def _write_image(paths: _Paths, info: dict[str, Any], index: int) -> _Record:
             segments[mask] = segment
             box = cv2.boundingRect(mask.astype(np.uint8))
             segments_info.append(_segment(segment, _stuff_category(kind), area, box))
-    none = np.zeros_like(segments)  # fewer than 256 segments: G and B stay 0
-    _write_image_file(os.path.join(paths.panoptic_masks, f"{name}.png"), np.dstack([segments, none, none]), [])
+    zeros = np.zeros_like(segments)  # fewer than 256 segments: G and B stay 0
+    _write_image_file(os.path.join(paths.panoptic_masks, f"{name}.png"), np.dstack([segments, zeros, zeros]), [])
 
     return _Record(
         image={"id": image_id, "file_name": f"{name}.jpg", "height": SIZE, "width": SIZE},
