@@ -229,7 +229,11 @@ def test_a_reducer_of_ones_own_that_branches_on_data_is_refused_by_name(tmp_path
         (Plan(TokenClustering(0.5), 2, 3), (64, 64), "dynamic sizes need a grid of rows and columns"),
         (Plan(DensityPeaks(0.6), 1, 3, scope="window"), (64, 64), "got DensityPeaks, which chooses tokens"),
         (Plan(BipartiteMatching(0.2), 1, 3, scope="window"), (64, 64), "got BipartiteMatching, which chooses tokens"),
-        (Plan(attention="fast"), (64, 72), "multiples of 32 pixels, whole windows, from 64, got an image of 64 x 72"),
+        (
+            Plan(attention="fast"),
+            (64, 72),
+            "multiples of 32 pixels, whole windows, and at least 64, got an image of 64 x 72",
+        ),
     ],
 )
 def test_what_has_no_dynamic_sizes_is_refused(plan, size, message):
@@ -306,7 +310,7 @@ def test_the_command_exports_the_demo(part, command, tmp_path, capsys):
             ["--format", "torchscript", "--size", "0", "64"],
             "--size must be height and width in pixels, each at least 1, got 0 64",
         ),
-        (["--format", "torchscript", "evaluation.dtype=bfloat16"], "programs are exported in float32"),
+        (["--format", "torchscript", "evaluation.dtype=bfloat16"], "evaluation.dtype must be float32 for an export"),
         (["--format", "torchscript", "--output", "encoder.pt"], "--output must end with .ts for torchscript"),
     ],
 )

@@ -77,7 +77,7 @@ def test_the_mappers_augmentations_and_format(images):
         (np.zeros((4, 4), np.uint8), r"an array \(4, 4\) of uint8"),
         (np.zeros((4, 4, 3), np.float32), "of float32"),
         (np.zeros((4, 4, 4), np.uint8), r"\(4, 4, 4\)"),
-        (np.zeros((0, 4, 3), np.uint8), "at least one pixel, got one of 0 x 4"),
+        (np.zeros((0, 4, 3), np.uint8), "at least one pixel, got 0 x 4"),
         ("image.jpg", "or a list of them, got a str"),
         (None, "got a NoneType"),  # what OpenCV reads of a file that is not there
         ([None], "got a NoneType"),

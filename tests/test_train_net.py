@@ -99,7 +99,7 @@ def test_a_calibrated_plan(tmp_path, capsys):
     assert "made for other weights" in untrained
     missing = refusal(capsys, *arguments, *plan, f"plan.calibration={tmp_path / 'none.pth'}")
     assert "none.pth cannot be read (FileNotFoundError" in missing
-    assert "then calibrate" in refusal(capsys, *plan, f"plan.calibration={path}", "train.expedite=true")
+    assert "calibrate afterwards" in refusal(capsys, *plan, f"plan.calibration={path}", "train.expedite=true")
 
 
 def test_a_search(tmp_path, monkeypatch, capsys):
@@ -195,7 +195,7 @@ def test_a_waterfall(tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "waterfall.csv").read_text().splitlines()) == 10
     assert "| plan, bfloat16" in (tmp_path / "waterfall.md").read_text()
     line = refusal(capsys, "--waterfall", *UNTRAINED, *arguments, "evaluation.dtype=bfloat16")
-    assert "--waterfall has bfloat16 in rows of its own" in line
+    assert "with --waterfall, which has bfloat16 in rows of its own" in line
     with pytest.raises(SystemExit):
         train_net.parse(["--waterfall", "--eval-only", "--only", "expedited"])
     assert "--waterfall cannot be used with --eval-only and --only" in capsys.readouterr().err
@@ -264,7 +264,7 @@ def test_a_report_of_panoptic_segments(tmp_path):
 def test_a_report_refuses_before_anything_runs(tmp_path, capsys, monkeypatch):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "notes.txt").write_text("mine")
-    assert "which is none that it made" in refusal(capsys, "--eval-only", "--report", f"train.output_dir={tmp_path}")
+    assert "which is not a report" in refusal(capsys, "--eval-only", "--report", f"train.output_dir={tmp_path}")
     score = refusal(capsys, "--eval-only", "--report", "evaluation.report.score=2")
     assert "evaluation.report.score must be a number from 0 to 1, got 2" in score
     monkeypatch.setitem(sys.modules, "jinja2", None)
@@ -281,7 +281,7 @@ def test_one_task_at_a_time(capsys):
         with pytest.raises(SystemExit) as stopped:
             run(*arguments)
         assert stopped.value.code == 2
-        assert "one of --eval-only, --calibrate and --search at a time" in capsys.readouterr().err
+        assert "only one of --eval-only, --calibrate and --search can be given" in capsys.readouterr().err
     for arguments in (["--eval-only", "--only", "expedited", "--agreement"], ["--images", "."]):
         with pytest.raises(SystemExit) as stopped:
             run(*arguments)
@@ -799,7 +799,7 @@ def test_weights_that_are_not_finite_are_said(tmp_path, capsys):
 def test_only_and_control_exclude_each_other(capsys):
     with pytest.raises(SystemExit) as stopped:
         run("--eval-only", "--only", "expedited", "--control")
-    assert stopped.value.code == 2 and "--only runs one of the models" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--only runs one model" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):

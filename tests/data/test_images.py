@@ -93,7 +93,9 @@ def test_images_of_16_bits_are_turned_as_those_of_8(tmp_path):
 )
 def test_other_values_are_refused_with_file_and_mode(tmp_path, pixels, mode):
     path = write(tmp_path / "a.tif", pixels)
-    with pytest.raises(InputError, match=f"image {path} is of Pillow's mode '{mode}' .TIFF.: values of 8 or 16 bits"):
+    with pytest.raises(
+        InputError, match=f"image {path} is of Pillow's mode '{mode}' .TIFF.: values must be of 8 or 16 bits"
+    ):
         read_image(path, "RGB")
     assert f"mode '{mode}'" in read_header(path).problem
 
@@ -155,7 +157,10 @@ def test_class_ids_are_no_grey_values(tmp_path):
 
 @pytest.mark.parametrize(
     "pixels, message",
-    [(COLOURS, "is of Pillow's mode 'RGB': one channel"), (deep(GREY), "has the class id 65535: ids from 0 to 255")],
+    [
+        (COLOURS, "is of Pillow's mode 'RGB': one channel"),
+        (deep(GREY), "has the class id 65535: ids must be from 0 to 255"),
+    ],
 )
 def test_other_class_ids_are_refused(tmp_path, pixels, message):
     path = write(tmp_path / "a.png", pixels)

@@ -166,8 +166,8 @@ def test_ade20k(tmp_path):
     "change, message",
     [
         ({"id": None}, "segment None of image 7 must have a whole number from 1 to 16777215"),
-        ({"id": "4"}, "segment '4' of image 7 is named by no whole number"),
-        ({"id": 0}, "segment 0 of image 7 is named by no whole number"),
+        ({"id": "4"}, "segment '4' of image 7 must have a whole number"),
+        ({"id": 0}, "segment 0 of image 7 must have a whole number"),
         ({"id": 2}, "segment 2 of image 7 occurs more than once"),
         ({"category_id": 5}, r"segment 4 of image 7 has category_id 5, which is none of \[2, 4, 9\]"),
         ({"category_id": "4"}, "segment 4 of image 7 has category_id '4', which is none of"),

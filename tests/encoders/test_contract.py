@@ -270,7 +270,7 @@ def test_another_reference_to_the_encoder_is_refused():
             self.backbone = tiny_vit()
             self.run = self.backbone.forward
 
-    with pytest.raises(InputError, match="Detector holds ViT in its attribute 'run' beside its modules"):
+    with pytest.raises(InputError, match="Detector holds ViT also in its attribute 'run'"):
         hourglass.expedite(Detector(), Plan())
 
 

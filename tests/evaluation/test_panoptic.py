@@ -115,7 +115,7 @@ class TestCountSegments:
             (row((5, 10)), {5: 1, 6: 1}, "has segment 6 in segments_info, not in its map"),
             (row((5, 10)), {5: 3}, r"segment 5 of the prediction has category_id 3, which is none of \[1, 2, 7\]"),
             (row((5, 9), (-1, 1)), {5: 1}, "at least 0, .* got -1"),
-            (row((5, 9), (0, 1)), {5: 1, 0: 1}, "ids are at least 1"),
+            (row((5, 9), (0, 1)), {5: 1, 0: 1}, "ids must be at least 1"),
             (row((5, 9)), {5: 1}, "the prediction is 1 x 9, the panoptic ground truth 1 x 10"),
         ],
     )

@@ -82,7 +82,7 @@ def test_good_files_alone_end_well(folder, tmp_path, capsys):
 def test_nothing_to_read_is_refused(folder, tmp_path, capsys):
     out = ["--output", str(tmp_path / "out"), *UNTRAINED]
     (tmp_path / "empty").mkdir()
-    assert "got nothing in" in refusal(capsys, "--predict", str(tmp_path / "empty"), *out)
+    assert "got none in" in refusal(capsys, "--predict", str(tmp_path / "empty"), *out)
     assert "gone.jpg is missing" in refusal(capsys, "--predict", "gone.jpg", *out)
     (folder / "text.png").write_text("no image")
     line = refusal(capsys, "--predict", str(folder / "text.png"), *out)
@@ -93,7 +93,7 @@ def test_nothing_to_read_is_refused(folder, tmp_path, capsys):
 def test_what_it_does_not_take(folder, tmp_path, capsys, monkeypatch):
     draw_image(folder / "c.jpg")
     line = refusal(capsys, "--predict", str(folder), "--output", str(folder), *UNTRAINED)
-    assert "would overwrite" in line and "b.jpg, which is predicted on" in line
+    assert "would overwrite" in line and "b.jpg, which is one of the inputs" in line
     assert "--score must be a number from 0 to 1" in refusal(
         capsys, "--predict", str(folder), "--score", "2", *UNTRAINED
     )

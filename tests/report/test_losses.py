@@ -226,7 +226,7 @@ def test_segments(tmp_path):
     assert image.right[0].tolist() == [RIGHT, RIGHT, IGNORED, IGNORED, IGNORED]
     assert image.right[1].tolist() == [RIGHT, RIGHT, IGNORED, WRONG]
     assert losses.objects == (2, 2, 2)
-    with pytest.raises(InputError, match="maps of segments of one image have one size"):
+    with pytest.raises(InputError, match="maps of segments of one image must have one size"):
         wrong = np.zeros((30, 30, 3), np.uint8)
         Image.fromarray(wrong).save(tmp_path / "truth.png")
         task.examine(0)

@@ -198,7 +198,7 @@ def test_a_folder_of_the_users_is_not_replaced(tmp_path):
     (tmp_path / "report").mkdir()
     check_report(tmp_path)
     (tmp_path / "report" / "index.html").write_text("my thesis")
-    with pytest.raises(InputError, match="--report replaces .*, which is none that it made"):
+    with pytest.raises(InputError, match="--report replaces .*, which is not a report"):
         check_report(tmp_path)
     (tmp_path / "report" / "index.html").write_text(f"<head>{MARK}")
     check_report(tmp_path)
