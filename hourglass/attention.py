@@ -91,8 +91,8 @@ def read_table(table: Tensor, extent: int, length: int, step: float) -> Tensor:
 
 def read_table_in_cells(table: Tensor, length: int, cell: int) -> Tensor:
     """
-    A table of relative positions for ``length`` tokens as queries, and as keys cells of ``cell`` tokens, the last one
-    of what is left.
+    A table of relative positions for ``length`` tokens as queries and cells of ``cell`` tokens as keys; the last cell
+    may have fewer tokens.
 
     Args:
         table: as for :func:`read_table`.
@@ -123,7 +123,7 @@ def attend(
         rel_h: (h, h', C) embeddings along the rows, from :func:`read_table` or :func:`read_table_in_cells`.
         rel_w: (w, w', C) embeddings along the columns.
         log_sizes: (B, h', w'), added to the score of each key: proportional attention (ToMe, arXiv 2210.09461).
-        fast: the fast way in place of the plain formula.
+        fast: use the fast implementation instead of the plain formula.
 
     Returns:
         (B, N, h, w, D)
@@ -183,7 +183,7 @@ def attend_at(
         tables: None: no relative positions.
         positions: (B, L, 2), rows and columns of the tokens, from 0 to extent - 1.
         log_sizes: (B, L), added to the score of each key.
-        fast: the fast way in place of the plain formula.
+        fast: use the fast implementation instead of the plain formula.
 
     Returns:
         (B, N, L, C)

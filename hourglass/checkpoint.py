@@ -1,4 +1,4 @@
-"""Loading checkpoints, and refusing those that do not fit."""
+"""Loading checkpoints, with an error for those that do not match the model."""
 
 import json
 import logging
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 class Checkpointer(DetectionCheckpointer):
     """
-    Detectron2's, with files read as data (:func:`read_checkpoint`) and names that wrappers of a model changed brought
-    back. What does not fit is kept in ``misfit`` in place of a warning of it.
+    Detectron2's checkpointer, which reads files as data (:func:`read_checkpoint`) and removes the prefixes that a
+    model's wrappers add to names. Mismatches are kept in ``misfit`` instead of being logged.
     """
 
     misfit: Any = None

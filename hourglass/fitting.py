@@ -174,7 +174,15 @@ class Recorder:
         return output
 
     def record(self, first: int, tokens: Tensor, output: Tensor, blocks: Sequence[nn.Module], reducer: Reducer) -> None:
-        """The moments of what blocks make of a map (B, H, W, C), which is known, and of it on fewer tokens."""
+        """
+        Record the error of restoring for one map.
+
+        Args:
+            first: number of the stage's first block among the plan's.
+            tokens: (B, H, W, C), the blocks' input.
+            output: (B, H, W, C), their output on the full map.
+            blocks, reducer: run on fewer tokens.
+        """
         if first not in self.moments:
             check_restoring(reducer, map_size(tokens), tokens.new_zeros(tokens.shape[-1]))
             self.moments[first] = [Moments() for _ in range(self.folds)]

@@ -1,4 +1,4 @@
-"""What commands share: a config, its parts, and one line for what the user got wrong."""
+"""Shared by commands: loading a config, building its parts, and one-line errors."""
 
 import contextlib
 import copy
@@ -50,7 +50,7 @@ def load_config(path: str, overrides: list[str]) -> DictConfig:
 
 
 def find_device(name: Any) -> str:
-    """ "cuda" or "cpu", of ``train.device``; InputError for another, and where there is no such device."""
+    """ "cuda" or "cpu" for ``train.device``; InputError for other values, and where there is no such device."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cuda", "cpu"):
@@ -125,8 +125,8 @@ def build_evaluator(cfg: DictConfig, model: str | None = None) -> DatasetEvaluat
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
     """
-    What the user got wrong, a disk that cannot be written to and an interruption end the command with one line: exit
-    code 2, and 130 for an interruption.
+    A context in which an InputError, a file that cannot be written and an interruption end the command with one line on
+    stderr, and exit code 2, or 130 for an interruption.
     """
     try:
         yield

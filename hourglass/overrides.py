@@ -1,4 +1,4 @@
-"""Command line overrides of a LazyConfig, refused where they name what is not there."""
+"""Command line overrides of a LazyConfig; unknown keys are errors."""
 
 import difflib
 import inspect
@@ -20,16 +20,16 @@ _KEY = re.compile(r"[A-Za-z_][\w.]*")
 
 def apply_overrides(cfg: DictConfig, overrides: Sequence[str]) -> None:
     """
-    Override contents of a config in place, as Detectron2's ``LazyConfig.apply_overrides``, which adds whatever key it
-    does not know. A key is known where the config has it, or where its parent is a call that takes it. With a new
-    ``_target_`` the config's arguments that it does not take are gone.
+    Override contents of a config in place, like Detectron2's ``LazyConfig.apply_overrides``, but refuse unknown keys. A
+    key is known if the config has it, or if its parent is a call with such an argument. Overriding ``_target_`` removes
+    the arguments that the new target does not accept.
 
     Args:
         cfg: the config.
-        overrides: "key=value", with Hydra's grammar for values; a value that is none of it is taken as text.
+        overrides: "key=value", with Hydra's grammar for values; a value outside of it is text.
 
     Raises:
-        InputError: for an override that cannot be parsed, or an unknown key; it names the nearest known one.
+        InputError: for an override that cannot be parsed, or an unknown key; the message has the nearest known one.
     """
     parsed = [_parse(override) for override in overrides]
     # What a call takes is known once its target is.

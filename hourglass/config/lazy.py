@@ -19,7 +19,7 @@ from hourglass.errors import InputError
 
 def build_hourglass(plan: Plan, encoder: str | type, **arguments: Any) -> Backbone:
     """
-    What :func:`expedite` puts in an encoder's place.
+    The target that :func:`expedite` sets in the encoder's node.
 
     Args:
         plan: which blocks run on fewer tokens.
@@ -30,7 +30,7 @@ def build_hourglass(plan: Plan, encoder: str | type, **arguments: Any) -> Backbo
         the hourglass around the encoder.
 
     Raises:
-        InputError: for a plan that is none or that the encoder cannot follow.
+        InputError: for an object that is not a plan, or a plan that the encoder cannot follow.
     """
     build = locate(encoder) if isinstance(encoder, str) else encoder
     return expedite_model(build(**arguments), plan)
@@ -54,7 +54,7 @@ def expedite(cfg: DictConfig, plan: Plan | DictConfig) -> DictConfig:
         a new config; ``cfg`` stays as it was.
 
     Raises:
-        InputError: for a config without one such encoder, or a plan that is none.
+        InputError: for a config without one such encoder, or an object that is not a plan.
     """
     if isinstance(plan, DictConfig) and "_target_" in plan:
         plan = copy.deepcopy(plan)
@@ -78,7 +78,7 @@ def expedite(cfg: DictConfig, plan: Plan | DictConfig) -> DictConfig:
 
 
 def plan_node(plan: Plan) -> DictConfig | Plan:
-    """The node that builds an equal plan; the plan itself where its reducer does not tell what it was built from."""
+    """The node that builds an equal plan; the plan itself where its reducer's arguments cannot be written in a node."""
     values = plan.describe()
     # What follows from the others stays open, so that it follows overrides of them too.
     if plan.attention == Plan(plan.reducer, published=plan.published and plan.reducer is not None).attention:

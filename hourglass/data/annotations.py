@@ -1,4 +1,4 @@
-"""Instances in COCO's format: all that loaders and evaluators read is checked, and mended where there is no doubt."""
+"""Instances in COCO's format: everything that loaders and evaluators read is checked, and corrected where safe."""
 
 import functools
 import json
@@ -61,11 +61,11 @@ class InstanceFile(NamedTuple):
 
 def open_instances(path: str | os.PathLike, name: str | None = None) -> InstanceFile:
     """
-    Check a JSON of instances. What can be mended without a doubt is, with a warning: whoever asks Detectron2's
-    ``PathManager`` for the file is then given a mended copy. That the file has changed since the last call is noticed.
+    Check a JSON of instances. Defects with an unambiguous correction are corrected with a warning: Detectron2's
+    ``PathManager`` then gives a corrected copy of the file. Changes of the file since the last call are detected.
 
-    Mended are: a missing ``iscrowd`` (0); ``area`` (the mask's, else the box's) and ``bbox`` (the mask's); a polygon
-    that is not in a list; polygons under 3 points beside others; ids of annotations that are no whole numbers over 0,
+    Corrected are: a missing ``iscrowd`` (0), ``area`` (the mask's, else the box's) and ``bbox`` (the mask's); a polygon
+    that is not in a list; polygons under 3 points beside others; ids of annotations that are not whole numbers over 0,
     which pycocotools counts wrongly.
 
     Args:
@@ -73,7 +73,7 @@ def open_instances(path: str | os.PathLike, name: str | None = None) -> Instance
         name: of the file in messages; None: `path`.
 
     Raises:
-        InputError: for everything else that is not COCO's format, naming the first offender.
+        InputError: for any other violation of COCO's format; the message names the first one.
     """
     name = os.fspath(path) if name is None else name
     try:
@@ -103,11 +103,11 @@ def _open_instances(path: str, local: str, name: str, modified: int, size: int) 
 
 class InstanceCheck:
     """
-    Checks the content of a JSON, and mends it in place.
+    Checks the content of a JSON and corrects it in place.
 
     Attributes:
-        mends: a line for each kind of mend, once it has run.
-        doubts: a line for each thing that is odd, but not known to be wrong.
+        mends: after :meth:`run`, a line for each kind of correction.
+        doubts: a line for everything that is suspicious but not certainly wrong.
 
     Args:
         content: as ``json.load`` gives it.

@@ -1,4 +1,4 @@
-"""Images in 8 bits, as models take them, whatever their depth in the file, and what a file's header says of them."""
+"""Reading images of 8 and 16 bits as 8 bits, and their headers."""
 
 import contextlib
 import functools
@@ -38,7 +38,7 @@ _reading: ContextVar["_Reading | None"] = ContextVar("reading", default=None)
 
 class Header(NamedTuple):
     """
-    What an image file says of itself.
+    The header of an image file.
 
     Attributes:
         stored: (height, width) in the file.
@@ -46,7 +46,7 @@ class Header(NamedTuple):
         orientation: EXIF's, 1 where the file has none.
         mode: Pillow's.
         deep: whether values have 16 bits.
-        problem: why it is not taken; empty where it is.
+        problem: why it cannot be read; empty where it can.
     """
 
     stored: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Data loaders that say in one line what is wrong with the data."""
+"""Data loaders that report errors in the data in one line."""
 
 import difflib
 import logging

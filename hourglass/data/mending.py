@@ -1,4 +1,4 @@
-"""Mended copies of files, which everybody who asks Detectron2's ``PathManager`` for the originals is given."""
+"""Corrected copies of files, which Detectron2's ``PathManager`` gives in place of the originals."""
 
 import atexit
 import json
@@ -12,7 +12,7 @@ from iopath.common.file_io import PathHandler
 
 
 class _SubstituteHandler(PathHandler):
-    """Gives a copy of one file in its place. Longer paths that begin as its own does are left as they are."""
+    """Resolves one path to a copy of its file. Other paths with that prefix are unchanged."""
 
     def __init__(self, path: str, original: str):
         self.path, self.original = path, original
@@ -54,7 +54,7 @@ def original(path: str | os.PathLike) -> str:
 
 def substitute_json(path: str | os.PathLike, local: str, content: Any | None) -> None:
     """
-    Give a mended copy in the place of a JSON, for as long as the process lives.
+    Give a corrected copy in place of a JSON, until the process ends.
 
     Args:
         path: as others ask for it.

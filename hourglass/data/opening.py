@@ -1,4 +1,4 @@
-"""Opening a data set for a model: what evaluation or training would stumble over is refused before the first image."""
+"""Opening a data set for a model: errors of evaluation and training are found before the first image."""
 
 import copy
 import json
@@ -49,8 +49,8 @@ def open_test(cfg: DictConfig, model: nn.Module, max_images: int | None = None) 
         the records of the images, which :func:`load_test` reads.
 
     Raises:
-        InputError: see :func:`~hourglass.data.loading.load_records`; for images without an id or with the id of
-            another, or that an evaluator knows nothing of; for tasks that the model or the data do not have; for a
+        InputError: see :func:`~hourglass.data.loading.load_records`; for images without an id, with the id of another
+            image, or that an evaluator's annotations lack; for tasks that the model or the data do not have; for a
             model with other classes than the data.
     """
     node = cfg.dataloader.test

@@ -1,4 +1,4 @@
-"""Looking at the maps that an encoder's blocks get, stage after stage, and going no further."""
+"""Running an encoder up to its planned blocks, with a function in their place."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,15 +48,15 @@ def middles_of(view: nn.Module) -> dict[int, Middle]:
 @contextmanager
 def visiting(view: nn.Module, visit: Visit) -> Iterator[Callable[[Any], None]]:
     """
-    Call ``visit`` in the place of a plan's blocks, in evaluation mode and without gradients.
+    Call ``visit`` in place of a plan's blocks, in evaluation mode and without gradients.
 
     Args:
         view: an expedited model.
         visit: see :data:`Visit`.
 
     Returns:
-        a function of the model's inputs, which runs the model up to the last of the plan's blocks. It raises InputError
-        where the model did not come to them.
+        a function that runs the model on inputs, up to the last of the plan's blocks. It raises InputError where the
+        model does not call them.
     """
     middles = list(middles_of(view).values())
     reducers = [middle.reducer for middle in middles]

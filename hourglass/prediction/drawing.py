@@ -1,4 +1,4 @@
-"""Drawing what a model finds, by Detectron2's ``Visualizer``."""
+"""Drawing a model's output with Detectron2's ``Visualizer``."""
 
 import colorsys
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def draw(
 
 
 def count(output: dict[str, Any], score: float) -> str:
-    """How much is drawn, in words."""
+    """The number of drawn objects, segments or classes, such as "3 objects"."""
     if output.get("panoptic_seg") is not None:
         return _plural(len(output["panoptic_seg"][1]), "segment")
     if "instances" in output:
@@ -74,7 +74,7 @@ def count(output: dict[str, Any], score: float) -> str:
 
 
 def side_by_side(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-    """Pictures (H, W, 3) of one size beside each other, each under its caption."""
+    """Join pictures (H, W, 3) of one size from left to right, each below its caption."""
     columns = []
     height, width = pictures[0].shape[:2]
     strip = max(24, round(0.045 * max(height, width)))

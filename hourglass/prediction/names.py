@@ -1,4 +1,4 @@
-"""The names and the ids of a model's classes, as far as its data set is known here."""
+"""The names and ids of a model's classes, from the metadata of its data set."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from hourglass.errors import InputError
 
 class Names(NamedTuple):
     """
-    Of classes by the model's number, from 0.
+    Names and ids of classes, by the model's class number, from 0.
 
     Attributes:
         things, stuff: the names.
@@ -26,7 +26,7 @@ class Names(NamedTuple):
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> "Names":
-        """Those that Detectron2's metadata have, or the data set's JSON where that has not been read yet."""
+        """From Detectron2's metadata, or from the data set's JSON where that has not been read yet."""
         things, stuff = (_known(metadata, f"{kind}_classes") or [] for kind in ("thing", "stuff"))
         ids = {kind: _known(metadata, f"{kind}_dataset_id_to_contiguous_id") or {} for kind in ("thing", "stuff")}
         if not things and not stuff:
@@ -48,7 +48,7 @@ class Names(NamedTuple):
         return bool(self.things or self.stuff)
 
     def name(self, number: int, thing: bool = True) -> str:
-        """Of a class; its number where it has no name."""
+        """The name of a class, or "class N" where it has none."""
         return (self.things if thing else self.stuff).get(number, f"class {number}")
 
     def category_id(self, number: int, thing: bool = True) -> int:

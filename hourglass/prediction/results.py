@@ -19,7 +19,7 @@ from hourglass.prediction.names import Names
 
 
 class JsonList:
-    """A list that is written item by item, and is there when it is closed: it takes no memory."""
+    """A JSON list that is written to its file item by item, and takes no memory. The file appears on :meth:`close`."""
 
     def __init__(self, path: Path):
         self._path = path

@@ -1,7 +1,7 @@
 """
-What a plan keeps, from labels and from agreement. Labels are unbiased and noisy: they tell whether much is lost.
-Agreement tells one plan from the next, but what of its loss is lost against labels, the slope, differs from model to
-model; it is learnt from the plans that ran on the same images.
+Estimates of the accuracy that a plan keeps, from labels and from agreement. Labels are unbiased but noisy. Agreement
+distinguishes similar plans, but the slope, the loss against labels per loss of agreement, differs from model to model:
+it is learned from the plans that ran on the same images.
 """
 
 from collections.abc import Iterable
@@ -24,18 +24,18 @@ CONFIDENCE = 0.95
 
 class Slope(NamedTuple):
     """
-    Of a loss of agreement, what is lost against labels.
+    The loss against labels per loss of agreement.
 
     Attributes:
-        samples: (samples,) of the images; one: the same for all.
-        deviation: of what is unsure besides.
+        samples: (samples,) on bootstrap samples of the images, or (1,) where they do not differ.
+        deviation: standard deviation of its error from other sources.
     """
 
     samples: np.ndarray
     deviation: float
 
     def settled(self) -> "Slope":
-        """For other images than those that it was learnt from."""
+        """The slope on other images than those that it was learned from: the samples' variance becomes deviation."""
         drawn = float(np.nanvar(self.samples[1:])) if len(self.samples) > 2 else 0.0
         return Slope(self.samples[:1], (self.deviation**2 + drawn) ** 0.5)
 
@@ -45,9 +45,11 @@ PRIOR = Slope(np.array([SLOPE]), SLOPE_DEVIATION)
 
 def learn_slopes(results: Iterable[Result]) -> dict[str, Slope]:
     """
-    Figure -> its slope, from plans that ran on the same images: least squares through the origin, on the images and on
-    each bootstrap sample of them, so that the noise that plans share is seen; with the prior, each as far as it is
-    sure. Figures without labels are left out.
+    Learn the slope of each figure from plans that ran on the same images: least squares through the origin, on the
+    images and on each bootstrap sample of them, combined with the prior by their variances.
+
+    Returns:
+        figure -> slope, for the figures with labels.
     """
     pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for result in results:
@@ -76,12 +78,15 @@ def _learn(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Slope:
 
 def estimate(result: Result, slopes: dict[str, Slope] | None = None) -> tuple[float, float]:
     """
-    What a plan keeps of the figure that it keeps least of, and the one-sided bound of that. Of each figure there are
-    two estimates, weighted by how sure each is: the share that is kept against labels, and 1 - slope (1 - agreement).
+    Estimate the share that a plan keeps of the figure that loses most. For each figure two estimates are weighted by
+    the inverse of their variances: the share that is kept against labels, and 1 - slope (1 - agreement).
 
     Args:
         result: of the plan.
         slopes: figure -> slope; the prior where there is none.
+
+    Returns:
+        the share, and its one-sided 95 % lower bound, each the least over the figures.
 
     Raises:
         InputError: for a model that gave nothing to compare, or found nothing.

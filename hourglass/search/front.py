@@ -1,4 +1,4 @@
-"""Candidates: every plan that no other beats in predicted time and predicted error at once."""
+"""Candidates: the plans on the Pareto front of predicted time and predicted error."""
 
 import math
 from typing import NamedTuple
@@ -73,7 +73,7 @@ def _is_measured(traced: Traced, errors: Errors, start: int, stop: int, option: 
 
 
 def pareto_front(candidates: list[Candidate]) -> list[Candidate]:
-    """Those that none is both faster and nearer than, the slowest first."""
+    """The candidates that no other beats in both time and error, the slowest first."""
     front: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda candidate: (candidate.time, candidate.error)):
         if not front or candidate.error < front[-1].error:
@@ -83,8 +83,15 @@ def pareto_front(candidates: list[Candidate]) -> list[Candidate]:
 
 def make_pool(traced: Traced, candidates: list[Candidate], slowest: float) -> dict[str, list[Candidate]]:
     """
-    Kind of plan -> its Pareto front, of plans faster than ``slowest`` ms: what an error of the maps is worth differs
-    from one reducer to the next. A kind's plans that another kind's are far better than are left out.
+    The Pareto front of each kind of plan, as the loss of accuracy for an error of the maps differs between reducers.
+
+    Args:
+        traced: the encoder.
+        candidates: all plans.
+        slowest: only plans faster than this, in ms.
+
+    Returns:
+        kind of plan -> its front, without plans whose error is far above that of other kinds at the same time.
     """
     kinds: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -105,7 +112,7 @@ def _error_at(front: list[Candidate], time: float) -> float:
 
 
 def spread(front: list[Candidate], number: int) -> list[Candidate]:
-    """So many of a front, at even steps of the logarithm of their error, each once."""
+    """``number`` candidates of a front, at even steps of the logarithm of their error, without repeats."""
     if len(front) <= number:
         return list(front)
     logs = [math.log(max(candidate.error, 1e-12)) for candidate in front]

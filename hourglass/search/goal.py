@@ -1,4 +1,4 @@
-"""What a search is asked for."""
+"""The goal of a search."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,11 +11,11 @@ LABELS = ("auto", "none")
 class Goal(NamedTuple):
     """
     Attributes:
-        keep: share of each AP, PQ or mIoU that is kept, over 0 and under 1: the fastest plan that keeps it; None: see
-            `speed`.
-        speed: how many times as fast as fast attention alone the encoder is to be, over 1: the plan that keeps most.
-        labels: "auto": labels guard, where the data have some; "none": they are not looked at.
-        seed: of the samples that intervals are drawn from, and of the choice of images.
+        keep: share of each AP, PQ or mIoU to keep, in (0, 1): the search finds the fastest plan that keeps it; None:
+            see `speed`.
+        speed: speed-up of the encoder over fast attention alone, over 1: the search finds the plan that keeps most.
+        labels: "auto": labels are used where the data have them; "none": they are not used.
+        seed: of the bootstrap samples, and of the choice of images.
     """
 
     keep: float | None = None
@@ -30,7 +30,7 @@ class Goal(NamedTuple):
             words: such as "keep=0.99" and "labels=none".
 
         Raises:
-            InputError: for words that are no goal, or make none.
+            InputError: for words that are not "key=value", and values out of range.
         """
         values: dict = {}
         for word in words:

@@ -1,4 +1,4 @@
-"""What a search has measured, in a file that another search goes on from."""
+"""The measurements of a search, in a file that later searches reuse."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Result(NamedTuple):
 class Measured:
     """
     Args:
-        path: of ``search.json``. What it has is taken where it was measured with the same settings.
+        path: of ``search.json``. Its measurements are reused if they were made with the same settings.
         settings: what figures depend on, as plain values.
     """
 
@@ -78,7 +78,7 @@ class Measured:
         self._write()
 
     def conclude(self, **conclusion: Any) -> None:
-        """What the search that was run last found."""
+        """Record the result of the last search."""
         self._content["found"] = conclusion
         self._write()
 

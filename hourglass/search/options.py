@@ -1,4 +1,4 @@
-"""What a search may put into a plan, beside the blocks."""
+"""The reducers and scopes that a search tries."""
 
 from collections.abc import Collection
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What a search leaves: a table, the front as a picture, and a config with its plan."""
+"""The output of a search: a table, a plot of the plans that ran, and a config with the plan."""
 
 import os
 from collections.abc import Sequence

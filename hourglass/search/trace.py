@@ -1,9 +1,9 @@
 """
-What fewer tokens change in an encoder's maps, without labels: of every plan the error that it leaves, from few passes.
+The error that every plan makes in an encoder's maps, without labels, from few passes.
 
-From each start and option the reduced blocks are run once, and the map is restored after every block, so that one pass
-gives all stops. The error after a block is carried to the end of its stage by what the blocks behind made of such
-errors.
+From each start and option the reduced blocks run once, and the map is restored after every block, so that one pass
+gives all stops. The error after a block is carried to the end of its stage by the factor that the following blocks
+multiply such errors with.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
