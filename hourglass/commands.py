@@ -229,7 +229,7 @@ def predict(cfg: DictConfig, **request: Any) -> int:
 
 
 def keep_sizes(evaluators: Sequence[DatasetEvaluator]) -> None:
-    """Let evaluators that can keep what AP by COCO's sizes is made of, unless they have other sizes."""
+    """Let evaluators also record AP by COCO's sizes of objects, unless they have sizes of their own."""
     for evaluator in evaluators:
         if isinstance(evaluator, InstanceEvaluator) and not evaluator.sides:
             evaluator.set_sides(SIDES)
@@ -322,7 +322,7 @@ def run_calibration(cfg: DictConfig, model: nn.Module, plan: Plan) -> str:
 
 
 def describe_fit(calibration: Calibration) -> str:
-    """What a calibration was fitted to, and the error that it leaves, in a line a stage."""
+    """The images of a calibration, and for each stage a line with the error before and after correction."""
     fitted = calibration.seen
     lines = [
         f"{fitted['images']} images of {fitted['about']}; squared error of the blocks' output, in % of its variance:"
@@ -383,7 +383,7 @@ def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, 
 
 
 def _label_evaluators(cfg: DictConfig, model: nn.Module) -> Callable[[str], DatasetEvaluator] | None:
-    """What builds evaluators of the search's labels, if it has some; with a warning where it has none."""
+    """The function that builds evaluators of the search's labels; None, with a warning, where there are none."""
     names = cfg.search.dataset or cfg.dataloader.train.dataset.get("names")
     problem = "the config has no evaluator of them"
     if cfg.dataloader.get("evaluator") and isinstance(names, str):
@@ -399,7 +399,7 @@ def _label_evaluators(cfg: DictConfig, model: nn.Module) -> Callable[[str], Data
 
 
 class Inputs:
-    """What a model is called with, of some records, read anew each time."""
+    """The model's inputs for some records, read again on each iteration."""
 
     def __init__(self, records: list[dict[str, Any]], load: Callable[[list[dict[str, Any]]], Any]):
         self.records, self.load = records, load

@@ -1,4 +1,4 @@
-"""What ``train_net.py --predict`` does."""
+"""``train_net.py --predict``: predictions on images and videos."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ EXPEDITED, UNMODIFIED = "expedited", "unmodified"
 
 class Request(NamedTuple):
     """
-    What is to be predicted.
+    A request for predictions.
 
     Attributes:
         paths: images, videos and folders of them.

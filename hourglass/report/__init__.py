@@ -1,6 +1,6 @@
 """
-A page that shows what a plan changes, made from what a comparison has at hand. Its modules take packages that are
-optional, and are imported when it is made.
+A page that shows what a plan changes, made from a comparison. Its modules need optional packages and are imported only
+when a page is made.
 """
 
 import importlib
@@ -31,7 +31,7 @@ def check_packages() -> None:
 
 def check_report(folder: str | os.PathLike) -> None:
     """
-    What a report in ``folder`` would stumble over at the end.
+    Check, before a comparison, that its report can be written to ``folder``.
 
     Raises:
         InputError: where a package is missing, or ``folder`` has a ``report`` that no report was written to.

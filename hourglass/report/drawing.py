@@ -1,4 +1,4 @@
-"""Pictures of what two models find in an image, and of a comparison's figures."""
+"""Pictures of two models' detections in an image, and plots of a comparison's figures."""
 
 import io
 import re

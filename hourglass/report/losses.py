@@ -1,5 +1,5 @@
 """
-What a plan changes, detection by detection: what the expedited model finds, matched with what the unmodified one does.
+The changes that a plan makes, detection by detection: the expedited model's output matched with the unmodified one's.
 
 Letters: N detections (or segments) of the unmodified model in an image, M of the expedited one, T objects.
 """
@@ -23,25 +23,24 @@ from hourglass.errors import InputError
 from hourglass.evaluation.agreement import OutputRecorder
 from hourglass.report import FAINT
 
-#: What becomes of a detection. Each of the unmodified model's is one of the first four, each of the expedited one's one
-#: of the first three or of the last two.
+#: The kinds of changes. A detection of the unmodified model is of one of the first four, a detection of the expedited
+#: model of one of the first three or the last two.
 KINDS = ("kept", "moved", "class changed", "lost", "duplicate", "new")
 KEPT, MOVED, CLASS, LOST, DUPLICATE, NEW = range(len(KINDS))
 OF_FIRST = (KEPT, MOVED, CLASS, LOST)
 OF_SECOND = (KEPT, MOVED, CLASS, DUPLICATE, NEW)
 
-#: Detections with at least this score are looked at.
+#: Detections with at least this score are compared.
 SCORE = 0.5
 # From which IoU on a detection is the same; moved; the same with another class, or right.
 SAME, NEAR, HALF = 0.75, 0.25, 0.5
-#: A detection that the truth says is wrong, right, or neither, as it lies in a crowd or where there is no truth.
+#: Verdicts on a detection by the ground truth; ignored are those in a crowd or where there is no ground truth.
 WRONG, RIGHT, IGNORED = 0, 1, -1
 
 
 class Segments(NamedTuple):
     """
-    A map of segments that do not overlap, as runs of pixels of one segment, row after row: of many thousand pixels a
-    few are looked at.
+    A map of segments that do not overlap, as runs of pixels of one segment, row by row.
 
     Attributes:
         starts: (R,) where each run starts; the first at 0.
@@ -63,7 +62,7 @@ class Segments(NamedTuple):
 
 class Detections(NamedTuple):
     """
-    What a model finds in an image, or what there is.
+    A model's detections in an image, or the objects of its ground truth.
 
     Attributes:
         classes: (N,) int.
@@ -78,7 +77,7 @@ class Detections(NamedTuple):
     size: tuple[int, int]
 
     def above_score(self, score: float) -> "Detections":
-        """Those of at least this score; segments have none, and stay."""
+        """The detections of at least this score; segments have no scores, and all are kept."""
         if isinstance(self.shapes, Segments):
             return self
         chosen = np.flatnonzero(self.scores >= score)
@@ -99,7 +98,7 @@ class Truth(NamedTuple):
 
 class Overlap(NamedTuple):
     """
-    Of N shapes with M others.
+    The overlap of N shapes with M others.
 
     Attributes:
         iou: (N, M) intersection over union.
@@ -111,7 +110,7 @@ class Overlap(NamedTuple):
 
 
 def overlap(first: Detections, second: Detections) -> Overlap:
-    """Of two models' detections in one image, of one type of shape."""
+    """The overlap of two models' detections in one image; both have the same type of shapes."""
     if isinstance(first.shapes, Segments):
         assert isinstance(second.shapes, Segments)
         joint = _joint(first.shapes, second.shapes)
@@ -144,12 +143,12 @@ def _joint(first: Segments, second: Segments) -> np.ndarray:
 
 class Changes(NamedTuple):
     """
-    What became of the detections in an image.
+    The changes between two models' detections in an image.
 
     Attributes:
-        first: (N,) of :data:`OF_FIRST`, the kind of each of the unmodified model's.
-        second: (M,) of :data:`OF_SECOND`, of each of the expedited model's.
-        partner: (N,) number of the expedited model's detection that is the same, moved or of another class; -1: lost.
+        first: (N,) kind of each detection of the unmodified model, from :data:`OF_FIRST`.
+        second: (M,) kind of each detection of the expedited model, from :data:`OF_SECOND`.
+        partner: (N,) index of the expedited model's detection that it is matched with; -1: lost.
     """
 
     first: np.ndarray
@@ -161,10 +160,11 @@ def match(first: Detections, second: Detections, overlaps: Overlap) -> Changes:
     """
     Match each detection of the unmodified model with at most one of the expedited model's.
 
-    Kept are those of one class with an IoU of at least 0.75. Of the others, those of highest IoU first, are moved those
-    of one class with an IoU of at least 0.25, and those of two classes with at least 0.5 have their class changed. An
-    unmatched one of the unmodified model is lost. One of the expedited model is a duplicate where it has an IoU of at
-    least 0.5 with one that is matched, or lies to more than half on one that is, and has its class; else it is new.
+    A pair of one class with an IoU of at least 0.75 is kept. Then, in the order of falling IoU, a pair of one class
+    with an IoU of at least 0.25 is moved, and a pair of two classes with at least 0.5 has its class changed. An
+    unmatched detection of the unmodified model is lost. An unmatched one of the expedited model is a duplicate if it
+    has an IoU of at least 0.5 with a matched one, or the class of a matched one on which more than half of it lies;
+    else it is new.
 
     Args:
         first, second: of one image.
@@ -190,8 +190,8 @@ def match(first: Detections, second: Detections, overlaps: Overlap) -> Changes:
 
 def check(detections: Detections, truth: Truth) -> tuple[np.ndarray, np.ndarray]:
     """
-    Which detections are right: as COCO has it at an IoU of 0.5, those of higher scores first, and as panoptic quality
-    has it for segments.
+    Judge detections by the ground truth: as COCO does at an IoU of 0.5, in the order of falling scores, and segments as
+    panoptic quality does.
 
     Returns:
         (N,) of :data:`WRONG`, :data:`RIGHT` and :data:`IGNORED`; (T,) whether each object is found.
@@ -225,16 +225,16 @@ def check(detections: Detections, truth: Truth) -> tuple[np.ndarray, np.ndarray]
 
 class Examined(NamedTuple):
     """
-    One image.
+    Both models' output on one image, matched.
 
     Attributes:
-        first, second: what the unmodified and the expedited model find, over the score.
+        first, second: detections of the unmodified and of the expedited model, of at least the score.
         changes: between them.
-        right: whether each of both is right, see :func:`check`; None without labels.
-        truth: None without labels.
-        found: (T,) whether each model found each object.
-        faint: how many of the lost ones the expedited model has with a lower score, at least a fifth as high, and how
-            many of the new ones the unmodified model has.
+        right: verdicts on both models' detections, see :func:`check`; None without labels.
+        truth: the ground truth; None without labels.
+        found: (T,) for each model, whether it found each object; None without labels.
+        faint: how many lost detections the expedited model has with a lower score, at least a fifth of the limit, and
+            how many new ones the unmodified model has.
     """
 
     first: Detections
@@ -247,12 +247,12 @@ class Examined(NamedTuple):
 
     @property
     def changed(self) -> int:
-        """How many detections are not kept; a pair counts once."""
+        """Number of changes: detections that are not kept, a pair counted once."""
         return int((self.changes.first != KEPT).sum() + np.isin(self.changes.second, (DUPLICATE, NEW)).sum())
 
 
 class _Reading(NamedTuple):
-    """How an image's output and its truth are read: both are told whether masks are compared, else boxes."""
+    """How an image's output and its ground truth are read; both get whether masks (else boxes) are compared."""
 
     found: Callable[[dict[str, Any], bool], Detections]
     truth: Callable[[dict[str, Any], tuple[int, int], bool], Truth | None]
@@ -355,7 +355,7 @@ def find_tasks(
 
 class Losses(NamedTuple):
     """
-    What a plan changes over all images.
+    The changes that a plan makes, over all images.
 
     Attributes:
         counts: class -> (kinds, 3): how many of each of :data:`KINDS`, and how many of these are right in the
@@ -379,15 +379,14 @@ class Losses(NamedTuple):
         return sum(self.counts.values(), np.zeros((len(KINDS), 3), int))
 
     def worst(self, count: int) -> list[Any]:
-        """The ids of so many images with most changes, those with one at least."""
+        """The ids of the ``count`` images with most changes, without those that have none."""
         order = sorted(self.changed, key=lambda image_id: -self.changed[image_id])
         return [image_id for image_id in order[:count] if self.changed[image_id]]
 
 
 def find_losses(task: Task) -> Losses:
     """
-    Count what becomes of the detections, image by image: no image's pixels are read, and nothing of an image is kept
-    but counts.
+    Count the changes, image by image. Pixels of images are not read, and only counts are kept.
 
     Args:
         task: whose images are counted.
