@@ -75,7 +75,7 @@ def test_a_list_is_written_whole_or_not_at_all(tmp_path):
         items.add({"a": 1})
         items.add(None)
         assert not (tmp_path / f"{keep}.json").exists()
-        items.close(whole=keep)
+        items.close(complete=keep)
     assert [path.name for path in tmp_path.iterdir()] == ["True.json"]
     assert json.loads((tmp_path / "True.json").read_text()) == [{"a": 1}, None]
     JsonList(tmp_path / "none.json").close()
