@@ -18,7 +18,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from hourglass.data.panoptic import read_panoptic_png, segment_ids
+from hourglass.data.panoptic import read_panoptic_ids
 from hourglass.errors import InputError
 from hourglass.evaluation.agreement import OutputRecorder
 from hourglass.report import FAINT
@@ -423,7 +423,7 @@ class _Counted(NamedTuple):
 
 
 def _count(image: Examined) -> _Counted:
-    changes, counts = image.changes, {}
+    changes = image.changes
     nothing = np.zeros(len(image.first.classes), int), np.zeros(len(image.second.classes), int)
     right_first, right_second = ((verdict == RIGHT).astype(int) for verdict in image.right or nothing)
     alone = np.flatnonzero(np.isin(changes.second, (DUPLICATE, NEW)))
@@ -436,10 +436,10 @@ def _count(image: Examined) -> _Counted:
             np.stack([image.second.classes, changes.second, np.zeros_like(right_second), right_second], axis=1)[alone],
         ]
     ).astype(int)
-    for number in np.unique(rows[:, 0]).tolist():
-        of_class = rows[rows[:, 0] == number]
-        count = counts[number] = np.zeros((len(KINDS), 3), int)
-        np.add.at(count, of_class[:, 1], np.pad(of_class[:, 2:], ((0, 0), (1, 0)), constant_values=1))
+    classes, place = np.unique(rows[:, 0], return_inverse=True)
+    cells, shape = place * len(KINDS) + rows[:, 1], (len(classes), len(KINDS))
+    parts = [np.bincount(cells, weights, int(np.prod(shape))) for weights in (None, rows[:, 2], rows[:, 3])]
+    counts = dict(zip(classes.tolist(), np.stack(parts, axis=1).astype(int).reshape(*shape, 3)))
     objects = [0, 0, 0]
     if image.truth is not None and image.found is not None:
         objects = [int((~image.truth.crowd).sum()), *(int((found & ~image.truth.crowd).sum()) for found in image.found)]
@@ -543,7 +543,7 @@ def _true_panoptic(record: dict[str, Any], size: tuple[int, int], masks: bool) -
         return None
     info = record["segments_info"]
     classes = [2 * segment["category_id"] + int(bool(segment.get("isthing", True))) for segment in info]
-    ids = segment_ids(read_panoptic_png(record["pan_seg_file_name"]))
+    ids = read_panoptic_ids(record["pan_seg_file_name"])
     crowd = np.array([bool(segment.get("iscrowd", 0)) for segment in info], bool)
     return Truth(_segments(ids, [segment["id"] for segment in info], classes), crowd)
 

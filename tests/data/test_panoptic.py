@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 from detectron2.config import LazyCall as L
 from detectron2.data import (
@@ -13,7 +14,7 @@ from PIL import Image
 
 from hourglass import InputError
 from hourglass.data.loading import build_loader
-from hourglass.data.panoptic import register_ade20k_panoptic, register_panoptic
+from hourglass.data.panoptic import read_panoptic_ids, register_ade20k_panoptic, register_panoptic
 
 CATEGORIES = [
     {"id": 4, "name": "sky", "isthing": 0},
@@ -227,3 +228,17 @@ def test_a_panoptic_png_without_colours_is_refused_when_opened(birds):
     Image.new("L", (5, 3)).save(birds / "panoptic" / "7.png")
     with pytest.raises(InputError, match="panoptic PNG .*7.png is of Pillow's mode 'L': it must be 8 bit RGB"):
         load("birds")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_ids_are_read_as_colours_code_them(mode, tmp_path):
+    ids = np.array([[0, 1, 255], [256, 65536, 2**24 - 1]])
+    colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+    Image.fromarray(colours).convert(mode).save(tmp_path / "ids.png")
+    assert read_panoptic_ids(tmp_path / "ids.png").tolist() == ids.tolist()
+
+
+def test_ids_are_not_read_of_greys(tmp_path):
+    Image.fromarray(np.zeros((2, 3), np.uint8)).save(tmp_path / "ids.png")
+    with pytest.raises(InputError, match=r"panoptic PNG .*ids.png is \(2, 3\) uint8: it must be 8 bit RGB"):
+        read_panoptic_ids(tmp_path / "ids.png")

@@ -1,5 +1,6 @@
 """Agreement of a model's outputs with another's, on outputs that are drawn."""
 
+import zlib
 from functools import partial
 
 import msgpack
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from hourglass import InputError
-from hourglass.evaluation.agreement import OutputRecorder, agreement
+from hourglass.evaluation.agreement import OutputRecorder, _Map, agreement
 from hourglass.evaluation.resampling import draw_samples
 from tests.models import detector_output
 
@@ -111,6 +112,15 @@ def test_what_was_kept_comes_back_from_a_journal():
     assert set(figures) == {"bbox.AP", "segm.AP", "panoptic_seg.PQ", "sem_seg.mIoU"}
     for samples in figures.values():
         np.testing.assert_allclose(samples, 100)
+
+
+@pytest.mark.parametrize("lowest, largest, width", [(0, 255, 1), (0, 256, 2), (0, 65536, 4), (-1, 3, 4)])
+def test_a_map_is_kept_in_as_few_bytes_as_its_values_take(lowest, largest, width):
+    values = torch.arange(6).view(2, 3)
+    values[0, 0], values[1, 2] = lowest, largest
+    kept = _Map.from_tensor(values)
+    assert len(zlib.decompress(kept.content)) == 6 * width
+    assert kept.read().dtype == np.int32 and kept.read().tolist() == values.tolist()
 
 
 def test_what_cannot_be_compared_is_refused():
