@@ -88,12 +88,21 @@ class Predictor:
         self.metadata: Metadata = _metadata(OmegaConf.select(cfg, "dataloader.test.dataset.names"))
         self._square = square_side(self._unmodified)
 
+    def under(self, plan: Plan) -> "Predictor":
+        """
+        A predictor of the same weights under another plan.
+
+        Raises:
+            InputError: for a plan that the model cannot follow.
+        """
+        view = copy.copy(self)
+        view.plan = plan
+        view.model = expedite(self._unmodified, plan).eval()
+        return view
+
     def unmodified(self) -> "Predictor":
         """A predictor of the same weights, without the plan."""
-        view = copy.copy(self)
-        view.plan = Plan()
-        view.model = expedite(self._unmodified, view.plan).eval()
-        return view
+        return self.under(Plan())
 
     @overload
     def __call__(self, image: np.ndarray) -> dict[str, Any]: ...
@@ -119,6 +128,47 @@ class Predictor:
         if not isinstance(image, Sequence) or isinstance(image, str):
             raise InputError(f"image must be a uint8 array (H, W, 3) or a list of them, got {_kind(image)}")
         return self.run([self.prepare(item) for item in image])
+
+    def draw(
+        self, image: np.ndarray, output: dict[str, Any], score: float = 0.5, known: dict[str, Any] | None = None
+    ) -> np.ndarray:
+        """
+        What the model found in an image, drawn over it as by ``train_net.py --predict``.
+
+        Args:
+            image: (H, W, 3) uint8 in BGR.
+            output: the model's output of it.
+            score: instances of at least this are drawn.
+            known: another model's output of the same image: an object that both find has the colour it has there.
+
+        Returns:
+            (H', W', 3) uint8 in BGR: small images are drawn larger, those over 2,400 pixels a side smaller.
+        """
+        from hourglass.prediction.drawing import draw  # takes matplotlib
+        from hourglass.prediction.names import Names
+
+        return draw(image, output, Names.of(self.metadata), score, known)
+
+    def draw_tokens(self, image: np.ndarray) -> np.ndarray:
+        """
+        The tokens that the plan's first block runs on, over the image: clusters have thin borders, attention windows
+        orange ones, and tokens that do not run are dark.
+
+        Args:
+            image: (H, W, 3) uint8 in BGR.
+
+        Returns:
+            (H', W', 3) uint8 in BGR, the longer side 800 to 1,600 pixels.
+
+        Raises:
+            InputError: for a predictor whose plan has no reducer.
+        """
+        from hourglass.report.tokens import draw_tokens, find_tokens
+
+        tokens = None if self.plan is None else find_tokens(self.model, self.plan, self.prepare(image))
+        if tokens is None:
+            raise InputError(f"draw_tokens takes a predictor whose plan has a reducer, got {self.plan!r}")
+        return draw_tokens(np.ascontiguousarray(image[:, :, ::-1]), tokens)[:, :, ::-1].copy()
 
     def prepare(self, image: np.ndarray, name: str | None = None) -> dict[str, Any]:
         """

@@ -50,6 +50,30 @@ def test_it_finds_what_evaluation_finds(images):
     assert not torch.equal(unmodified(read[0])["instances"].scores, alone[0].scores)
 
 
+def test_another_plan_and_pictures(images):
+    paths, _, predictor = images
+    image = cv2.imread(paths[0])
+    fast = predictor.under(Plan(attention="fast"))
+    assert find_encoder(fast.model)[1].plan.fast and find_encoder(predictor.model)[1].plan.reducer is not None
+    assert fast.model.roi_heads is predictor.model.roi_heads
+    with pytest.raises(InputError, match="start 8"):
+        predictor.under(Plan(hourglass.TokenClustering((8, 8)), 8))
+
+    plain, found = fast(image), predictor(image)
+    drawn = predictor.draw(image, found, score=0.3, known=plain)
+    assert drawn.shape == (800, 800, 3) and drawn.dtype == np.uint8
+    resized = cv2.resize(image, (800, 800))
+    nothing = predictor.draw(image, found, score=1.0)
+    assert np.abs(nothing.astype(int) - resized).mean() < 2 < np.abs(drawn.astype(int) - resized).mean()
+
+    tokens = predictor.draw_tokens(image)
+    assert tokens.shape == (800, 800, 3)
+    # Windows of 16 tokens of 8 pixels have borders, drawn in orange.
+    assert (tokens[:, 200] == (0, 120, 255)).all(axis=1).mean() > 0.9
+    with pytest.raises(InputError, match="a predictor whose plan has a reducer, got Plan"):
+        fast.draw_tokens(image)
+
+
 def test_the_mappers_augmentations_and_format(images):
     *_, predictor = images
     cfg = load_config(str(DEMO), ["train.init_checkpoint="])
