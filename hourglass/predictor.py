@@ -130,7 +130,7 @@ class Predictor:
         return self.run([self.prepare(item) for item in image])
 
     def draw(
-        self, image: np.ndarray, output: dict[str, Any], score: float = 0.5, known: dict[str, Any] | None = None
+        self, image: np.ndarray, output: dict[str, Any], score: float = 0.5, reference: dict[str, Any] | None = None
     ) -> np.ndarray:
         """
         What the model found in an image, drawn over it as by ``train_net.py --predict``.
@@ -139,7 +139,7 @@ class Predictor:
             image: (H, W, 3) uint8 in BGR.
             output: the model's output of it.
             score: instances of at least this are drawn.
-            known: another model's output of the same image: an object that both find has the colour it has there.
+            reference: another model's output of the same image: an object that both find has the colour it has there.
 
         Returns:
             (H', W', 3) uint8 in BGR: small images are drawn larger, those over 2,400 pixels a side smaller.
@@ -147,7 +147,7 @@ class Predictor:
         from hourglass.prediction.drawing import draw  # takes matplotlib
         from hourglass.prediction.names import Names
 
-        return draw(image, output, Names.of(self.metadata), score, known)
+        return draw(image, output, Names.from_metadata(self.metadata), score, reference)
 
     def draw_tokens(self, image: np.ndarray) -> np.ndarray:
         """

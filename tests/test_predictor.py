@@ -60,7 +60,7 @@ def test_another_plan_and_pictures(images):
         predictor.under(Plan(hourglass.TokenClustering((8, 8)), 8))
 
     plain, found = fast(image), predictor(image)
-    drawn = predictor.draw(image, found, score=0.3, known=plain)
+    drawn = predictor.draw(image, found, score=0.3, reference=plain)
     assert drawn.shape == (800, 800, 3) and drawn.dtype == np.uint8
     resized = cv2.resize(image, (800, 800))
     nothing = predictor.draw(image, found, score=1.0)
