@@ -178,9 +178,8 @@ class InstanceCheck:
         bad = [category.get("id") for category in categories if not _is_whole(category.get("id"))]
         if bad:
             raise InputError(
-                f"instances JSON {self.name}: {len(bad)} of the {len(categories)} categories have ids that are no "
-                "whole "
-                f"numbers, such as {bad[0]!r}"
+                f"instances JSON {self.name}: {len(bad)} of the {len(categories)} categories have ids that are not "
+                f"whole numbers, such as {bad[0]!r}"
             )
         self._categories = self._unique("category", [category["id"] for category in categories])
 
@@ -196,8 +195,7 @@ class InstanceCheck:
             (image, id), kind = bad[0], "text, as the first is" if names else "whole numbers"
             raise InputError(
                 f"instances JSON {self.name}: {len(bad)} of the {len(images)} images have ids that are not {kind}, "
-                "such "
-                f"as {id!r} of {image['file_name']}"
+                f"such as {id!r} of {image['file_name']}"
             )
         self._unique("image", ids)
         for image in images:
@@ -236,8 +234,7 @@ class InstanceCheck:
             first = strange[0]
             line = (
                 f"instances JSON {self.name}: {len(strange)} of the {len(annotations)} annotations have an image_id "
-                "that "
-                f"none of its images has, such as annotation {first.get('id')!r} with {first['image_id']!r}"
+                f"that none of its images has, such as annotation {first.get('id')!r} with {first['image_id']!r}"
             )
             texts = {str(id) for id in self._images}
             if len(strange) == len(annotations) or any(str(annotation["image_id"]) in texts for annotation in strange):
@@ -452,14 +449,12 @@ class InstanceCheck:
         if 2 * self._corners > self._compared:
             raise InputError(
                 f"instances JSON {self.name}: {self._corners} of the {total} annotations have boxes that are x0 y0 x1 "
-                "y1 "
-                f"(XYXY) by their masks, such as {_describe(self._first_corners)}: boxes must be [x, y, width, height]"
+                f"y1 (XYXY) by their masks, such as {_describe(self._first_corners)}: boxes must be [x, y, width, height]"
             )
         if 2 * self._left > self._boxes:
             self.doubts.append(
                 f"instances JSON {self.name}: {self._left} of the {total} boxes leave their images: are they x0 y0 x1 "
-                "y1 "
-                "(XYXY)? Boxes must be [x, y, width, height]"
+                "y1 (XYXY)? Boxes must be [x, y, width, height]"
             )
 
     def _area(self, annotation: dict) -> float:

@@ -204,8 +204,7 @@ def _single_name(dataset: DictConfig) -> str:
     if len(names) != 1:
         raise InputError(
             f"dataloader.test.dataset.names must be one data set, got {list(names)}: evaluators know one at a time, so "
-            "run "
-            "once for each, such as with dataloader.test.dataset.names=" + (names[0] if names else "my_val")
+            "run once for each, such as with dataloader.test.dataset.names=" + (names[0] if names else "my_val")
         )
     dataset.names = names[0]  # evaluators are named after it
     return names[0]
@@ -232,8 +231,7 @@ def _with_plain_ids(records: list[dict[str, Any]], name: str) -> list[dict[str, 
     if strange:
         raise InputError(
             f"{len(strange)} of the {len(records)} records of data set {name!r} have an image_id that is neither a "
-            "whole "
-            f"number nor text, such as {strange[0]['image_id']!r} of {strange[0].get('file_name')}"
+            f"whole number nor text, such as {strange[0]['image_id']!r} of {strange[0].get('file_name')}"
         )
     twice = repeated(record["image_id"] for record in records)
     if twice:
@@ -513,6 +511,5 @@ def _check_categories(records: list[dict[str, Any]], model: nn.Module) -> None:
             if not 0 <= annotation.get("category_id", 0) < count:
                 raise InputError(
                     f"image {record.get('image_id')!r} ({record.get('file_name')}) has an annotation of the "
-                    "category_id "
-                    f"{annotation['category_id']!r}, the model has the classes 0 to {count - 1} ({key})"
+                    f"category_id {annotation['category_id']!r}, the model has the classes 0 to {count - 1} ({key})"
                 )

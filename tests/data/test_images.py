@@ -158,7 +158,7 @@ def test_class_ids_are_no_grey_values(tmp_path):
 @pytest.mark.parametrize(
     "pixels, message",
     [
-        (COLOURS, "is of Pillow's mode 'RGB': one channel"),
+        (COLOURS, "is of Pillow's mode 'RGB': it must have one channel"),
         (deep(GREY), "has the class id 65535: ids must be from 0 to 255"),
     ],
 )

@@ -182,9 +182,9 @@ MOMENTS = {
     "the settings are written": (lambda patch: kill_at(patch, journal, "write_whole", after=True), 0),
     "the first model has run": (lambda patch: kill_at(patch, InstanceEvaluator, "process"), 0),
     "one model has run, the other has not": (lambda patch: kill_at(patch, InstanceEvaluator, "process", 6), 2),
-    "a record is begun": (lambda patch: tear(patch, whole=2, share=0.01), 2),
-    "a record is half written": (lambda patch: tear(patch, whole=3), 3),
-    "a record lacks its last byte": (lambda patch: tear(patch, whole=4, share=0.9999), 4),
+    "a record is begun": (lambda patch: tear(patch, whole_writes=2, share=0.01), 2),
+    "a record is half written": (lambda patch: tear(patch, whole_writes=3), 3),
+    "a record lacks its last byte": (lambda patch: tear(patch, whole_writes=4, share=0.9999), 4),
     "a record is written": (lambda patch: kill_at(patch, Journal, "append", 5, after=True), 5),
     "all images are finished": (lambda patch: kill_at(patch, InstanceEvaluator, "evaluate"), 6),
     "the second model is evaluated": (lambda patch: kill_at(patch, InstanceEvaluator, "evaluate", 2, after=True), 6),
@@ -232,7 +232,7 @@ def test_killed_again_and_again_it_comes_to_the_end(tmp_path, uninterrupted):
             try:
                 torch.set_num_threads(1)
                 with pytest.MonkeyPatch.context() as patch:
-                    tear(patch, whole=1)
+                    tear(patch, whole_writes=1)
                     run(tmp_path, resume=True)
             finally:
                 os._exit(1)
@@ -310,7 +310,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, uninterrupted):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.MonkeyPatch.context() as patch:
-        tear(patch, whole=3, ending=full)
+        tear(patch, whole_writes=3, ending=full)
         with pytest.raises(InputError, match="cannot be written \\(No space left on device\\); 3 finished images"):
             run(tmp_path)
     document, ran = run(tmp_path, resume=True)

@@ -64,7 +64,7 @@ def test_a_video_is_written_whole_or_not_at_all(tmp_path):
             file.add(np.full((33, 47, 3), brightness, np.uint8))  # of odd sides, which the format does not have
         file.add(np.full((64, 94, 3), 100, np.uint8))
         assert not (tmp_path / f"{keep}.mp4").exists()
-        file.close(whole=keep)
+        file.close(complete=keep)
     assert [path.name for path in tmp_path.iterdir()] == ["True.mp4"]
     frames = list(Video(tmp_path / "True.mp4"))
     assert [frame.shape for frame in frames] == [(32, 46, 3)] * 3
