@@ -90,8 +90,8 @@ def test_values_of_hydras_grammar_stay_what_they_are(text, value):
         ("train.output_dir='a", "cannot be parsed"),
         ("=4", "unknown key ''"),
         ("train output=4", "cannot be parsed"),
-        ("~plan.start", "is not taken"),
-        ("+plan.new=1", "is not taken"),
+        ("~plan.start", "is not accepted"),
+        ("+plan.new=1", "is not accepted"),
     ],
 )
 def test_refusals(override, message):

@@ -449,7 +449,8 @@ class InstanceCheck:
         if 2 * self._corners > self._compared:
             raise InputError(
                 f"instances JSON {self.name}: {self._corners} of the {total} annotations have boxes that are x0 y0 x1 "
-                f"y1 (XYXY) by their masks, such as {_describe(self._first_corners)}: boxes must be [x, y, width, height]"
+                f"y1 (XYXY) by their masks, such as {_describe(self._first_corners)}: boxes must be "
+                "[x, y, width, height]"
             )
         if 2 * self._left > self._boxes:
             self.doubts.append(

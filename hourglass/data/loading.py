@@ -232,8 +232,8 @@ def _check_headers(records: Sequence[dict[str, Any]], name: Any, mapper: Any) ->
         record, size, header = bad[0]
         raise InputError(
             f"{len(bad)} of the {len(records)} images of data set {name!r} have another size than their annotation "
-            f"says, such as image {record.get('image_id')!r}: {record['file_name']} is {_format_size(header.upright)} pixels"
-            f"{_describe_orientation(header, size)}, annotated is {_format_size(size)} (height x width)"
+            f"says, such as image {record.get('image_id')!r}: {record['file_name']} is {_format_size(header.upright)} "
+            f"pixels{_describe_orientation(header, size)}, annotated is {_format_size(size)} (height x width)"
         )
     for key, kind in FILES.items():
         if key == "file_name":
