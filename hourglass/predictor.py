@@ -167,7 +167,7 @@ class Predictor:
 
         tokens = None if self.plan is None else find_tokens(self.model, self.plan, self.prepare(image))
         if tokens is None:
-            raise InputError(f"draw_tokens takes a predictor whose plan has a reducer, got {self.plan!r}")
+            raise InputError(f"draw_tokens needs a predictor whose plan has a reducer, got {self.plan!r}")
         return draw_tokens(np.ascontiguousarray(image[:, :, ::-1]), tokens)[:, :, ::-1].copy()
 
     def prepare(self, image: np.ndarray, name: str | None = None) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def test_what_cannot_be_calibrated_is_refused_in_a_line(tmp_path):
         (Plan(TokenClustering((3, 3)), published=True), "needs a plan with a reducer that is not run as published"),
         (
             Plan(TokenClustering((3, 3), restore_mode="features"), 1, 4),
-            'restoring is another: use restore_mode="update"',
+            'restores something else: use restore_mode="update"',
         ),
         (Plan(BipartiteMatching(4), 1, 4), "BipartiteMatching|MergeEachWindow"),
     ):

@@ -157,8 +157,8 @@ def check_restoring(reducer: Reducer, size: tuple[int, int], like: Tensor) -> No
     tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 0.05
     if (unchanged - tokens).abs().max() > tolerance or (triple - 3 * single).abs().max() > 10 * tolerance:
         raise InputError(
-            f"calibration needs a reducer that restores what the blocks changed, got {_name(reducer)}, whose restoring "
-            'is another: use restore_mode="update" where the reducer has it'
+            f"calibration needs a reducer that restores what the blocks changed, got {_name(reducer)}, which restores "
+            'something else: use restore_mode="update" where the reducer has it'
         )
 
 

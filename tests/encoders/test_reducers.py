@@ -153,7 +153,7 @@ def test_matching_equals_the_reference(restore_mode):
             merged, positions = (
                 torch.tensor(references.merged(of, labels, weights)).double() for of in (tokens, positions)
             )
-            sizes = torch.stack([sizes[[other == label for other in labels]].sum() for label in range(remaining)])
+            sizes = torch.stack([sizes[[value == label for value in labels]].sum() for label in range(remaining)])
             undo.append((tokens, merged, labels))
             tokens = merged + block.mlp(block.norm2(merged))
         for before, merged, labels in reversed(undo):

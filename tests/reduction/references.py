@@ -54,7 +54,7 @@ def merged(tokens: Tensor, labels: list[int], weights: list[float]) -> list[list
     """The weighted means of the tokens (L, C) of each label."""
     means = []
     for label in range(max(labels) + 1):
-        members = [i for i, other in enumerate(labels) if other == label]
+        members = [i for i, value in enumerate(labels) if value == label]
         weight = sum(weights[i] for i in members)
         means.append([sum(weights[i] * float(tokens[i, c]) for i in members) / weight for c in range(tokens.shape[1])])
     return means

@@ -74,7 +74,7 @@ def test_the_reduction_equals_the_reference(restore_mode):
     torch.testing.assert_close(reduction.tokens[0, 0], expected)
     places = torch.tensor(references.merged(positions[0].flatten(0, 1), labels, weights))
     torch.testing.assert_close(reduction.positions[0, 0], places)
-    of_label = [sum(w for w, other in zip(weights, labels) if other == label) for label in range(11)]
+    of_label = [sum(w for w, value in zip(weights, labels) if value == label) for label in range(11)]
     torch.testing.assert_close(reduction.sizes[0, 0], torch.tensor(of_label))
 
     refined = draw(11, 4, seed=4).double()
