@@ -33,11 +33,10 @@ from hourglass.commands import (
     run_search,
     run_waterfall,
     use_folder,
-    warn,
 )
 from hourglass.compat import init_process_group
 from hourglass.data.opening import load_test, open_test
-from hourglass.launch import DEMO, build, exit_with_error, load_config, one_line
+from hourglass.launch import DEMO, build, exit_with_error, leave_out_calibration, load_config, one_line, warn
 from hourglass.overrides import is_override
 from hourglass.reduction.selection import RANDOM
 from hourglass.report import check_report
@@ -152,6 +151,7 @@ def main(args: argparse.Namespace) -> None:
         cfg.plan.calibration = None  # it is made anew
     elif not (args.eval_only or args.waterfall) and goal is None:
         check_training(cfg)
+        leave_out_calibration(cfg, "training changes the weights")
     if "RANK" in os.environ and not torch.distributed.is_initialized():
         init_process_group(cfg.train.device)
     seed_all_rng(cfg.train.seed)

@@ -6,7 +6,6 @@ and searching for one.
 import contextlib
 import copy
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -57,7 +56,7 @@ from hourglass.evaluation.journal import (
 )
 from hourglass.files import write_whole
 from hourglass.fitting import calibrate
-from hourglass.launch import build_evaluator
+from hourglass.launch import build_evaluator, warn
 from hourglass.report import FAINT
 from hourglass.search.goal import Goal
 from hourglass.search.measured import Measured
@@ -413,8 +412,3 @@ class Inputs:
 
 def _print_line(line: str) -> None:
     print(line, flush=True)
-
-
-def warn(line: str) -> None:
-    if comm.is_main_process():
-        print(f"warning: {line}", file=sys.stderr, flush=True)

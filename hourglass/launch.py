@@ -25,6 +25,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 DEMO = CONFIGS / "demo" / "vitdet.py"
 # The least that options of training may be.
 TRAINING_COUNTS = {"max_iter": 1, "eval_period": 0, "log_period": 1, "checkpointer.period": 1}
+# What of a plan may differ from that which its calibration was fitted to.
+FREE = ("plan.calibration", "plan.attention")
 # What is raised on a full disk and in a folder without permission.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -45,8 +47,25 @@ def load_config(path: str, overrides: list[str]) -> DictConfig:
         cfg[key] = OmegaConf.merge(common[key], cfg.get(key, {}))
     cfg.dataloader.setdefault("image_scaling", "full")
     apply_overrides(cfg, overrides)
+    names = [override.partition("=")[0] for override in overrides]
+    changed = [name for name in names if name.startswith("plan.") and name not in FREE]
+    if changed and "plan.calibration" not in names:
+        leave_out_calibration(cfg, f"{changed[0]} makes another plan")
     check_options(cfg.train, cfg.evaluation, cfg.search)
     return cfg
+
+
+def leave_out_calibration(cfg: DictConfig, reason: str) -> None:
+    """Take the calibration out of a config's plan, with a warning, where it has one."""
+    if cfg.plan.get("calibration") is not None:
+        cfg.plan.calibration = None
+        warn(f"the config's plan.calibration is left out: {reason}, and --calibrate fits another")
+
+
+def warn(line: str) -> None:
+    """Print a warning to stderr, in the main process."""
+    if comm.is_main_process():
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def find_device(name: Any) -> str:

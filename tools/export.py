@@ -22,7 +22,6 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from hourglass.checkpoint import load_checkpoint
-from hourglass.commands import warn
 from hourglass.data.opening import load_test, open_test
 from hourglass.errors import InputError
 from hourglass.export import (
@@ -39,7 +38,7 @@ from hourglass.export import (
     resized,
     to_table,
 )
-from hourglass.launch import DEMO, build, load_config, one_line
+from hourglass.launch import DEMO, build, load_config, one_line, warn
 
 IMAGES = 3
 
