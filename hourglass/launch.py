@@ -49,8 +49,9 @@ def load_config(path: str, overrides: list[str]) -> DictConfig:
     apply_overrides(cfg, overrides)
     names = [override.partition("=")[0] for override in overrides]
     changed = [name for name in names if name.startswith("plan.") and name not in FREE]
-    if changed and "plan.calibration" not in names:
-        leave_out_calibration(cfg, f"{changed[0]} makes another plan")
+    if "plan.calibration" not in names and (changed or "train.init_checkpoint" in names):
+        reason = f"{changed[0]} makes another plan" if changed else "train.init_checkpoint may have other weights"
+        leave_out_calibration(cfg, reason)
     check_options(cfg.train, cfg.evaluation, cfg.search)
     return cfg
 
