@@ -153,7 +153,8 @@ def run_comparison(cfg: DictConfig, model: nn.Module, plan: Plan, options: Optio
 
 def run_waterfall(cfg: DictConfig, model: nn.Module, plan: Plan, with_agreement: bool = False) -> dict[str, Any]:
     """
-    Run the model with each part of what makes it faster, and with all of them, and report.
+    Run the model with each part of what makes it faster, and with all of them, and report. On the first
+    :data:`hourglass.waterfall.IMAGES` images, unless ``evaluation.max_images`` is set.
 
     Returns:
         the content of ``waterfall.json``.
@@ -168,17 +169,19 @@ def run_waterfall(cfg: DictConfig, model: nn.Module, plan: Plan, with_agreement:
             "with --waterfall, which has bfloat16 in rows of its own, evaluation.dtype must be 'float32', got "
             f"{cfg.evaluation.dtype!r}"
         )
-    records = open_test(cfg, model, cfg.evaluation.max_images)
+    records = open_test(cfg, model, cfg.evaluation.max_images or waterfall.IMAGES)
     rows = waterfall.steps(plan)
-    views = [row.view(model) for row in rows]
-    trials = waterfall.attempt(rows, views, _two_batch_sizes(cfg, model, records), cfg.train.device)
+    if cfg.evaluation.max_images is None and len(records) == waterfall.IMAGES:
+        warn(f"only the first {waterfall.IMAGES} images run: evaluation.max_images sets another number")
+    print(f"{len(rows)} rows, each of {len(records)} images", flush=True)
+    trials = waterfall.attempt(rows, model, _two_batch_sizes(cfg, model, records), cfg.train.device)
     subjects = {}
-    for row, view, trial in zip(rows, views, trials):
-        if trial.problem:
+    for row, trial in zip(rows, trials):
+        if trial.view is None or trial.problem:
             warn(f"{row.name} cannot run here: {trial.problem}")
             continue
         evaluator = build_evaluator(cfg, row.name)
-        subjects[row.name] = row.subject(view, recording(members(evaluator)) if with_agreement else evaluator)
+        subjects[row.name] = row.subject(trial.view, recording(members(evaluator)) if with_agreement else evaluator)
     images = load_test(cfg, model, records)
     title = f"{len(subjects)} models in turn"
     comparison = compare(subjects, images, device=cfg.train.device, warmup=cfg.evaluation.warmup, title=title)

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from hourglass.contexts import evaluating
 from hourglass.encoders import Plan, expedite, find_encoder
+from hourglass.encoders.sharing import replaced
 from hourglass.errors import InputError, reason
 from hourglass.evaluation.compare import Comparison, Measurement, Subject
 from hourglass.evaluation.environment import describe_environment
@@ -32,6 +34,8 @@ from hourglass.evaluation.resampling import interval_of_samples
 SCHEMA = 1
 UNMODIFIED = "unmodified"
 PARTS = ("encoder", "total")
+#: Images that are run on unless told otherwise: every row runs on all of them.
+IMAGES = 100
 # Of a reason that is given in the table.
 LONGEST = 160
 
@@ -46,6 +50,7 @@ class Step(NamedTuple):
         planned: whether it is the user's, which leaves tokens out.
         dtype: by autocast, if not float32.
         compiled: whether the encoder is, by ``torch.compile``.
+        quantized: whether the encoder's linear layers multiply in int8, see :func:`quantize`.
     """
 
     name: str
@@ -53,10 +58,16 @@ class Step(NamedTuple):
     planned: bool = False
     dtype: torch.dtype = torch.float32
     compiled: bool = False
+    quantized: bool = False
+
+    @property
+    def precision(self) -> str:
+        """What is multiplied in, as ``waterfall.json`` has it."""
+        return "int8" if self.quantized else str(self.dtype).removeprefix("torch.")
 
     def view(self, model: nn.Module) -> nn.Module:
-        """The model of this row, a view of the same weights."""
-        view = expedite(model, self.plan)
+        """The model of this row, a view of the same weights, which stay as they are."""
+        view = expedite(quantize(model) if self.quantized else model, self.plan)
         if self.compiled:
             encoder = find_encoder(view)[1]
             # What is called from outside stays as it is, for hooks that tell the time.
@@ -67,9 +78,41 @@ class Step(NamedTuple):
         return Subject(view, find_encoder(view)[1], evaluator, self.dtype, self.compiled)
 
 
+def quantize(model: nn.Module) -> nn.Module:
+    """
+    A view of a model whose encoder's linear layers multiply in int8, by torch's dynamic quantisation: weights are
+    rounded once, with a scale for each output channel, and tokens as they come, with one scale for all. The model's own
+    layers and weights stay as they are.
+
+    Args:
+        model: on a CPU, with an encoder that :func:`hourglass.expedite` takes.
+
+    Returns:
+        the view; the rounded weights are its own.
+
+    Raises:
+        InputError: for a model that is not on a CPU.
+        Exception: what a torch without dynamic quantisation raises.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise InputError(f"the model must be on a CPU, as torch's int8 layers are, got {device}")
+    layers = [module for module in find_encoder(model)[1].modules() if type(module) is nn.Linear]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that torchao will have it
+        return replaced(model, {layer: _in_int8(layer) for layer in layers})
+
+
+def _in_int8(layer: nn.Linear) -> nn.Module:
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+    # It copies what it is given, this layer alone, and leaves the layer as it is.
+    return quantize_dynamic(nn.Sequential(layer).eval(), {nn.Linear: per_channel_dynamic_qconfig})[0]
+
+
 def steps(plan: Plan) -> list[Step]:
     """
-    The rows: each part alone, then one after another up to all of them together.
+    The rows: each part alone, then one after another up to all of them together. bfloat16 and int8 exclude each other.
 
     Args:
         plan: the user's; one that changes nothing but attention has no rows of its own.
@@ -79,11 +122,13 @@ def steps(plan: Plan) -> list[Step]:
         Step(UNMODIFIED, Plan()),
         Step("fast attention", fast),
         Step("bfloat16", Plan(), dtype=half),
+        Step("int8", Plan(), quantized=True),
         Step("compiled", Plan(), compiled=True),
         Step("plan", plan, planned=True),
         Step("fast attention, bfloat16", fast, dtype=half),
         Step("fast attention, bfloat16, compiled", fast, dtype=half, compiled=True),
         Step("plan, bfloat16", plan, planned=True, dtype=half),
+        Step("plan, int8", plan, planned=True, quantized=True),
         Step("all: plan, bfloat16, compiled", plan, planned=True, dtype=half, compiled=True),
     ]
     return rows if plan.reducer is not None or plan.keys > 1 else [row for row in rows if not row.planned]
@@ -94,43 +139,43 @@ class Trial(NamedTuple):
     What comes of a row before anything is timed.
 
     Attributes:
+        view: the model of the row; None where it cannot be made here.
         seconds: that the first runs took, compiling among them.
         problem: why it cannot run here, in a line; empty where it can.
     """
 
+    view: nn.Module | None
     seconds: float
     problem: str = ""
 
 
-def attempt(
-    rows: Sequence[Step], views: Sequence[nn.Module], batches: Sequence[list[dict]], device: str
-) -> list[Trial]:
+def attempt(rows: Sequence[Step], model: nn.Module, batches: Sequence[list[dict]], device: str) -> list[Trial]:
     """
-    Run each row's model on each of a few batches.
+    Make each row's view of a model, and run it on each of a few batches.
 
     Raises:
-        InputError: for images that the model does not take.
+        InputError: for a plan that the model cannot follow, and images that it does not take.
         Exception: what the unmodified model raises.
     """
     trials = []
     bar = tqdm(rows, desc="first runs, and compiling", unit="row", disable=not comm.is_main_process())
-    for row, view in zip(bar, views):
+    for row in bar:
         bar.set_postfix_str(row.name)
-        start, problem = time.perf_counter(), ""
+        start, view, problem = time.perf_counter(), None, ""
         try:
+            view = row.view(model)
             with evaluating(view), torch.no_grad():
                 with torch.autocast(device, row.dtype, enabled=row.dtype != torch.float32):
                     for inputs in batches:
                         view(inputs)
             if device == "cuda":
                 torch.cuda.synchronize()
-        except InputError:
-            raise
         except Exception as error:  # whatever a compiler, or a type that a device does not have, may raise
-            if row.name == UNMODIFIED:
+            # The plan and the images are the user's: what is wrong with them is wrong in all rows.
+            if row.name == UNMODIFIED or isinstance(error, InputError) and not row.quantized:
                 raise
             problem = _in_words(error)
-        trials.append(Trial(time.perf_counter() - start, problem))
+        trials.append(Trial(view, time.perf_counter() - start, problem))
     return trials
 
 
@@ -176,7 +221,7 @@ def _row(row: Step, trial: Trial, comparison: Comparison) -> dict[str, Any]:
         "name": row.name,
         "attention": row.plan.attention,
         "plan": row.planned,
-        "dtype": str(row.dtype).removeprefix("torch."),
+        "dtype": row.precision,
         "compiled": row.compiled,
         "problem": trial.problem or None,
         "first_run_s": trial.seconds,

@@ -181,18 +181,20 @@ def test_a_folder_of_images_without_labels(tmp_path, capsys):
 def test_a_waterfall(tmp_path, monkeypatch, capsys):
     """Every part alone and all together, in a table, as JSON, CSV and Markdown."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    arguments = ["evaluation.max_images=3", "evaluation.batch_size=2", f"train.output_dir={tmp_path}"]
+    monkeypatch.setattr("hourglass.waterfall.IMAGES", 3)
+    arguments = ["evaluation.batch_size=2", f"train.output_dir={tmp_path}"]
     run("--waterfall", *UNTRAINED, *arguments)
     content = json.loads((tmp_path / "waterfall.json").read_text())
     rows = {row["name"]: row for row in content["rows"]}
-    assert len(rows) == 9 and content["images"] == 3 and content["batch_size"] == 2
+    assert len(rows) == 11 and content["images"] == 3 and content["batch_size"] == 2
     assert not any(row["problem"] for row in rows.values())
     assert rows["compiled"]["accuracy"] == rows["unmodified"]["accuracy"]
     assert rows["plan"]["plan"] and rows["plan"]["speedup"]["total"]["ratio"] > 0
     assert rows["bfloat16"]["dtype"] == "bfloat16" and rows["bfloat16"]["images_per_second"] > 0
     printed = capsys.readouterr().out
+    assert "11 rows, each of 3 images" in printed
     assert "3 images in batches of 2" in printed and "all: plan, bfloat16, compiled" in printed
-    assert len((tmp_path / "waterfall.csv").read_text().splitlines()) == 10
+    assert len((tmp_path / "waterfall.csv").read_text().splitlines()) == 12
     assert "| plan, bfloat16" in (tmp_path / "waterfall.md").read_text()
     line = refusal(capsys, "--waterfall", *UNTRAINED, *arguments, "evaluation.dtype=bfloat16")
     assert "with --waterfall, which has bfloat16 in rows of its own" in line

@@ -39,6 +39,9 @@ def count_gflops(encoder: nn.Module, inputs: tuple) -> float:
     Args:
         encoder: what is run.
         inputs: its arguments.
+
+    Returns:
+        the number; nan for an encoder that torch cannot trace, such as one with quantised layers.
     """
     analysis = FlopCountAnalysis(encoder, inputs)
     analysis.set_op_handle("aten::baddbmm", _count_baddbmm)
@@ -47,7 +50,10 @@ def count_gflops(encoder: nn.Module, inputs: tuple) -> float:
     # The tracer's own warnings say that sizes become constants, which for one image they are.
     logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
     with torch.no_grad():
-        return analysis.total() / 1e9
+        try:
+            return analysis.total() / 1e9
+        except RuntimeError:  # a state of other things than tensors
+            return nan
 
 
 class PeakMemory:
