@@ -50,7 +50,7 @@ LARGEST_PROTOBUF = 1_800_000_000
 # Timed runs of each image, by turns.
 RUNS = 3
 # By so much of its scale an image is changed to see whether the eager model's output hangs on rounding, so often.
-ROUNDING, PERTURBATIONS = 3e-6, 8
+ROUNDING, PERTURBATIONS = 1e-7, 8
 
 #: A program in its runtime: tensors -> the outputs, in the eager model's order.
 Runtime = Callable[..., list[Tensor]]
@@ -138,9 +138,7 @@ def encoder_program(model: nn.Module, image: Tensor, dynamic: bool = False) -> P
     encoder = find_encoder(model)[1]
     plan = encoder.plan.describe() if isinstance(encoder, Hourglass) else {}
     refuse_reducers(encoder, dynamic)
-    step = _step(encoder, image) if dynamic else None
-    # Of shifted windows the last row and column are masked: the program has them, those between, and no other kinds.
-    least = 3 if dynamic and _shifts(encoder) else 2
+    step, least = _steps(encoder, image) if dynamic else (None, 2)
     if step is not None and any(side % step or side < least * step for side in image.shape[-2:]):
         raise InputError(
             f"dynamic sizes of this encoder and plan must be multiples of {step} pixels, whole windows, and "
@@ -186,33 +184,45 @@ def refuse_reducers(encoder: nn.Module, dynamic: bool) -> None:
     """
     Raises:
         InputError: for a plan whose reducer chooses by the data how many tokens run and, with ``dynamic``, for one
-            whose tokens are as many as the image's size says.
+            whose steps are as many as the image's size says.
     """
     plan: Plan | None = encoder.plan if isinstance(encoder, Hourglass) else None
-    if plan is None or plan.reducer is None:
+    if plan is None:
         return
-    reducer = plan.reducer
+    if dynamic and plan.keys > 1:
+        raise InputError(f"dynamic sizes need keys=1, got pooled keys, keys={plan.keys}: export for one size")
+    if plan.reducer is None:
+        return
+    reducer, name = plan.reducer, type(plan.reducer).__name__
     if reducer.selects:
         raise InputError(
-            f"{type(reducer).__name__} selects another number of tokens for each image, and a program's steps do not "
+            f"{name} selects another number of tokens for each image, and a program's steps do not "
             "branch on data: use another reducer"
         )
-    if dynamic and (reducer.each_block or not reducer.on_grid):
+    if not dynamic:
+        return
+    if reducer.each_block or not reducer.on_grid:
         raise InputError(
-            f"dynamic sizes need a reducer to a regular grid, got {type(reducer).__name__}, which chooses tokens: "
-            "export for one size"
+            f"dynamic sizes need a reducer to a regular grid, got {name}, which chooses tokens: export for one size"
         )
     grid = reducer.describe().get("grid")
-    if not dynamic or plan.scope == "window" or grid is None:
+    if plan.scope == "window" or grid is None:
         return
+    if not reducer.any_size:
+        raise InputError(
+            f"dynamic sizes need scope 'window' for {name}, got scope 'map', where an image's size says how many steps "
+            "it takes"
+        )
     if not all(isinstance(side, int) for side in grid):
-        raise InputError(f"dynamic sizes need a grid of rows and columns under scope 'map', got the share {grid}")
+        raise InputError(
+            f"dynamic sizes need a grid of rows and columns for {name} under scope 'map', got the share {grid}"
+        )
     family = family_of(encoder)
     blocks = [block for stage in family.stages_of(unmodified(encoder)) for block in stage]
     if any(family.window_size(blocks[i]) for i in plan.blocks(len(blocks))):
         raise InputError(
-            "dynamic sizes need scope 'window' where planned blocks have windows: under scope 'map' windows would be "
-            "of another size for each image"
+            f"dynamic sizes need scope 'window' for {name} where planned blocks have windows, got scope 'map', whose "
+            "windows would be of another size for each image"
         )
 
 
@@ -269,17 +279,21 @@ def export(program: Program, format: str, path: str | os.PathLike, images: Seque
         program: from :func:`encoder_program` or :func:`model_program`.
         format: one of :data:`FORMATS`.
         path: of the file. It is written whole, and only if the program is right: else what was there stays.
-        images: that are compared on, like the program's input.
+        images: that are compared on, like the program's input; of at least two sizes where the program takes several.
 
     Returns:
         the differences, one of each image.
 
     Raises:
-        InputError: for a program that cannot be exported, or differs from the eager model by more than
+        InputError: for images of one size where there must be two, and for a program that cannot be exported, or
+            differs from the eager model by more than
             :data:`TOLERANCE`.
     """
     path = Path(path)
     check_path(path, format)
+    sizes = {tuple(image.shape[-2:]) for image in images}
+    if len(sizes) < (1 if program.step is None else 2):
+        raise InputError(f"a program of several sizes must be compared on images of two at least, got {len(sizes)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
@@ -402,14 +416,8 @@ def _why(program: Program, image: Tensor) -> str:
 def to_table(differences: Sequence[Difference], format: str) -> str:
     """The differences as a table, a row for each image."""
     rows = [
-        [
-            i,
-            f"{difference.size[0]} x {difference.size[1]}",
-            f"{difference.largest:.1e}",
-            f"{difference.eager:.1f}",
-            f"{difference.exported:.1f}",
-        ]
-        for i, difference in enumerate(differences, start=1)
+        [i, f"{height} x {width}", f"{largest:.1e}", f"{eager:.1f}", f"{exported:.1f}"]
+        for i, ((height, width), largest, eager, exported) in enumerate(differences, start=1)
     ]
     headers = ["image", "size", "largest difference", "eager, ms", f"{format}, ms"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=("right",) * 5)
@@ -496,7 +504,7 @@ _WRITERS: dict[str, Callable[[Program, Path], None]] = {
 
 def _translations() -> dict[Any, Callable]:
     """ONNX forms of what torch's exporter has none for."""
-    from onnxscript import opset18
+    from onnxscript import ir, opset18
 
     op: Any = opset18  # whose types take constants of their own alone
 
@@ -507,39 +515,54 @@ def _translations() -> dict[Any, Callable]:
 
     def mul_scalar(self: Any, other: Any) -> Any:
         # A factor that comes of the image's size, which torch's exporter takes for a plain number.
-        number = isinstance(other, (bool, int, float))
-        return op.Mul(self, op.CastLike(op.Constant(value_float=float(other)) if number else other, self))
+        if isinstance(other, bool | int | float):
+            return op.Mul(self, op.Constant(value=ir.tensor(other, dtype=self.dtype)))
+        return op.Mul(self, op.CastLike(other, self))
 
     return {torch.ops.aten.sort.stable: sort_stable, torch.ops.aten.mul.Scalar: mul_scalar}
 
 
-def _step(encoder: nn.Module, image: Tensor) -> int:
-    """What a side of an image is a multiple of, in pixels, where all maps are in whole windows."""
+def _steps(encoder: nn.Module, image: Tensor) -> tuple[int, int]:
+    """
+    Returns:
+        what a side of an image is a multiple of, in pixels, where all maps are in whole windows; and how many of these
+            it has at least.
+    """
+    plan: Plan | None = encoder.plan if isinstance(encoder, Hourglass) else None
     encoder = unmodified(encoder)
-    family, steps = family_of(encoder), [1]
-    with evaluating(encoder), torch.no_grad():
-        stages = family.stages_of(encoder)
-        rows: dict[nn.Module, int] = {}
-
-        def look(block: nn.Module, arguments: tuple) -> None:
-            rows[block] = as_map(arguments[0], block).shape[1]
-
-        handles = [stage[0].register_forward_pre_hook(look) for stage in stages]
-        try:
-            encoder(image)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for stage in stages:
-            stride = image.shape[-2] // rows[stage[0]]
-            steps += [stride * max(1, family.window_size(block)) for block in stage]
-    return math.lcm(*steps)
-
-
-def _shifts(encoder: nn.Module) -> bool:
-    """Whether windows of some blocks are shifted."""
     family = family_of(encoder)
-    return any(family.shifted(block) for stage in family.stages_of(unmodified(encoder)) for block in stage)
+    stages = family.stages_of(encoder)
+    strides = _strides(encoder, stages, image)
+    blocks = [block for stage in stages for block in stage]
+    step = math.lcm(
+        *(strides[i] * max(1, family.window_size(block)) for i, stage in enumerate(stages) for block in stage)
+    )
+    # Of shifted windows the last row and column are masked: the program has them, those between, and no other kinds.
+    least = 3 if any(family.shifted(block) for block in blocks) else 2
+    grid = None if plan is None or plan.reducer is None else plan.reducer.describe().get("grid")
+    if plan is not None and grid is not None and plan.scope == "map":
+        # Where the map is larger than the grid, as a map of the grid's size has positions of its own.
+        planned = {blocks[i] for i in plan.blocks(len(blocks))}
+        widest = max(stride for stride, stage in zip(strides, stages) if planned & set(stage))
+        least = max(least, max(grid) * widest // step + 1)
+    return step, least
+
+
+def _strides(encoder: nn.Module, stages: Sequence[Sequence[nn.Module]], image: Tensor) -> list[int]:
+    """Pixels a side of a token, of each stage."""
+    rows: dict[nn.Module, int] = {}
+
+    def look(block: nn.Module, arguments: tuple) -> None:
+        rows[block] = as_map(arguments[0], block).shape[1]
+
+    handles = [stage[0].register_forward_pre_hook(look) for stage in stages]
+    try:
+        with evaluating(encoder), torch.no_grad():
+            encoder(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [image.shape[-2] // rows[stage[0]] for stage in stages]
 
 
 def _listed(outputs: Any, names: Sequence[str]) -> list[Tensor]:

@@ -24,6 +24,7 @@ from hourglass import (
     DensityPeaks,
     GridMerging,
     InputError,
+    LinearBlocks,
     Plan,
     SkipBlocks,
     TokenClustering,
@@ -31,57 +32,67 @@ from hourglass import (
 )
 from hourglass import export as exporting
 from hourglass.export import FORMATS, TOLERANCE, check_format, encoder_program, export, image_sizes, resized
-from tests.models import UNTRAINED
+from tests.models import UNTRAINED, images
 from tests.small_plans import selection
 from tests.small_swin import tiny_swin
 from tests.small_vit import tiny_vit
 
-# Maps of whole windows; in pixels.
-FIXED = {"vit": (64, 96), "global vit": (40, 56), "swin": (48, 96)}
-SEVERAL = {"vit": (64, 96), "global vit": (80, 112), "swin": (144, 192)}
+# As few blocks as have every step: windowed and global ones, windows that are shifted, merged patches between stages.
 ENCODERS = {
-    "vit": lambda: tiny_vit(depth=3),
-    "global vit": lambda: tiny_vit(window_block_indexes=(), depth=3),
-    "swin": lambda: tiny_swin(depths=(1, 2), num_heads=(1, 2), out_indices=(0, 1)),
+    "ViT": lambda: tiny_vit(depth=2, window_block_indexes=(0,)),
+    "windowed ViT": lambda: tiny_vit(depth=1, window_block_indexes=(0,)),
+    "global ViT": lambda: tiny_vit(depth=1, window_block_indexes=()),
+    "Swin": lambda: tiny_swin(depths=(2,), num_heads=(1,), out_indices=(0,)),
+    "unshifted Swin": lambda: tiny_swin(depths=(1,), num_heads=(1,), out_indices=(0,)),
+    "Swin of two stages": lambda: tiny_swin(depths=(1, 1), num_heads=(1, 2), out_indices=(0, 1)),
 }
-# Of blocks 1 and 2: the ViT's first is windowed, its second global; the Swin's are its second stage.
+# Maps of whole windows; in pixels.
+FIXED = {"ViT": (64, 96), "global ViT": (40, 56), "Swin": (48, 72), "Swin of two stages": (48, 96)}
+FIXED |= {"windowed ViT": FIXED["ViT"], "unshifted Swin": FIXED["Swin"]}
+SEVERAL = {"ViT": (64, 96), "windowed ViT": (64, 96), "global ViT": (80, 112), "Swin": (72, 96)}
 PLANS = {
     "unmodified": Plan(),
     "fast attention": Plan(attention="fast"),
-    "clustering": Plan(TokenClustering((5, 5)), 1, 3),
-    "clustering in windows": Plan(TokenClustering(0.6), 1, 3, scope="window"),
-    "clustering as published": Plan(TokenClustering(0.6), 1, 3, scope="window", published=True),
-    "peaks": Plan(DensityPeaks((3, 4)), 1, 3),
-    "peaks in windows": Plan(DensityPeaks(0.6), 1, 3, scope="window"),
-    "matching": Plan(BipartiteMatching(0.2), 1, 3),
-    "matching in windows": Plan(BipartiteMatching(0.2), 1, 3, scope="window"),
-    "pooling": Plan(AveragePooling((5, 4)), 1, 3),
-    "merging": Plan(GridMerging((5, 4)), 1, 3),
-    "merging in windows": Plan(GridMerging(0.6), 1, 3, scope="window"),
+    "clustering": Plan(TokenClustering((5, 5))),
+    "clustering in windows": Plan(TokenClustering(0.6), scope="window"),
+    # A temperature at which centres of windows as small as these stay apart.
+    "clustering as published": Plan(TokenClustering.published(0.6, temperature=2.0), scope="window", published=True),
+    "clustering, calibrated": Plan(TokenClustering(0.6), scope="window"),
+    "peaks in windows": Plan(DensityPeaks(0.6), scope="window"),
+    "matching in windows": Plan(BipartiteMatching(0.2), scope="window"),
+    "pooling": Plan(AveragePooling((5, 4))),
+    "pooling in windows": Plan(AveragePooling(0.6), scope="window"),
+    "merging": Plan(GridMerging((5, 4))),
+    "merging in windows": Plan(GridMerging(0.6), scope="window"),
     "pooled keys": Plan(keys=2),
-    "blocks left out": Plan(SkipBlocks(), 1, 3),
+    "blocks left out": Plan(SkipBlocks()),
+    "an affine map": Plan(LinearBlocks()),
 }
+CALIBRATED = ("clustering, calibrated", "an affine map")
+IN_WINDOWS = ("clustering as published", "clustering, calibrated", "peaks in windows", "merging in windows")
 CASES = [
-    *((encoder, name) for encoder in ("vit", "swin") for name in ("unmodified", "fast attention", "blocks left out")),
-    *((encoder, f"{name} in windows") for encoder in ("vit", "swin") for name in ("clustering", "peaks")),
-    *((encoder, "pooling") for encoder in ("vit", "swin")),
-    ("vit", "matching in windows"),
-    ("vit", "pooled keys"),
-    ("swin", "clustering as published"),
-    ("vit", "merging"),
-    *((encoder, "merging in windows") for encoder in ("vit", "swin")),
+    *(("ViT", name) for name in ("unmodified", "fast attention", "clustering in windows")),
+    *(("global ViT", name) for name in ("clustering", "pooling", "merging", "pooled keys", "an affine map")),
+    *(("windowed ViT", name) for name in (*IN_WINDOWS, "matching in windows", "blocks left out")),
+    *(("Swin", name) for name in ("fast attention", "clustering in windows")),
+    *(("unshifted Swin", name) for name in (*IN_WINDOWS, "clustering", "pooling", "blocks left out", "an affine map")),
+    ("Swin of two stages", "unmodified"),
 ]
 SEVERAL_SIZES = [
-    ("swin", "fast attention", "torch.export"),
-    ("swin", "clustering in windows", "torch.export"),
-    ("global vit", "clustering", "torch.export"),
-    ("global vit", "pooling", "torch.export"),
+    ("windowed ViT", "clustering in windows"),
+    ("windowed ViT", "merging in windows"),
+    ("global ViT", "clustering"),
+    ("global ViT", "pooling"),
+    ("Swin", "fast attention"),
 ]
 
 
 @functools.cache
 def view(encoder: str, plan: str) -> torch.nn.Module:
-    return hourglass.expedite(ENCODERS[encoder](), PLANS[plan]).eval()
+    module, chosen = ENCODERS[encoder](), PLANS[plan]
+    if plan in CALIBRATED:
+        chosen = chosen.calibrated(hourglass.calibrate(module, chosen, images(3, size=FIXED[encoder])))
+    return hourglass.expedite(module, chosen).eval()
 
 
 def image(height: int, width: int) -> torch.Tensor:
@@ -97,8 +108,8 @@ def program_of(encoder: str, plan: str, dynamic: bool) -> exporting.Program:
 def exported(encoder: str, plan: str, format: str, dynamic: bool, folder: Path) -> list:
     """The differences, with one image of each size."""
     program = program_of(encoder, plan, dynamic)
-    images = [resized(program.inputs[0], size) for size in image_sizes(program, 2 if dynamic else 1)]
-    return export(program, format, folder / f"encoder{FORMATS[format]}", images)
+    compared = [resized(program.inputs[0], size) for size in image_sizes(program, 2 if dynamic else 1)]
+    return export(program, format, folder / f"encoder{FORMATS[format]}", compared)
 
 
 def check(encoder: str, plan: str, format: str, dynamic: bool, folder: Path) -> None:
@@ -118,50 +129,48 @@ def test_the_program_is_the_eager_encoder(encoder, plan, format, tmp_path):
     check(encoder, plan, format, False, tmp_path)
 
 
-@pytest.mark.parametrize("encoder, plan, format", SEVERAL_SIZES, ids=["-".join(case) for case in SEVERAL_SIZES])
+@pytest.mark.parametrize("format", ["torch.export", "onnx"])
+@pytest.mark.parametrize("encoder, plan", SEVERAL_SIZES, ids=["-".join(case) for case in SEVERAL_SIZES])
 def test_one_program_takes_several_sizes(encoder, plan, format, tmp_path):
     check(encoder, plan, format, True, tmp_path)
 
 
-@pytest.mark.parametrize("encoder", ["vit"])
-def test_aoti_is_the_eager_encoder(encoder, tmp_path):
+def test_aoti_is_the_eager_encoder(tmp_path):
     try:
         check_format("aoti")
     except InputError as error:
         pytest.skip(str(error))
-    differences = exported(encoder, "clustering in windows", "aoti", False, tmp_path)
-    assert max(difference.largest for difference in differences) < 1e-4
+    assert exported("windowed ViT", "clustering in windows", "aoti", False, tmp_path)[0].largest < 1e-4
 
 
 def test_chunks_of_an_exported_program_are_those_of_attention(monkeypatch, tmp_path):
     """As on large maps."""
     monkeypatch.setattr("hourglass.attention.EXPORTED_CHUNK", 256)
-    assert exported("vit", "fast attention", "torch.export", False, tmp_path)[0].largest < 1e-5
+    assert exported("ViT", "fast attention", "torch.export", False, tmp_path)[0].largest < 1e-5
 
 
 def test_tiled_neighbourhoods_are_exported(tmp_path):
     """A grid of so many centres that it is cut into tiles."""
-    expedited = hourglass.expedite(ENCODERS["global vit"](), Plan(TokenClustering((26, 27)), 1, 3))
+    expedited = hourglass.expedite(ENCODERS["global ViT"](), Plan(TokenClustering((26, 27))))
     program = encoder_program(expedited, image(256, 240))
     assert export(program, "torch.export", tmp_path / "encoder.pt2", [image(256, 240)])[0].largest < 1e-5
 
 
 def test_a_program_needs_nothing_of_this_package():
-    program = encoder_program(view("vit", "clustering in windows"), image(64, 64))
-    graph = program.captured.graph
+    graph = program_of("ViT", "clustering in windows", False).captured.graph
     targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert targets and not any("hourglass" in target for target in targets)
 
 
 def test_exporting_leaves_the_eager_encoder_as_it_was():
-    expedited, x = view("vit", "clustering"), image(72, 56)
+    expedited, x = view("global ViT", "clustering"), image(72, 56)
     torch.export.export(expedited, (x,), strict=False)  # the first run of this size
     out = expedited(x)["last_feat"]
     assert type(out) is torch.Tensor and torch.equal(out, expedited(x)["last_feat"])
 
 
 def test_the_file_says_what_it_is(tmp_path):
-    program = encoder_program(view("vit", "blocks left out"), image(64, 64))
+    program = encoder_program(view("windowed ViT", "blocks left out"), image(64, 64))
     export(program, "torchscript", tmp_path / "encoder.ts", [image(64, 64)])
     metadata = {"hourglass.json": ""}
     torch.jit.load(tmp_path / "encoder.ts", _extra_files=metadata)
@@ -182,7 +191,7 @@ def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
     right = exporting._WRITERS["torchscript"]
     wrong = lambda program, path: right(dataclasses.replace(program, module=Louder(program.module)), path)  # noqa: E731
     monkeypatch.setitem(exporting._WRITERS, "torchscript", wrong)
-    program = encoder_program(view("vit", "unmodified"), image(64, 64))
+    program = encoder_program(view("ViT", "unmodified"), image(64, 64))
     (tmp_path / "encoder.ts").write_text("what was there")
     said = "differs .* by 0.01 of the output's scale on image 1 of 1, .*eager model is steady.*not written"
     with pytest.raises(InputError, match=said):
@@ -195,14 +204,26 @@ def test_a_difference_that_hangs_on_rounding_is_said_to(tmp_path, monkeypatch):
     In an image of columns four centres of a window are alike, and which of them a token mixes is up to rounding. The
     eager encoder's own output then changes with it, as it does not where all centres differ.
     """
-    program = program_of("swin", "clustering as published", False)
-    columns = torch.linspace(0, 2, 96).expand(1, 3, 48, 96)
+    published = Plan(TokenClustering.published(0.6), scope="window", published=True)
+    program = encoder_program(hourglass.expedite(ENCODERS["Swin"](), published).eval(), image(48, 72))
+    columns = torch.linspace(0, 2, 72).expand(1, 3, 48, 72)
     assert exporting.sensitivity(program, columns) > TOLERANCE
-    assert exporting.sensitivity(program_of("swin", "clustering in windows", False), image(48, 96)) < TOLERANCE / 10
+    steady = program_of("Swin", "clustering in windows", False)
+    assert exporting.sensitivity(steady, steady.inputs[0]) < TOLERANCE / 10
     monkeypatch.setitem(exporting._WRITERS, "torch.export", exporting._WRITERS["torchscript"])
-    monkeypatch.setattr(exporting, "load", lambda *_: lambda x: [1.01 * each for each in program.module(x).values()])
+    monkeypatch.setattr(
+        exporting, "load", lambda *_: lambda x: [1.01 * feature for feature in program.module(x).values()]
+    )
     with pytest.raises(InputError, match="as does the eager model from itself .*TokenClustering chooses by comparing"):
         export(program, "torch.export", tmp_path / "encoder.pt2", [columns])
+
+
+def test_several_sizes_are_compared_at_two(tmp_path):
+    program = program_of("windowed ViT", "clustering in windows", True)
+    with pytest.raises(
+        InputError, match="a program of several sizes must be compared on images of two at least, got 1"
+    ):
+        export(program, "torch.export", tmp_path / "encoder.pt2", [program.inputs[0]] * 3)
 
 
 def test_what_is_not_finite_or_of_another_shape_differs():
@@ -241,10 +262,21 @@ def test_a_reducer_of_ones_own_that_branches_on_data_is_refused_by_name(tmp_path
 @pytest.mark.parametrize(
     "plan, size, message",
     [
-        (Plan(TokenClustering((5, 5)), 1, 3), (64, 64), "dynamic sizes need scope 'window'"),
-        (Plan(TokenClustering(0.5), 2, 3), (64, 64), "dynamic sizes need a grid of rows and columns"),
+        (Plan(TokenClustering((5, 5)), 1, 3), (64, 64), "dynamic sizes need scope 'window' for TokenClustering where"),
+        (
+            Plan(TokenClustering(0.5), 2, 3),
+            (64, 64),
+            "dynamic sizes need a grid of rows and columns for TokenClustering",
+        ),
         (Plan(DensityPeaks(0.6), 1, 3, scope="window"), (64, 64), "got DensityPeaks, which chooses tokens"),
         (Plan(BipartiteMatching(0.2), 1, 3, scope="window"), (64, 64), "got BipartiteMatching, which chooses tokens"),
+        (Plan(GridMerging((5, 5)), 2, 3), (64, 64), "dynamic sizes need scope 'window' for GridMerging, got"),
+        (
+            Plan(AveragePooling((9, 5)), 2, 3),
+            (64, 64),
+            "multiples of 32 pixels, .* and at least 96, got an image of 64 x 64",
+        ),
+        (Plan(keys=2), (64, 64), "dynamic sizes need keys=1, got pooled keys, keys=2"),
         (
             Plan(attention="fast"),
             (64, 72),
@@ -278,7 +310,7 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 def test_a_file_ends_as_its_format_says(tmp_path):
-    program = encoder_program(view("vit", "unmodified"), image(64, 64))
+    program = encoder_program(view("ViT", "unmodified"), image(64, 64))
     with pytest.raises(InputError, match=r"--output must end with .onnx for onnx, got"):
         export(program, "onnx", tmp_path / "encoder.pt", [image(64, 64)])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hourglass.checks import check_choice, renamed_argument
 from hourglass.contexts import without_autocast
-from hourglass.operators import operator
+from hourglass.operators import is_exporting, operator
 from hourglass.reduction.merging import merge, merge_sizes, restore_merged
 from hourglass.reduction.reducer import RESTORE_MODES, GridReducer, Reduction
 from hourglass.reduction.windows import map_size
@@ -37,7 +37,7 @@ def merge_lines(features: Tensor, sizes: Tensor, target: int) -> tuple[Tensor, T
     Returns:
         (N, target, C), (N, target), and labels (N, L) int64: the token that each became a part of.
     """
-    labels = torch.arange(features.shape[1], device=features.device).expand(len(features), -1)
+    labels = torch.arange(features.shape[1], device=features.device).expand(features.shape[0], -1)
     while (before := int(features.shape[1])) > target:
         length = max(target, (before + 1) // 2)
         joined = _join(features, sizes, before - length)
@@ -49,7 +49,7 @@ def merge_lines(features: Tensor, sizes: Tensor, target: int) -> tuple[Tensor, T
 
 def _join(features: Tensor, sizes: Tensor, number: int) -> Tensor:
     """(N, L): the place of each token after ``number`` merges in each line."""
-    lines, length = map(int, sizes.shape)
+    lines, length = _numbers(sizes)
     movers = (length + 1) // 2
     cost = (features[:, 1:] - features[:, :-1]).square().sum(-1)
     cost = cost * (sizes[:, 1:] * sizes[:, :-1] / (sizes[:, 1:] + sizes[:, :-1]))
@@ -72,7 +72,7 @@ def _join(features: Tensor, sizes: Tensor, number: int) -> Tensor:
 )
 def _merge_grid(tokens: Tensor, h: int, w: int) -> Tensor:
     """(B, H, W, C) -> (B, H * W) int64, in [0, h * w): the token of the smaller map that each merges into."""
-    batch, *full, channels = map(int, tokens.shape)  # tensors, where operations are counted
+    batch, *full, channels = _numbers(tokens)
     features = tokens[..., :: max(1, channels // CHANNELS)].float()
     sizes = torch.ones_like(features[..., 0])
     labels = torch.arange(full[0] * full[1], device=tokens.device).expand(batch, -1)
@@ -95,6 +95,11 @@ def _merge_grid(tokens: Tensor, h: int, w: int) -> Tensor:
     return labels
 
 
+def _numbers(tensor: Tensor) -> tuple[int, ...]:
+    """Its shape as plain numbers under tracing too; an exported program may leave the number of windows open."""
+    return tuple(tensor.shape) if is_exporting() else tuple(map(int, tensor.shape))
+
+
 class GridMerging(GridReducer):
     """
     Merges similar neighbours in every row, then in every column, until the grid is reached (the idea of CubistMerge,
@@ -108,6 +113,8 @@ class GridMerging(GridReducer):
     Raises:
         InputError: for an argument out of range.
     """
+
+    any_size = False
 
     @renamed_argument("restore", "restore_mode")
     def __init__(self, grid: Sequence[int | float] | float, restore_mode: str = "update"):

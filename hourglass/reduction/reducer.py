@@ -84,6 +84,8 @@ class Reducer(nn.Module):
     selects = False
     #: Whether it runs blocks on lists of tokens, in which windows may have any number of tokens.
     takes_lists = False
+    #: Whether its steps are the same for maps of any size, so that one exported program takes them all.
+    any_size = True
     #: The scopes that a plan may apply it in.
     scopes: tuple[str, ...] = ("map", "window")
     #: Whether it can only run with a calibration.
