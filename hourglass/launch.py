@@ -58,7 +58,7 @@ def load_config(path: str, overrides: list[str]) -> DictConfig:
 
 def leave_out_calibration(cfg: DictConfig, reason: str) -> None:
     """Take the calibration out of a config's plan, with a warning, where it has one."""
-    if cfg.plan.get("calibration") is not None:
+    if isinstance(cfg.plan, DictConfig) and cfg.plan.get("calibration") is not None:
         cfg.plan.calibration = None
         warn(f"the config's plan.calibration is left out: {reason}, and --calibrate fits another")
 
