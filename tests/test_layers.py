@@ -33,7 +33,7 @@ ALLOWED = {
     "waterfall": {"encoders", "evaluation"},
     "export": {"encoders", "reduction"},
     "report": {"data", "encoders", "evaluation", "reduction"},
-    "predictor": {"checkpoint", "data", "encoders", "launch", "reduction"},
+    "predictor": {"checkpoint", "data", "encoders", "launch", "prediction", "reduction", "report"},
     "prediction": {"data", "predictor"},
     "commands": {
         "data",

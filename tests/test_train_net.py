@@ -112,7 +112,7 @@ def test_a_search(tmp_path, monkeypatch, capsys):
     found_in = ["search.images=8", "dataloader.test.num_workers=0", f"train.output_dir={tmp_path}"]
     run("--search", "keep=0.9", *found_in)
     printed = capsys.readouterr().out
-    assert "first round" in printed and "Asked for keep=0.9, on images of hourglass_demo_search:" in printed
+    assert "first round" in printed and "Request for keep=0.9, on images of hourglass_demo_search:" in printed
     content = json.loads((tmp_path / "search.json").read_text())
     assert content["found"]["goal"] == "keep=0.9" and "rank 4, with labels" in content["results"]
     assert (tmp_path / "search.png").stat().st_size > 5000 and "| plan" in (tmp_path / "search.md").read_text()
@@ -174,7 +174,7 @@ def test_a_folder_of_images_without_labels(tmp_path, capsys):
     (tmp_path / "empty" / "notes.txt").write_text("no image")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "1.jpg").write_bytes(b"no image")
-    for path, message in (("none", "which is none"), ("empty", "without one"), ("torn", "1.jpg cannot be read")):
+    for path, message in (("none", "which is no folder"), ("empty", "without one"), ("torn", "1.jpg cannot be read")):
         assert message in refusal(capsys, *arguments, "--images", str(tmp_path / path))
 
 
