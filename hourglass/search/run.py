@@ -209,8 +209,13 @@ class Search:
 
     def _measure(self, plans: dict[str, Plan], images: list[list[dict[str, Any]]], phase: str) -> dict[str, Result]:
         """The results of plans on some images, those that are not known yet measured."""
-        phase += "" if self.build_evaluator is None else ", with labels"
-        results = {name: self.measured.result(phase, name) for name in plans}
+        labelled = f"{phase}, with labels"
+        results = {name: self.measured.result(labelled, name) for name in plans}
+        if self.build_evaluator is not None:
+            phase = labelled
+        else:  # outputs do not depend on labels
+            known = {name: result._replace(labelled={}) for name, result in results.items() if result is not None}
+            results = {name: known.get(name, self.measured.result(phase, name)) for name in plans}
         missing = {name: plan for name, plan in plans.items() if results[name] is None}
         if missing:
             measured = self._compare(missing, images, phase)

@@ -16,7 +16,7 @@ from hourglass.search.front import Candidate, enumerate_plans, make_pool, pareto
 from hourglass.search.latency import Latency, measure_latency
 from hourglass.search.measured import Measured, Result
 from hourglass.search.options import KEYS, make_options
-from hourglass.search.run import describe, key
+from hourglass.search.run import Search, describe, key
 from hourglass.search.trace import Errors, measure_errors, relative, trace
 from tests import small_swin as of_swin
 from tests import small_vit as of_vit
@@ -288,6 +288,16 @@ class TestMeasured:
         stored = again.result("rank 32", "plan")
         np.testing.assert_allclose(stored.labelled["segm.AP"], result(0.9, 0.98, 0.01).labelled["segm.AP"], atol=1e-6)
         assert again.result("rank 64", "plan") is None and again.result("rank 32", "other") is None
+
+    def test_without_labels_what_was_measured_with_them_is_reused(self, tmp_path):
+        measured = Measured(tmp_path / "search.json", {})
+        measured.add("rank 32, with labels", {"plan": result(0.9, 0.98, 0.01)})
+        measured.add("rank 32", {"other": result(0.8)})
+        goal = Goal(keep=0.99, labels="none")
+        search = Search(None, None, goal, measured, build_evaluator=lambda name: None)
+        results = search._measure({"plan": Plan(keys=2), "other": Plan(keys=4)}, [], "rank 32")
+        assert [found.agreement["segm.AP"][0] for found in results.values()] == [90, 80]
+        assert all(found.labelled == {} for found in results.values())
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1, "settings": {"weights": "b"}}'])
     def test_another_models_or_a_torn_file_is_not_gone_on_from(self, content, tmp_path):
