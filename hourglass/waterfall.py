@@ -75,7 +75,7 @@ class Step(NamedTuple):
         return view
 
     def subject(self, view: nn.Module, evaluator: Any) -> Subject:
-        return Subject(view, find_encoder(view)[1], evaluator, self.dtype, self.compiled)
+        return Subject(view, find_encoder(view)[1], evaluator, self.dtype, self.compiled, counted=False)
 
 
 def quantize(model: nn.Module) -> nn.Module:

@@ -58,6 +58,7 @@ class Subject(NamedTuple):
         dtype: that it runs in, by autocast if not float32; None: that of the comparison.
         compiled: whether the encoder is compiled. Its operations are then not counted, and the parts of encoders are
             not timed in any model, as hooks there would be those of the compiled one too.
+        counted: whether the encoder's operations are counted, which takes as long as a few runs.
     """
 
     model: nn.Module
@@ -65,6 +66,7 @@ class Subject(NamedTuple):
     evaluator: DatasetEvaluator
     dtype: torch.dtype | None = None
     compiled: bool = False
+    counted: bool = True
 
 
 class Measurement(NamedTuple):
@@ -76,7 +78,7 @@ class Measurement(NamedTuple):
         samples: "task.metric" -> (samples,), the figure on samples of the images, the same ones for each model; the
             first sample is the images themselves. Of evaluators that can be resampled.
         runs: part of a :class:`Run` -> (batches,).
-        encoder_gflops: of an image, in the first batch; nan for an encoder that is compiled.
+        encoder_gflops: of an image, in the first batch; nan for an encoder that is compiled or not counted.
         peak_memory_mb: over all batches; nan where the system does not tell.
         classes: "task.metric" -> class -> (samples,) as `samples`; of evaluators that cannot be resampled the figure of
             the images alone.
@@ -344,7 +346,7 @@ def _run(
             if not finished:
                 for name, subject in subjects.items():
                     watches[name].close()
-                    if subject.compiled:
+                    if subject.compiled or not subject.counted:
                         gflops[name] = float("nan")
                     else:
                         with torch.autocast(device, enabled=False):

@@ -228,7 +228,7 @@ class Search:
         for name, plan in {BASE: Plan(attention="fast"), **plans}.items():
             labels = members(self.build_evaluator(name)) if self.build_evaluator is not None else []
             view = expedite(self.model, plan)
-            subjects[name] = Subject(view, find_encoder(view)[1], recording(labels))
+            subjects[name] = Subject(view, find_encoder(view)[1], recording(labels), counted=False)
         title = f"{phase.split()[0]}ing {len(plans)} plans"
         comparison = compare(subjects, images, self.device, self.dtype, warmup=1, title=title)
         assert comparison is not None, "a search is of one process"

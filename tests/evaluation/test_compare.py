@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import os
 from types import SimpleNamespace
 
@@ -210,6 +211,13 @@ class Broken(nn.Module):
         self.calls += 1
         factor = float("nan") if self.calls > 1 else 1.0
         return {name: feature * factor for name, feature in self.encoder(x).items()}
+
+
+def test_operations_are_counted_where_they_are_asked_for():
+    compared = subjects()
+    compared["expedited"] = compared["expedited"]._replace(counted=False)
+    models = compare(compared, images(1), warmup=0).models
+    assert models["unmodified"].encoder_gflops > 0 and math.isnan(models["expedited"].encoder_gflops)
 
 
 def test_outputs_that_are_not_finite_are_said_by_model():
