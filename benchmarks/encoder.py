@@ -4,6 +4,7 @@ Time an encoder with random weights against itself with fast attention and on fe
     python -m benchmarks.encoder --model vitdet_b
     python -m benchmarks.encoder --model swin_l --size 1152 --published
     python -m benchmarks.encoder --model vitdet_b plan.stop=11 plan.scope=window 'plan.reducer.grid=[10,10]'
+    python -m benchmarks.encoder --model vitdet_b --calibrated plan.stop=11 plan.scope=window plan.keys=2
     python -m benchmarks.encoder --model vitdet_b --scaling
 """
 
@@ -35,12 +36,14 @@ from hourglass.compat import detectron2_encoder
 from hourglass.config import find_encoder_node
 from hourglass.encoders import HourglassViT
 from hourglass.encoders.registry import family_of
+from hourglass.encoders.visiting import visiting
 from hourglass.evaluation.cost import PeakMemory, count_gflops
 from hourglass.evaluation.environment import processor
 from hourglass.evaluation.report import spread
 from hourglass.evaluation.resampling import ratio_of_medians
 from hourglass.evaluation.timing import Clock, Stopwatch
 from hourglass.files import check_folder, write_whole
+from hourglass.fitting import Recorder, fit, to_calibration
 from hourglass.launch import build, load_config, one_line
 from hourglass.reduction import Reducer
 from hourglass.reduction.reducer import Place
@@ -58,6 +61,8 @@ MODELS = {
 SCALING_SIZES = (512, 768, 1024, 1536, 2048)
 # The formula is left out where its scores, of which three copies are held, take more than this.
 SCORES_LIMIT_MB = 5000
+# Of a calibration's maps, as a share of the channels.
+RANK = 0.25
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -71,6 +76,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: by autocast")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs of each encoder (default: 5)")
     parser.add_argument("--published", action="store_true", help="also time the plan as its authors' code computes it")
+    parser.add_argument(
+        "--calibrated",
+        action="store_true",
+        help="also time the plan calibrated, with maps of a quarter of the channels as trained models have",
+    )
     parser.add_argument(
         "--compile", action="store_true", help="also time the encoders under torch.compile (needs a C++ compiler)"
     )
@@ -113,9 +123,25 @@ def load_encoder(args: argparse.Namespace) -> tuple[nn.Module, Plan]:
 def make_plans(plan: Plan, published: bool) -> dict[str, Plan]:
     plans = {"unmodified": Plan(), "fast attention": Plan(attention="fast"), "expedited": plan}
     plans["control"] = plan.control()
+    if plan.keys > 1:
+        plans[f"keys of {plan.keys} x {plan.keys} tokens"] = Plan(attention="fast", keys=plan.keys)
     if published:
         plans["published"] = Plan(plan.reducer, plan.start, plan.stop, plan.scope, published=True)
     return plans
+
+
+def calibrated(encoder: nn.Module, plan: Plan, image: Tensor) -> Plan:
+    """The plan, calibrated on noise: the correction takes as long as that of a trained model."""
+    view = hourglass.expedite(encoder, plan.to_be_calibrated())
+    recorder = Recorder(plan.proportional, folds=2)
+    with visiting(view, recorder) as run:
+        for recorder.fold in range(2):
+            run(torch.randn_like(image[:1]))
+    fits = {
+        first: fit(moments, forms=("full",), ridges=(0.1,), shares=(RANK,))
+        for first, moments in recorder.moments.items()
+    }
+    return plan.calibrated(to_calibration(fits, view, plan, 2, "noise"))
 
 
 class Compiled(nn.Module):
@@ -445,11 +471,13 @@ def main(args: argparse.Namespace) -> None:
     encoder, plan = load_encoder(args)
     encoders = {name: hourglass.expedite(encoder, its) for name, its in make_plans(plan, args.published).items()}
     plain = list(encoders)
+    image = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
+    if args.calibrated:
+        encoders["expedited, calibrated"] = hourglass.expedite(encoder, calibrated(encoder, plan, image))
     if args.compile:
         for name in ("fast attention", "expedited"):
             plan_copy = copy.deepcopy(encoders[name].plan)  # with a reducer of its own, that is not timed
             encoders[f"{name}, compiled"] = Compiled(hourglass.expedite(encoder, plan_copy))
-    image = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
     results = measure(encoders, image, args)
     parts = measure_parts(encoder, plan, image, args)
     if args.device == "cpu" and args.memory:

@@ -38,6 +38,16 @@ def test_the_plan_can_be_overridden(tmp_path):
     assert (document["plan"]["start"], document["plan"]["stop"], document["repeats"]) == (7, 8, 1)
 
 
+def test_a_calibrated_plan_and_pooled_keys(tmp_path):
+    common = ["--model", "vitdet_b", "--size", "224", "--calibrated", "--repeats", "1", "--no-memory"]
+    encoders = run(tmp_path, *common, "plan.stop=4", "plan.start=3", "plan.reducer.grid=[7,7]", "plan.keys=2")[
+        "encoders"
+    ]
+    assert list(encoders)[3:] == ["control", "keys of 2 x 2 tokens", "expedited, calibrated"]
+    assert encoders["keys of 2 x 2 tokens"]["gflops"] < encoders["fast attention"]["gflops"]
+    assert encoders["expedited, calibrated"]["gflops"] > encoders["expedited"]["gflops"]
+
+
 def test_bfloat16(tmp_path):
     document = run(tmp_path, "--dtype", "bfloat16", "--repeats", "1", "--no-memory")
     assert document["dtype"] == "bfloat16" and document["encoders"]["expedited"]["gflops"] > 0
