@@ -12,8 +12,8 @@ from ..common.mask_rcnn_vitdet import model
 from ..common.optimizer import AdamW as optimizer
 from ..common.train import evaluation, search, train
 
-# Images are padded to squares of 64 x 64 tokens.
-plan = L(Plan)(reducer=L(TokenClustering)(grid=[46, 46]), start=3, stop=12)
+# Half of the tokens of each window of 14 x 14, in all blocks but the first and the last, see the README.
+plan = L(Plan)(reducer=L(TokenClustering)(grid=[10, 10]), start=1, stop=11, scope="window")
 
 train.init_checkpoint = "detectron2://ViTDet/COCO/mask_rcnn_vitdet_b/f325346929/model_final_61ccd1.pkl"
 train.amp.enabled = True

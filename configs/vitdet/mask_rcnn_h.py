@@ -11,7 +11,7 @@ model.backbone.net.update(
     window_block_indexes=[i for i in range(32) if i % 8 != 7],
 )
 
-plan.start, plan.stop = 10, 32
+plan.stop = 31
 
 train.init_checkpoint = "detectron2://ViTDet/COCO/mask_rcnn_vitdet_h/f329145471/model_final_7224f1.pkl"
 

@@ -11,7 +11,7 @@ model.backbone.net.update(
     window_block_indexes=[i for i in range(24) if i % 6 != 5],
 )
 
-plan.start, plan.stop = 8, 24
+plan.stop = 23
 
 train.init_checkpoint = "detectron2://ViTDet/COCO/mask_rcnn_vitdet_l/f325599698/model_final_6146ed.pkl"
 

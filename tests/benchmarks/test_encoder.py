@@ -67,7 +67,8 @@ def test_an_output_that_is_no_folder_is_refused_before_measuring(tmp_path):
 def test_scaling(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.encoder.SCALING_SIZES", (64, 96, 128))
     monkeypatch.setattr("benchmarks.encoder.SCORES_LIMIT_MB", 4e-6 * 12 * 7**4)  # of 6 x 6 tokens, not of 8 x 8
-    main(parse(["--scaling", "--device", "cpu", "--repeats", "2", "--output", str(tmp_path)]))
+    on_the_map = ["plan.scope=map", "plan.reducer.grid=[46,46]"]
+    main(parse(["--scaling", "--device", "cpu", "--repeats", "2", "--output", str(tmp_path), *on_the_map]))
     document = json.loads((tmp_path / "vitdet_b_scaling_cpu_float32.json").read_text())
     times = document["median_ms"]
     assert list(times["reducing and restoring"]) == list(times["global block"]) == ["16", "36", "64"]
