@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import SimpleTrainer, hooks
+from detectron2.engine import SimpleTrainer, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, JSONWriter
 from detectron2.utils.logger import setup_logger
@@ -136,11 +136,19 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
             CommonMetricPrinter(options.max_iter),
             JSONWriter(os.path.join(options.output_dir, "metrics.json")),
         ]
+
+    def save_reducer(finished: TrainerBase) -> None:  # before the evaluation, which may take hours
+        if reducer is not None and finished.iter + 1 >= options.max_iter:
+            path = os.path.join(options.output_dir, "reducer.pth")
+            torch.save(reducer.state_dict(), f"{path}.part")
+            os.replace(f"{path}.part", path)
+
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=schedule),
             hooks.PeriodicCheckpointer(checkpointer, **options.checkpointer) if main else None,
+            hooks.CallbackHook(after_train=save_reducer) if main else None,
             hooks.EvalHook(options.eval_period, evaluate),
             hooks.PeriodicWriter(writers, period=options.log_period) if main else None,
         ]
@@ -154,10 +162,6 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
             "nothing to resume, starting anew: %s has no last_checkpoint", options.output_dir
         )
     trainer.train(start, options.max_iter)
-    if main and reducer is not None:
-        path = os.path.join(options.output_dir, "reducer.pth")
-        torch.save(reducer.state_dict(), f"{path}.part")
-        os.replace(f"{path}.part", path)
 
 
 def _instantiate(cfg: DictConfig, key: str) -> Any:
