@@ -4,6 +4,7 @@ Compare a model with itself on fewer tokens, or train it.
 
     python train_net.py --eval-only                                   the embedded demo
     python train_net.py --eval-only --config-file configs/vitdet/mask_rcnn_b.py plan.start=4
+    python train_net.py --search keep=0.99 --config-file configs/vitdet/mask_rcnn_b.py
     python train_net.py --waterfall --config-file configs/demo/vitdet.py     part by part, what makes it faster
     python train_net.py --predict photo.jpg holiday.mp4 --config-file my_config.py --compare
     python train_net.py --calibrate --config-file configs/nuclei/vitdet.py search.images=16
@@ -50,21 +51,31 @@ ALONE = {"waterfall": COMPARING, "predict": (*COMPARING, "waterfall", "images", 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default=str(DEMO), help="a LazyConfig; without one, the demo's")
-    parser.add_argument("--eval-only", action="store_true", help="compare the models, do not train")
+    parser.add_argument("--config-file", default=str(DEMO), help="a LazyConfig (default: configs/demo/vitdet.py)")
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="compare the model with itself under the plan; without this or another task, train_net.py trains",
+    )
     parser.add_argument(
         "--waterfall",
         action="store_true",
         help="compare fast attention, bfloat16, int8, torch.compile and the plan, each alone and combined, on the "
         "first 100 images unless evaluation.max_images is set",
     )
-    parser.add_argument("--calibrate", action="store_true", help="fit the correction of the plan's restoring")
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="fit a correction of what the plan's restoring loses, to search.images images without labels; writes "
+        "calibration.pth to train.output_dir, for plan.calibration",
+    )
     parser.add_argument(
         "--search",
         nargs="+",
         metavar="GOAL",
         help="find the fastest plan that keeps a share of AP, PQ or mIoU (keep=0.99), or the most accurate one that "
-        "is so many times as fast as fast attention (speed=2); labels=none: without looking at labels",
+        "is so many times as fast as fast attention (speed=2); labels=none: without looking at labels; seed=0: how its "
+        "images are split",
     )
     parser.add_argument(
         "--predict",
@@ -80,7 +91,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compare", action="store_true", help="with --predict: also draw the unmodified model's results"
     )
-    parser.add_argument("--score", type=float, default=0.5, help="with --predict: least score of drawn instances (0.5)")
+    parser.add_argument("--score", type=float, default=0.5, help="with --predict: lowest score that is drawn (0.5)")
     parser.add_argument(
         "--control",
         action="store_true",
@@ -92,7 +103,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--report", action="store_true", help="also write report/index.html, a page of what the plan changes"
     )
-    parser.add_argument("--images", metavar="FOLDER", help="run on the images of a folder, without labels")
+    parser.add_argument("--images", metavar="FOLDER", help="run on the images of a folder, which need no labels")
     parser.add_argument("--only", choices=("unmodified", "expedited"), help="run only this model")
     parser.add_argument("--by-class", action="store_true", help="also print tables by class, largest loss first")
     parser.add_argument(
@@ -107,7 +118,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="overrides of the config, such as plan.start=4 'plan.reducer.grid=[20,20]' evaluation.max_images=50",
+        help="overrides of the config, such as plan.start=4 'plan.reducer.grid=[10,10]' evaluation.max_images=50",
     )
     args = parser.parse_intermixed_args(arguments)
     if args.only and args.control:
@@ -117,7 +128,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.report and not args.eval_only:
         parser.error("--report needs --eval-only: it is made from a comparison")
     if args.images and not (args.eval_only or args.calibrate or args.search or args.waterfall):
-        parser.error("--images have no labels: they are for --eval-only, --waterfall, --calibrate and --search")
+        parser.error("--images takes images without labels: it needs --eval-only, --waterfall, --calibrate or --search")
     if args.calibrate + args.eval_only + (args.search is not None) > 1:
         parser.error(
             "only one of --eval-only, --calibrate and --search can be given, as the first reads what the others write"

@@ -1,6 +1,6 @@
 """
-What a calibration has to see: the error that plans leave, and the AP that they keep, calibrated on few or many images,
-on images of one kind alone, and with a form, ridge and rank that is given in place of chosen.
+Which images a calibration needs: the error that plans leave, and the AP that they keep, calibrated on few or many
+images, on images of one kind alone, and with form, ridge and rank given instead of chosen.
 
     python -m benchmarks.calibration --config-file configs/nuclei/vitdet.py --by image_type
     python -m benchmarks.calibration --images 100 --counts 3 16 plan.stop=5
@@ -57,7 +57,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="calibrate on so many images (default: 2 3 6 12 16 48)",
     )
     parser.add_argument(
-        "--by", metavar="KEY", help="also calibrate on images of each kind alone: a key of the JSON's images"
+        "--by",
+        metavar="KEY",
+        help="also calibrate on images of each kind alone, by this key of the images in the data set's JSON",
     )
     parser.add_argument(
         "--images", type=int, metavar="N", help="images of the test set that are evaluated (default: all)"

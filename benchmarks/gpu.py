@@ -20,7 +20,7 @@ MODELS = {"vitdet_b": 1024, "vitdet_l": 1024, "vitdet_h": 1024, "swin_l": 1152}
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all four")
-    parser.add_argument("--output", default="output/gpu", metavar="FOLDER")
+    parser.add_argument("--output", default="output/gpu", metavar="FOLDER", help="folder of results (output/gpu)")
     parser.add_argument("--limit", type=int, default=520, metavar="SECONDS", help="start no new step after this (520)")
     return parser.parse_args(arguments)
 

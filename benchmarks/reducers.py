@@ -73,7 +73,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar=("START", "STOP"),
         help="run blocks START to STOP - 1 on fewer tokens (default: {} {})".format(*BLOCKS),
     )
-    parser.add_argument("--by", metavar="KEY", help="also a table by the value of this key of the JSON's images")
+    parser.add_argument("--by", metavar="KEY", help="also a table by this key of the images in the data set's JSON")
     parser.add_argument(
         "--sides",
         type=float,

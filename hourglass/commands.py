@@ -1,6 +1,6 @@
 """
-What ``train_net.py`` does beside training: comparing a model with itself on fewer tokens, calibrating a plan,
-and searching for one.
+What ``train_net.py`` does besides training: comparing a model with itself on fewer tokens, predicting, calibrating a
+plan, and searching for one.
 """
 
 import contextlib

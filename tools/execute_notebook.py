@@ -4,7 +4,7 @@ Run a notebook's cells and write what they show into it.
 
     python tools/execute_notebook.py projects/demo/tour.ipynb
 
-Progress bars and warnings are left out, and so is what tells the machine and the time.
+Progress bars and warnings are left out, and so is metadata about the machine and the time.
 """
 
 import argparse

@@ -45,8 +45,8 @@ IMAGES = 3
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default=str(DEMO), help="a LazyConfig; without one, the demo's")
-    parser.add_argument("--format", required=True, choices=tuple(FORMATS))
+    parser.add_argument("--config-file", default=str(DEMO), help="a LazyConfig (default: configs/demo/vitdet.py)")
+    parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="format of the file")
     parser.add_argument(
         "--model", action="store_true", help="export the whole model instead of its encoder (torchscript)"
     )
@@ -58,12 +58,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="size of the image in pixels (default: that of the config's first test image at the encoder)",
     )
     parser.add_argument(
-        "--dynamic", action="store_true", help="export an encoder for images of any size (not torchscript)"
+        "--dynamic", action="store_true", help="export an encoder for images of many sizes (not torchscript)"
     )
     parser.add_argument(
         "--output", metavar="FILE", help="file to write (default: encoder or model in train.output_dir)"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="overrides of the config, as for train_net.py"
+    )
     return parser.parse_intermixed_args(arguments)
 
 

@@ -84,8 +84,9 @@ SWIN_NODES = {
 #: MODEL.HOURGLASS: a plan's arguments, and its reducer's. None leaves the choice to the constructor. The defaults suit
 #: ViTDet-B on 1024 x 1024 pixels; a Swin's maps shrink from stage to stage and take a GRID of shares or an early STOP.
 HOURGLASS_NODES = {
-    # A class of hourglass.reduction: "TokenClustering", "AveragePooling", "DensityPeaks", "BipartiteMatching",
-    # "TokenSelection" or "SkipBlocks"; or a reducer of one's own by its dotted name. "": no reduction.
+    # A class of hourglass.reduction: "TokenClustering", "DensityPeaks", "GridMerging", "AveragePooling",
+    # "BipartiteMatching", "TokenSelection" or "SkipBlocks"; or a reducer of one's own by its dotted name. "": no
+    # reduction.
     "REDUCER": "TokenClustering",
     # The reducer's arguments by their own names, in capitals: in a file or in code, as yacs's command line adds no
     # nodes. Those of this project's reducers may stand below as well.

@@ -32,7 +32,7 @@ class Request(NamedTuple):
     Attributes:
         paths: images, videos and folders of them.
         output: the folder that is written to; None: ``predictions`` in the config's ``train.output_dir``.
-        compare: also by the unmodified model, drawn side_by_side it.
+        compare: also by the unmodified model, drawn to the left.
         score: instances of at least this are drawn.
     """
 
@@ -207,7 +207,7 @@ class _Run:
         if self.videos:
             done.append(f"{self.frames} frames of {self.videos} video{'s' if self.videos > 1 else ''}")
         times = [f"{name} {np.median(times):.1f} ms" for name, times in self.milliseconds.items()]
-        print(f"{' and '.join(done)}; model's time an image, median: {', '.join(times)}")
+        print(f"{' and '.join(done)}; median time of the model per image: {', '.join(times)}")
         print(f"written to {self.folder}: drawings, {', '.join(written)}", flush=True)
         if self.skipped:
             print(f"skipped {len(self.skipped)} of {files} files", flush=True)
