@@ -9,14 +9,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.config import LazyConfig
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import hourglass
 import train_net
+from benchmarks.encoder import MODELS
 from hourglass import InputError, Plan
+from hourglass.config import find_encoder_node
 from hourglass.encoders import ViT
-from hourglass.launch import load_config
+from hourglass.launch import build, load_config
 from tests import small_swin as of_swin
 from tests.small_vit import image, last, tiny_vit
 
@@ -100,6 +102,17 @@ def test_snippets_run(code, tmp_path, monkeypatch):
         assert last(scope["expedited"].eval(), image(1, 256, 256)).isfinite().all()
 
 
+def check_plan(config_file: Path, overrides: list[str]) -> None:
+    """The encoder can follow the plan."""
+    # The files that earlier commands write are not there.
+    cfg = load_config(str(config_file), [override for override in overrides if "output/" not in override])
+    encoder = find_encoder_node(cfg)
+    if encoder is not None and cfg.get("plan") is not None:
+        with torch.device("meta"):
+            model = instantiate(encoder)
+        hourglass.expedite(model, build(cfg, "plan"))
+
+
 @pytest.mark.parametrize("page, command", COMMANDS)
 def test_commands_are_read(page, command):
     """Options and overrides are those that there are; what is run, and where, is in the pages."""
@@ -111,13 +124,14 @@ def test_commands_are_read(page, command):
         if args.search is not None:
             hourglass.search.goal.Goal.parse(args.search)
         if not args.config_file.startswith(("my_", "output/")):
-            # The files that earlier commands write are not there.
-            overrides = [override for override in args.overrides if "output/" not in override]
-            load_config(str(ROOT / args.config_file), overrides)
+            check_plan(ROOT / args.config_file, args.overrides)
     elif words[1] == "-m" and words[2] != "pip":
         module = importlib.import_module(words[2])
         if hasattr(module, "parse"):
-            module.parse(words[3:])
+            args = module.parse(words[3:])
+            if hasattr(args, "overrides"):
+                named = ROOT / "configs" / MODELS[args.model] if hasattr(args, "model") else ROOT / args.config_file
+                check_plan(named, args.overrides)
     else:
         assert words[1] == "-m" or (ROOT / words[1]).is_file()
 

@@ -121,8 +121,13 @@ def _search_node(cfg: DictConfig) -> DictConfig:
 
 
 def search_dataset(cfg: DictConfig) -> str:
-    """The name of the data set that :func:`open_search` opens."""
-    names = cfg.search.dataset or cfg.dataloader.train.dataset.get("names", "the training images")
+    """
+    The name of the data set that :func:`open_search` opens.
+
+    Raises:
+        InputError: where the config names none.
+    """
+    names = _search_node(cfg).dataset.get("names", "the training images")
     return names if isinstance(names, str) else ", ".join(names)
 
 

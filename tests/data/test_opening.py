@@ -18,7 +18,7 @@ from pycocotools import mask as rle
 
 from hourglass import InputError
 from hourglass.data import PanopticMapper
-from hourglass.data.opening import load_test, open_test, open_train, square_side
+from hourglass.data.opening import load_test, open_search, open_test, open_train, search_dataset, square_side
 from hourglass.data.panoptic import register_panoptic
 from hourglass.launch import CONFIGS, DEMO, build_evaluator, load_config
 
@@ -614,3 +614,19 @@ class TestTrainingMasks:
         cfg = config()
         cfg.dataloader.train.mapper = L(PanopticMapper)(augmentations=[], stuff=False)
         assert open_train(cfg, model_of(cfg)) is not None
+
+
+class TestSearchImages:
+    def test_they_are_the_training_images_unless_named(self, folder):
+        register(folder)
+        register(folder, name="other")
+        for overrides, name in ((["search.dataset=null"], "mine"), (["search.dataset=other"], "other")):
+            cfg = config(*overrides)
+            assert search_dataset(cfg) == name and len(open_search(cfg, model_of(cfg))) == 2
+
+    def test_a_config_that_names_none(self):
+        cfg = config("search.dataset=null")
+        del cfg.dataloader["train"]
+        for of_config in (search_dataset, lambda cfg: open_search(cfg, model_of(cfg))):
+            with pytest.raises(InputError, match="search.dataset must be the name of a data set where there is no"):
+                of_config(cfg)
