@@ -23,7 +23,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hourglass.contexts import evaluating
+from hourglass.contexts import evaluating, without_autocast
 from hourglass.encoders.calibration import Calibration, describe_encoder, sample_weights
 from hourglass.encoders.expedite import expedite
 from hourglass.encoders.plan import Plan
@@ -238,8 +238,9 @@ class Moments:
 
     def observe_images(self, reduced: Tensor) -> None:
         """Record the second moments of each image's reduced tokens (B, h, w, C)."""
-        for rows in sample(reduced).float():
-            self.images.append((rows.T @ rows / len(rows)).cpu())
+        with without_autocast(reduced):
+            for rows in sample(reduced).float():
+                self.images.append((rows.T @ rows / len(rows)).cpu())
 
     def add(self, features: list[Tensor], target: Tensor, output: Tensor) -> None:
         """Add features, target and the blocks' output, (B, H, W, C) each, to the sums."""
@@ -247,8 +248,17 @@ class Moments:
         rows = [values.flatten(0, 2)[::step].float() for values in (*features, target, output)]
         ones = torch.ones_like(rows[0][:, :1])
         stacked, target, output = torch.cat([*rows[:-2], ones], dim=1), rows[-2], rows[-1]
-        self.gram = self.gram + (stacked.T @ stacked).double().cpu()
-        self.cross = self.cross + (stacked.T @ target).double().cpu()
+        # Products of what is left of the means, which are added in float64: beside large ones small variances are lost.
+        shift, target_shift = stacked.mean(0), target.mean(0)
+        shift[-1] = 0
+        shifted = stacked - shift
+        with without_autocast(shifted):
+            gram, cross = ((shifted.T @ rest).double().cpu() for rest in (shifted, target - target_shift))
+        shift, target_shift = shift.double().cpu(), target_shift.double().cpu()
+        sums, target_sums = gram[-1].clone(), cross[-1].clone()
+        total = sums + sums[-1] * shift
+        self.gram = self.gram + gram.addr_(total, shift).addr_(shift, sums)
+        self.cross = self.cross + cross.addr_(total, target_shift).addr_(shift, target_sums)
         self.square += float(target.double().square().sum())
         self.output_sum = self.output_sum + output.double().sum(0).cpu()
         self.output_square += float(output.double().square().sum())
@@ -324,11 +334,16 @@ def fit(
 
     Args:
         guard: whether images unlike those of ``folds`` are corrected less.
+
+    Raises:
+        InputError: for maps that are not finite.
     """
     folds = [fold for fold in folds if fold.count]
     total = reduce(add, folds)
     channels = _channels(total)
-    assert isinstance(total.cross, Tensor)
+    assert isinstance(total.gram, Tensor) and isinstance(total.cross, Tensor)
+    if not (torch.isfinite(total.gram).all() and torch.isfinite(total.cross).all()):
+        raise InputError("the maps before and after the plan's blocks must be finite, got nan or inf in some of them")
     linear = len(total.cross) == channels + 1
     forms = ("linear",) if linear else forms
     ranks = [max(1, round(share * channels)) for share in shares]

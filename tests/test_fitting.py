@@ -9,7 +9,7 @@ from torch import nn
 import hourglass
 from hourglass import AveragePooling, BipartiteMatching, InputError, LinearBlocks, Plan, TokenClustering, calibrate
 from hourglass.encoders.calibration import Calibration
-from hourglass.fitting import FOLDS, RIDGES, Recorder, calibrate_plans, fit
+from hourglass.fitting import FOLDS, RIDGES, Moments, Recorder, calibrate_plans, fit
 from tests import small_swin as of_swin
 from tests import small_vit as of_vit
 from tests.models import images
@@ -118,6 +118,39 @@ def test_images_of_another_kind_are_restored_as_without_it():
     for image in strange:
         torch.testing.assert_close(of_vit.last(view, image), of_vit.last(plain, image), atol=1e-5, rtol=1e-5)
     assert all(float(share) == 0 for share in shares[8:])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tokens_whose_mean_is_far_larger_than_their_spread_are_fitted(autocast):
+    """As some channels' of a ViT are. Products are not rounded to bfloat16 either."""
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.eye(32) + torch.randn(32, 32, generator=draw) / 100
+    tokens = [torch.randn(1, 16, 16, 32, generator=draw) for _ in range(4)]
+    mean = 30 * torch.randn(32, generator=draw)
+    fits = []
+    for offset in (torch.zeros(32), mean):
+        moments = [Moments() for _ in range(2)]
+        for i, image_tokens in enumerate(tokens):
+            reduction = AveragePooling((4, 4))(image_tokens + offset)
+            refined, output = reduction.tokens @ matrix, (image_tokens + offset) @ matrix
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                moments[i % 2].observe(image_tokens + offset, reduction, refined, output)
+        fits.append(fit(moments, ("full",), (1e-2,), guard=False))
+    assert fits[1].before == pytest.approx(fits[0].before, rel=0.01)
+    assert fits[1].remaining == pytest.approx(fits[0].remaining, rel=0.05)
+
+
+def test_images_that_are_all_the_same_are_fitted():
+    calibration = calibrate(of_vit.tiny_vit(use_abs_pos=False), PLAN, [torch.zeros(1, 3, 64, 64)] * 2)
+    assert all(torch.isfinite(value).all() for value in calibration.corrections[0].values())
+
+
+def test_maps_that_are_not_finite_are_refused_in_a_line():
+    encoder = of_vit.tiny_vit()
+    with torch.no_grad():
+        encoder.blocks[2].mlp.fc1.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="must be finite, got nan or inf"):
+        calibrate(encoder, PLAN, images(2))
 
 
 def test_what_it_makes_belongs_to_the_expedited_model():
