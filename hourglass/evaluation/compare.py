@@ -309,8 +309,8 @@ def _run(
         stack.enter_context(torch.no_grad())
         inside = not any(subject.compiled for subject in subjects.values())
         watches = {name: Stopwatch(subject.model, subject.encoder, clock, inside) for name, subject in subjects.items()}
-        for watch in watches.values():
-            stack.callback(watch.close)
+        # Those that are there at the end.
+        stack.callback(lambda: [watch.close() for watch in watches.values()])
         # One context around all runs: what it casts of the weights is kept while it lasts, for each model alike.
         stack.enter_context(torch.autocast(device, reduced, enabled=reduced != torch.float32))
 

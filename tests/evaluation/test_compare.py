@@ -229,6 +229,16 @@ def test_outputs_that_are_not_finite_are_said_by_model():
     assert comparison.warnings() == ["expedited: the encoder's output is not finite in 2 of 3 images"]
 
 
+def test_no_hook_stays_behind():
+    """Hooks of views are the encoder's own: they would add up from comparison to comparison."""
+    compared = subjects()
+    for _ in range(2):
+        compare(compared, images(2), warmup=0)
+    for subject in compared.values():
+        for module in subject.encoder.modules():
+            assert not module._forward_hooks and not module._forward_pre_hooks
+
+
 def test_a_calibration_that_is_held_back_is_said():
     """One of the images that it was fitted to, and one that is far brighter."""
     model = Detector(tiny_vit()).eval()
