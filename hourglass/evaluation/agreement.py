@@ -61,12 +61,12 @@ class OutputRecorder(DatasetEvaluator):
     has no figures of its own.
 
     Args:
-        max_detections: of an image, those with the highest scores.
+        max_detections: of an image and a class, those with the highest scores; None: all that the model gives.
         compared: whether a comparison is to tell how far it agrees with the first model's.
         lowest: detections of a lower score are not kept.
     """
 
-    def __init__(self, max_detections: int = 100, compared: bool = True, lowest: float = 0.0):
+    def __init__(self, max_detections: int | None = None, compared: bool = True, lowest: float = 0.0):
         self.max_detections = max_detections
         self.compared = compared
         self.lowest = lowest
@@ -112,10 +112,10 @@ class OutputRecorder(DatasetEvaluator):
 def recording(evaluators: Sequence[DatasetEvaluator], compared: bool = True, lowest: float = 0.0) -> DatasetEvaluators:
     """
     These evaluators, and an :class:`OutputRecorder`, of as many detections as the first of them takes; the others as
-    there.
+    there. Where none has a limit, neither has the recorder.
     """
     limits = [evaluator.max_detections for evaluator in evaluators if hasattr(evaluator, "max_detections")]
-    return DatasetEvaluators([*evaluators, OutputRecorder(limits[0] if limits else 100, compared, lowest)])
+    return DatasetEvaluators([*evaluators, OutputRecorder(limits[0] if limits else None, compared, lowest)])
 
 
 def _kept_output(output: dict[str, Any], lowest: float) -> dict[str, Any]:
@@ -183,7 +183,10 @@ def agreement(
     figures = {}
     for task in ("bbox", "segm"):
         if pairs and all(task in expected and task in actual for expected, actual in pairs):
-            limit = max(first.max_detections, second.max_detections)
+            most = max(100, *(len(kept["scores"]) for pair in pairs for kept in pair))
+            limit = max(
+                most if recorder.max_detections is None else recorder.max_detections for recorder in (first, second)
+            )
             figures[f"{task}.AP"] = average_precision(_matches(pairs, task, score, limit), weights)
     if pairs and all("panoptic_seg" in expected and "panoptic_seg" in actual for expected, actual in pairs):
         figures["panoptic_seg.PQ"] = _panoptic(pairs, weights)
