@@ -355,15 +355,7 @@ def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, 
     fit, rank, check = (
         Inputs(part, load) for part in (records[:fit_count], records[fit_count:middle], records[middle:])
     )
-    settings = {
-        "weights": digest_weights([model]),
-        "model": digest(to_plain(cfg.model)),
-        "data": digest_data(records),
-        "dtype": cfg.evaluation.dtype,
-        "environment": digest(describe_environment(cfg.train.device)),
-        "code": digest_code([model]),
-    }
-    measured = Measured(folder / "search.json", settings)
+    measured = Measured(folder / "search.json", search_settings(cfg, model, records))
     if measured.resumed:
         _print_line(f"continuing with the measurements in {measured.path}")
     dtype = getattr(torch, cfg.evaluation.dtype)
@@ -373,15 +365,36 @@ def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, 
     _print_line(f"\n{table}\n\n{text}")
     measured.conclude(goal=str(goal), plan=outcome.plan.describe(), reached=outcome.reached, why=outcome.why)
     write_whole(folder / "search.md", f"{to_table(outcome, 'github')}\n\n{text}\n")
+    picture = folder / "search.png"
     if outcome.rows:
-        draw(outcome, goal, folder / "search.png")
+        draw(outcome, goal, picture)
+    else:
+        picture.unlink(missing_ok=True)  # an earlier search's
     kept = [
         override for override in overrides if not override.startswith(("plan.", "plan=", "search.", "train.output_dir"))
     ]
     name = f"The plan of --search {goal} for {os.path.basename(config_file)}."
     write_plan(folder / "plan.py", outcome.plan, config_file, kept, [str(name) for name in cfg], name)
-    _print_line(f"written to {measured.path}, .md and .png; the plan is {folder / 'plan.py'}, for --config-file")
+    others = ", .md and .png" if outcome.rows else " and .md"
+    _print_line(f"written to {measured.path}{others}; the plan is {folder / 'plan.py'}, for --config-file")
     return outcome
+
+
+def search_settings(cfg: DictConfig, model: nn.Module, records: list[dict[str, Any]]) -> dict[str, str]:
+    """What the figures of a search on the images of these records depend on."""
+    loader = to_plain(cfg.dataloader.test)
+    for key in ("dataset", "num_workers"):  # the records are known, and images are read before the clock starts
+        loader.pop(key, None)
+    return {
+        "weights": digest_weights([model]),
+        "model": digest(to_plain(cfg.model)),
+        "data": digest_data(records),
+        "loader": digest([loader, cfg.dataloader.image_scaling]),
+        "evaluator": digest(to_plain(cfg.dataloader.get("evaluator"))),
+        "dtype": cfg.evaluation.dtype,
+        "environment": digest(describe_environment(cfg.train.device)),
+        "code": digest_code([model]),
+    }
 
 
 def _label_evaluators(cfg: DictConfig, model: nn.Module) -> Callable[[str], DatasetEvaluator] | None:

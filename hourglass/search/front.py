@@ -95,6 +95,8 @@ def make_pool(traced: Traced, candidates: list[Candidate], slowest: float) -> di
     """
     kinds: dict[str, list[Candidate]] = {}
     for candidate in candidates:
+        if candidate.option is None and candidate.keys == 1:  # what plans are compared with, as fast but for rounding
+            continue
         if candidate.time < slowest and candidate.error <= MOST:
             kinds.setdefault(candidate.kind(traced), []).append(candidate)
     overall = pareto_front([candidate for group in kinds.values() for candidate in group])

@@ -15,7 +15,7 @@ class Goal(NamedTuple):
             see `speed`.
         speed: speed-up of the encoder over fast attention alone, over 1: the search finds the plan that keeps most.
         labels: "auto": labels are used where the data have them; "none": they are not used.
-        seed: of the bootstrap samples, and of the choice of images.
+        seed: of how the images are split.
     """
 
     keep: float | None = None

@@ -113,7 +113,9 @@ def write_plan(path: Path, plan: Plan, base: str, overrides: Sequence[str], name
         names: what the base exports, or has by default.
         about: first line of the config.
     """
-    relative = os.path.relpath(os.path.abspath(base), path.parent.absolute())
+    # Of the folders that links lead to, as ".." is of those.
+    folder, file = os.path.split(base)
+    relative = os.path.relpath(os.path.join(os.path.realpath(folder), file), os.path.realpath(path.parent))
     description = plan.describe()
     default = Plan(plan.reducer).describe()
     lines = [
@@ -141,7 +143,7 @@ from detectron2.config import LazyCall as L
 from hourglass import {", ".join(sorted(imports))}
 from hourglass.launch import load_config
 
-_base = load_config(str(Path(__file__).parent / {relative!r}), {list(overrides)!r})
+_base = load_config(str(Path(__file__).resolve().parent / {relative!r}), {list(overrides)!r})
 {", ".join(exported)} = (_base[name] for name in {exported!r})
 
 plan = L(Plan)(

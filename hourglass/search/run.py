@@ -226,7 +226,7 @@ class Search:
     def _compare(self, plans: dict[str, Plan], images: list[list[dict[str, Any]]], phase: str) -> dict[str, Result]:
         subjects = {}
         for name, plan in {BASE: Plan(attention="fast"), **plans}.items():
-            labels = members(self.build_evaluator(name)) if self.build_evaluator is not None else []
+            labels = members(self.build_evaluator(describe(plan))) if self.build_evaluator is not None else []
             view = expedite(self.model, plan)
             subjects[name] = Subject(view, find_encoder(view)[1], recording(labels), counted=False)
         title = f"{phase.split()[0]}ing {len(plans)} plans"

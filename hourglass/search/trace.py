@@ -88,11 +88,17 @@ class Traced(NamedTuple):
 
     def supports(self, option: Option, start: int, stop: int) -> bool:
         """Whether a plan with this option can have these blocks."""
-        windows = {
-            window
+        planned = [
+            (block, window)
             for stage in self.stages
-            for window in stage.windows[max(0, start - stage.first) :][: max(0, stop - max(start, stage.first))]
-        }
+            for i, (block, window) in enumerate(zip(stage.blocks, stage.windows), start=stage.first)
+            if start <= i < stop
+        ]
+        windows = {window for _, window in planned}
+        if not option.reducer.on_grid and any(
+            getattr(unwrapped(block), "use_residual_block", False) for block, _ in planned
+        ):
+            return False
         if option.scope == "window":
             return bool(windows - {0})
         return option.reducer.on_grid or not windows - {0}

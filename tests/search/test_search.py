@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import hourglass
-from hourglass import AveragePooling, InputError, Plan, TokenClustering
+from hourglass import AveragePooling, InputError, Plan, TokenClustering, launch
+from hourglass.commands import search_settings
 from hourglass.fitting import Recorder, fit
 from hourglass.search import Goal
 from hourglass.search.estimate import SLOPE, SLOPE_DEVIATION, estimate, learn_slopes
@@ -16,6 +17,7 @@ from hourglass.search.front import Candidate, enumerate_plans, make_pool, pareto
 from hourglass.search.latency import Latency, measure_latency
 from hourglass.search.measured import Measured, Result
 from hourglass.search.options import KEYS, make_options
+from hourglass.search.report import write_plan
 from hourglass.search.run import Search, describe, key
 from hourglass.search.trace import Errors, measure_errors, relative, trace
 from tests import small_swin as of_swin
@@ -138,6 +140,22 @@ class TestErrors:
                 hourglass.expedite(traced.view, plan.plan(traced))
 
 
+def test_plans_that_an_encoder_with_convolutions_refuses_are_not_tried():
+    vit = of_vit.tiny_vit(residual_block_indexes=(3,))
+    traced = trace(vit, images(2, (64, 64)))
+    refused = 0
+    for option in traced.options:
+        for start, stop in ((0, 2), (2, 4), (3, 5)):
+            plan = Plan(option.reducer, start, stop, scope=option.scope)
+            if traced.supports(option, start, stop):
+                hourglass.expedite(vit, plan)
+            else:
+                with pytest.raises(InputError):
+                    hourglass.expedite(vit, plan)
+                refused += 1
+    assert refused
+
+
 def _bound(view):
     from hourglass.encoders import find_encoder
 
@@ -206,6 +224,12 @@ class TestFront:
         ]
         pool = make_pool(traced, plans, slowest=10)
         assert [plan.time for front in pool.values() for plan in front] == [8, 7]
+
+    def test_fast_attention_alone_is_no_plan_of_it(self, traced):
+        """The sum of its parts may be less by a rounding."""
+        fast = candidate(10 - 1e-12, 0.0, None)._replace(start=0, stop=0)
+        assert make_pool(traced, [fast], slowest=10) == {}
+        assert list(make_pool(traced, [fast, fast._replace(keys=2)], slowest=10)) == ["keys"]
 
     def test_a_few_stand_for_all_errors(self):
         front = [candidate(20 - i, 10.0 ** (i - 8)) for i in range(8)]
@@ -315,3 +339,30 @@ def test_plans_have_names():
     assert describe(Plan(keys=4)) == "keys of 4 x 4 tokens" and describe(Plan()) == "fast attention"
     assert describe(Plan(AveragePooling(0.5), 2)) == "AveragePooling 0.5 x 0.5 a map, blocks 2 to the last"
     assert key(plan) == key(Plan(TokenClustering((8, 8)), 2, 6, scope="window", keys=2)) != key(Plan(keys=2))
+
+
+class TestConfig:
+    def test_it_is_found_through_a_link(self, tmp_path):
+        (tmp_path / "far" / "away" / "found").mkdir(parents=True)
+        (tmp_path / "output").symlink_to(tmp_path / "far" / "away" / "found")
+        path = tmp_path / "output" / "plan.py"
+        write_plan(path, Plan(keys=2), str(launch.DEMO), [], ["model", "dataloader", "plan"], "A plan.")
+        assert launch.load_config(str(path), []).plan["keys"] == 2
+
+
+@pytest.mark.parametrize(
+    "override, same",
+    [
+        ("dataloader.test.num_workers=1", True),
+        ("dataloader.test.mapper.image_format=BGR", False),
+        ("dataloader.image_scaling=percentiles", False),
+        ("dataloader.evaluator.max_dets_per_image=200", False),
+    ],
+)
+def test_measurements_of_other_inputs_or_figures_are_not_reused(override, same):
+    vit = of_vit.tiny_vit()
+    before, after = (
+        search_settings(launch.load_config(str(launch.DEMO), overrides), vit, [{"image_id": 1}])
+        for overrides in ([], [override])
+    )
+    assert (before == after) == same
