@@ -10,9 +10,11 @@ import numpy as np
 from detectron2.config import instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.data import transforms as T
+from detectron2.utils import comm
 from detectron2.utils.logger import log_first_n
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig
+from torch.utils.data import SequentialSampler
 
 from hourglass.checks import check_choice
 from hourglass.data.annotations import open_instances
@@ -165,7 +167,12 @@ def load_records(
 
 
 def load_images(
-    node: DictConfig, records: list[dict[str, Any]], scaling: str = "full", square: int = 0, batch_size: int = 1
+    node: DictConfig,
+    records: list[dict[str, Any]],
+    scaling: str = "full",
+    square: int = 0,
+    batch_size: int = 1,
+    shared: bool = True,
 ) -> Any:
     """
     The loader of ``node``, as in :func:`build_loader`, for these records alone; empty where there are none.
@@ -175,6 +182,7 @@ def load_images(
         scaling, square: as for :class:`ReadableMapper`.
         batch_size: over 1, of a loader that gives images one by one: it gives batches of so many consecutive records,
             the same ones however many processes share them. The last one may have fewer.
+        shared: whether the processes of a distributed job share the images; False: each gets all of them.
 
     Raises:
         InputError: for arguments that the loader does not take.
@@ -183,6 +191,8 @@ def load_images(
     if not records:  # Detectron2's samplers take at least one
         return []
     arguments = {str(key): instantiate(node[key]) for key in node if key not in ("_target_", "dataset", "mapper")}
+    if not shared and comm.get_world_size() > 1:
+        arguments["sampler"] = SequentialSampler(records)
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
     mapper = ReadableMapper(instantiate(node.mapper), scaling, square)
     try:

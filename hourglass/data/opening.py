@@ -85,7 +85,7 @@ def open_search(cfg: DictConfig, model: nn.Module) -> Any:
     of the data set that the model is trained on, read as for evaluation.
 
     Returns:
-        their loader.
+        their loader, in each process of a distributed job of all of them.
 
     Raises:
         InputError: see :func:`~hourglass.data.loading.load_records`.
@@ -105,7 +105,7 @@ def open_search_records(
     """
     node, square = _search_node(cfg), square_side(model)
     records = _with_plain_ids(load_records(node, count, square, spread=True), search_dataset(cfg))
-    return records, lambda chosen: load_images(node, chosen, _scaling(cfg), square)
+    return records, lambda chosen: load_images(node, chosen, _scaling(cfg), square, shared=False)
 
 
 def _search_node(cfg: DictConfig) -> DictConfig:

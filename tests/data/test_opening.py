@@ -624,6 +624,14 @@ class TestSearchImages:
             cfg = config(*overrides)
             assert search_dataset(cfg) == name and len(open_search(cfg, model_of(cfg))) == 2
 
+    def test_each_process_gets_all_of_them(self, folder, monkeypatch):
+        """What is fitted to them is one calibration, not another one in each process."""
+        register(folder)
+        monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+        monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: 1)
+        cfg = config("search.dataset=null")
+        assert len(list(open_search(cfg, model_of(cfg)))) == 2
+
     def test_a_config_that_names_none(self):
         cfg = config("search.dataset=null")
         del cfg.dataloader["train"]
