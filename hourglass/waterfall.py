@@ -1,5 +1,6 @@
 """What makes a model faster, part by part and all together, in one table."""
 
+import copy
 import csv
 import io
 import os
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from hourglass.contexts import evaluating
 from hourglass.encoders import Plan, expedite, find_encoder
+from hourglass.encoders.calibration import describe_encoder, sample_weights
 from hourglass.encoders.sharing import replaced
 from hourglass.errors import InputError, reason
 from hourglass.evaluation.compare import Comparison, Measurement, Subject
@@ -67,7 +69,7 @@ class Step(NamedTuple):
 
     def view(self, model: nn.Module) -> nn.Module:
         """The model of this row, a view of the same weights, which stay as they are."""
-        view = expedite(quantize(model) if self.quantized else model, self.plan)
+        view = _in_int8_under(self.plan, model) if self.quantized else expedite(model, self.plan)
         if self.compiled:
             encoder = find_encoder(view)[1]
             # What is called from outside stays as it is, for hooks that tell the time.
@@ -108,6 +110,19 @@ def _in_int8(layer: nn.Linear) -> nn.Module:
 
     # It copies what it is given, this layer alone, and leaves the layer as it is.
     return quantize_dynamic(nn.Sequential(layer).eval(), {nn.Linear: per_channel_dynamic_qconfig})[0]
+
+
+def _in_int8_under(plan: Plan, model: nn.Module) -> nn.Module:
+    """A model in int8, expedited. A calibration is checked against the weights before they were rounded."""
+    rounded = quantize(model)
+    if plan.calibration is not None:
+        encoder, rounded_encoder = find_encoder(model)[1], find_encoder(rounded)[1]
+        plan.calibration.check_encoder(encoder)
+        plan.calibration.check_weights(encoder)
+        calibration = copy.copy(plan.calibration)
+        calibration.encoder, calibration.weights = describe_encoder(rounded_encoder), sample_weights(rounded_encoder)
+        plan = plan.calibrated(calibration)
+    return expedite(rounded, plan)
 
 
 def steps(plan: Plan) -> list[Step]:

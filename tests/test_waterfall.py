@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from hourglass import InputError, Plan, TokenClustering, waterfall
+from hourglass import InputError, Plan, TokenClustering, calibrate, waterfall
 from hourglass.evaluation import compare
 from tests.detectors import Drawn, Several, in_batches, rows, tiny_vit
 
@@ -100,6 +100,20 @@ def test_each_part_alone_and_all_of_them_together(backend, tmp_path):
         rounded = [f"{float(line[name]):.{digits}f}" for name, digits in zip(figures, (1, 1, 2, 0))]
         assert rounded == [cells[1], cells[3], cells[5], cells[7]]
     assert "box AP (maxDets 7) kept" in (tmp_path / "waterfall.md").read_text()
+
+
+def test_a_calibrated_plan_runs_in_int8_too():
+    """Its calibration is for the weights before they are rounded."""
+    torch.manual_seed(0)
+    model = Several(tiny_vit()).eval()
+    plan = PLAN.calibrated(calibrate(model, PLAN, in_batches(4, 1)))
+    steps = [step for step in waterfall.steps(plan) if step.name == "plan, int8"]
+    (trial,) = waterfall.attempt(steps, model, in_batches(1, 1), "cpu")
+    assert trial.problem == ""
+    with torch.no_grad():
+        model.encoder.blocks[1].mlp.fc1.weight.mul_(2)
+    with pytest.raises(InputError, match="made for other weights"):
+        steps[0].view(model)
 
 
 def test_what_cannot_run_is_a_row_that_says_so(monkeypatch, tmp_path):
