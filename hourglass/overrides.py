@@ -119,11 +119,14 @@ def _arguments(target: Any, former: bool = True) -> list[str] | None:
     """The arguments that a callable, or the dotted name of one, takes; None where it takes any."""
     if isinstance(target, str):
         try:
-            target = locate(target)
+            located = locate(target)
         except Exception as error:  # whatever importing it may raise
             raise InputError(
                 f"_target_ {target!r} cannot be imported: it must be the dotted name of a callable"
             ) from error
+        if not callable(located):
+            raise InputError(f"_target_ must be the dotted name of a callable, got {target!r}")
+        target = located
     # A class hands the keywords that it does not know on to its base.
     makers: list[Any] = [target]
     if isinstance(target, type):

@@ -100,3 +100,8 @@ def test_refusals(override, message):
         apply_overrides(cfg, [override])
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
     assert cfg == config()
+
+
+def test_a_target_that_cannot_be_called_is_refused():
+    with pytest.raises(InputError, match="_target_ must be the dotted name of a callable, got 'hourglass'"):
+        apply_overrides(config(), ["plan.reducer._target_=hourglass"])
