@@ -17,6 +17,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -217,7 +218,8 @@ def open_journal(
     settings = {
         "weights": digest_weights(models),
         "evaluators": {
-            name: [type(member).__name__ for member in members(subject.evaluator)] for name, subject in subjects.items()
+            name: [_describe_evaluator(member) for member in members(subject.evaluator)]
+            for name, subject in subjects.items()
         },
         "plans": {name: plan.describe() for name, plan in plans.items()},
         "data": digest_data(records),
@@ -226,6 +228,12 @@ def open_journal(
         "code": digest_code(models),
     }
     return Journal(cfg.train.output_dir, settings, resume)
+
+
+def _describe_evaluator(evaluator: DatasetEvaluator) -> str:
+    """Its type, and what it leaves out of an image."""
+    lowest = getattr(evaluator, "lowest", 0)
+    return f"{type(evaluator).__name__}{f' over {lowest}' if lowest else ''}"
 
 
 def members(evaluator: DatasetEvaluator) -> list[DatasetEvaluator]:
@@ -290,6 +298,8 @@ def to_plain(node: Any) -> Any:
         return [to_plain(value) for value in node]
     if node is None or isinstance(node, (bool, int, float, str)):
         return node
+    if isinstance(node, partial):  # whose text has an address, another one in each process
+        return [to_plain(part) for part in (node.func, node.args, node.keywords)]
     if hasattr(node, "__qualname__"):
         return f"{node.__module__}.{node.__qualname__}"
     return [to_plain(type(node)), to_plain(getattr(node, "__dict__", None)) or str(node)]

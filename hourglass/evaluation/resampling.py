@@ -54,7 +54,7 @@ class ResampledByClass(Resampled, Protocol):
 
 def check_evaluated(dataset: str, chosen: Collection[Any], run: Collection[Any]) -> list[Any]:
     """
-    The images to be evaluated, in order.
+    The images to be evaluated, in order: ids that are numbers before those that are text.
 
     Raises:
         InputError: for those that no process has run.
@@ -63,7 +63,7 @@ def check_evaluated(dataset: str, chosen: Collection[Any], run: Collection[Any])
     if unseen:
         images = f"{len(unseen)} of the {len(chosen)} images of data set {dataset!r} to be evaluated"
         raise InputError(f"{images} were not run, such as {unseen[0]!r}: img_ids must be of those that were")
-    return sorted(chosen)
+    return sorted(chosen, key=lambda image_id: (isinstance(image_id, str), image_id))
 
 
 def name_classes(classes: dict[Any, str]) -> dict[Any, str]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hourglass import InputError
-from hourglass.evaluation.agreement import OutputRecorder, _Map, agreement
+from hourglass.evaluation.agreement import OutputRecorder, _Map, agreement, recording
+from hourglass.evaluation.journal import _describe_evaluator, members
 from hourglass.evaluation.resampling import draw_samples
 from tests.models import detector_output
 
@@ -60,6 +61,22 @@ def test_a_moved_box_a_wrong_class_and_nothing_at_all_agree_less():
     assert 100 == pytest.approx(figures[0]) and figures == sorted(figures, reverse=True)
     assert figures[1] > 80 and figures[3] == 0
     assert np.isnan(compared([nothing], [FIRST])["segm.AP"][0])
+
+
+def test_without_a_limit_all_detections_count():
+    """As of images without labels: crowded ones have more than COCO's 100 of a class."""
+    boxes = [[4 * (i % 20), 4 * (i // 20), 4 * (i % 20) + 3, 4 * (i // 20) + 3] for i in range(120)]
+    crowded = instances(boxes, [0.9 - 0.001 * i for i in range(120)], [0] * 120, False)
+    (of_all,), (_, limited) = (members(recording(evaluators)) for evaluators in ([], [OutputRecorder(100)]))
+    for recorder in (of_all, limited):
+        recorder.process([{"image_id": 0}], [crowded])
+    assert agreement(of_all, of_all, [0], draw_samples(1))["bbox.AP"][0] == pytest.approx(100)
+    assert agreement(limited, limited, [0], draw_samples(1))["bbox.AP"][0] < 90
+
+
+def test_a_journal_tells_recorders_that_keep_less_from_others():
+    names = [_describe_evaluator(OutputRecorder(lowest=lowest)) for lowest in (0.0, 0.25)]
+    assert names == ["OutputRecorder", "OutputRecorder over 0.25"]
 
 
 def test_panoptic_segments_agree_as_panoptic_quality_says():

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -392,6 +393,7 @@ def test_configs_as_plain_values():
     # A part that refers to the rest, and objects, which have no address in them.
     assert to_plain(node.a) == {"names": ["x"], "same": 2}
     assert digest(to_plain({"x": Plan(start=1, reducer=None)})) == digest(to_plain({"x": Plan(start=1, reducer=None)}))
+    assert to_plain(partial(time.sleep, seconds=1)) == ["time.sleep", [], {"seconds": 1}]
 
 
 def test_several_evaluators_are_all_restored(tmp_path):

@@ -10,7 +10,7 @@ from detectron2.evaluation import SemSegEvaluator
 
 from hourglass import InputError
 from hourglass.evaluation import SemanticEvaluator
-from hourglass.evaluation.resampling import draw_samples, ratio_of_samples
+from hourglass.evaluation.resampling import check_evaluated, draw_samples, ratio_of_samples
 from hourglass.evaluation.semantic import class_figures, count_pixels, semantic_figures
 
 CLASSES = ["sky", "road", "tree", "sky"]
@@ -183,3 +183,7 @@ class TestBadInputs:
         del MetadataCatalog.get("streets").ignore_label
         with pytest.raises(InputError, match="data set 'streets' has no 'ignore_label' in its metadata"):
             SemanticEvaluator("streets")
+
+
+def test_ids_may_be_numbers_and_text():
+    assert check_evaluated("mine", ["b", 10, "a", 9], {"a", "b", 9, 10}) == [9, 10, "a", "b"]
