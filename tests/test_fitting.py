@@ -208,6 +208,20 @@ def test_another_plan_encoder_or_weights_are_refused_in_a_line():
     assert torch.equal(of_vit.last(view, *images(1)), of_vit.last(hourglass.expedite(encoder, plan), *images(1)))
 
 
+@pytest.mark.parametrize("name", ["blocks.0.attn.proj.weight", "blocks.3.mlp.fc2.bias", "blocks.1.norm1.weight"])
+def test_one_parameter_that_differs_makes_other_weights(name):
+    """However large the others are."""
+    encoder = of_vit.tiny_vit()
+    with torch.no_grad():
+        encoder.pos_embed.add_(30)
+    calibration = calibrate(encoder, PLAN, images(4))
+    calibration.check_weights(encoder)
+    with torch.no_grad():
+        encoder.get_parameter(name).mul_(1.05).add_(1e-3)
+    with pytest.raises(InputError, match=f"made for other weights: .* most in {name}"):
+        calibration.check_weights(encoder)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_in_half_precision_are_the_same_weights(dtype):
     encoder = of_vit.tiny_vit()

@@ -278,6 +278,12 @@ class _Batch(NamedTuple):
     padded: int = 0
 
 
+def _close(watches: dict[str, Stopwatch]) -> None:
+    """Those that are there by then."""
+    for watch in watches.values():
+        watch.close()
+
+
 def _run(
     subjects: dict[str, Subject],
     images: Collection[list[dict]],
@@ -309,8 +315,7 @@ def _run(
         stack.enter_context(torch.no_grad())
         inside = not any(subject.compiled for subject in subjects.values())
         watches = {name: Stopwatch(subject.model, subject.encoder, clock, inside) for name, subject in subjects.items()}
-        # Those that are there at the end.
-        stack.callback(lambda: [watch.close() for watch in watches.values()])
+        stack.callback(_close, watches)
         # One context around all runs: what it casts of the weights is kept while it lasts, for each model alike.
         stack.enter_context(torch.autocast(device, reduced, enabled=reduced != torch.float32))
 
