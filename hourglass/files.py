@@ -55,6 +55,11 @@ def write_together(folder: str | os.PathLike, texts: dict[str, str]) -> None:
             raise
 
 
+def printable(text: str) -> str:
+    """A path, or a text with one, that can be printed: what is no UTF-8 in the name of a file becomes "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @contextmanager
 def write_whole_folder(path: Path) -> Iterator[Path]:
     """

@@ -89,6 +89,8 @@ def draw_shapes(picture: np.ndarray, detections: Detections, marks: Sequence[Mar
             anchor = left + width / 2, top
         else:
             mask = _without_specks(_mask(detections, mark.number, size))
+            if not mask.any():  # a model may give a mask without a pixel
+                continue
             drawer.draw_binary_mask(mask, **style)
             outlines, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
             if len(drawer.output.ax.patches) == before:  # of a mask with holes it draws no outline

@@ -18,7 +18,7 @@ from hourglass.evaluation.figures import label_of
 from hourglass.evaluation.instances import InstanceEvaluator, average_precision
 from hourglass.evaluation.report import describe, describe_interval, describe_machine, to_table
 from hourglass.evaluation.resampling import difference_of_samples, draw_samples, ratio_of_samples
-from hourglass.files import write_whole_folder
+from hourglass.files import printable, write_whole_folder
 from hourglass.report import FOLDER, MARK, check_report_folder
 from hourglass.report.drawing import COLOURS, draw_shapes, marks_of, plot_figures, save_picture, scale, scaled_size
 from hourglass.report.losses import (
@@ -328,7 +328,7 @@ def _card(
     kinds = {kind: sum(change["kind"] == kind for change in changes) for kind in KINDS[1:]}
     return {
         "id": record["image_id"],
-        "name": os.path.basename(record["file_name"]),
+        "name": printable(os.path.basename(record["file_name"])),
         "panels": panels,
         "width": size[1],
         "height": size[0],
@@ -397,7 +397,7 @@ def _tokens(material: Material, record: dict[str, Any], folder: Path) -> dict[st
     window = f"; orange lines are windows of {tokens.window} x {tokens.window} tokens" if tokens.window else ""
     return {
         "file": "tokens.jpg",
-        "name": os.path.basename(record["file_name"]),
+        "name": printable(os.path.basename(record["file_name"])),
         "what": f"{caption}, of {tokens.full[0]} x {tokens.full[1]}{window}",
         "width": drawn.shape[1],
         "height": drawn.shape[0],

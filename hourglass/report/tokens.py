@@ -182,7 +182,7 @@ def _find_labels(
     if isinstance(reducer, Calibrated):  # what it adds is no part of a token's cluster
         reducer = reducer.reducer
     if reducer.selects:
-        selection = reducer(tokens, 0)
+        selection = _select(reducer, tokens, blocks, proportional)
         if selection.positions is None:
             return None, None, int(np.prod(map_size(selection.tokens)))
         selected = np.zeros(size, bool)
@@ -203,6 +203,17 @@ def _find_labels(
     else:
         labels = find_clusters(tokens, reduction)
     return labels.cpu().numpy(), None, rows * columns
+
+
+def _select(reducer: Reducer, tokens: Tensor, blocks: Sequence[nn.Module], proportional: bool) -> Reduction:
+    """What the first block selects: with windows, of what its attention gives."""
+    selections: list[Reduction] = []
+    handle = reducer.register_forward_hook(lambda _, arguments, selection: selections.append(selection))
+    try:
+        reducer.run(tokens, blocks[:1], proportional)
+    finally:
+        handle.remove()
+    return selections[0]
 
 
 def _merge(reducer: MergeEachWindow, tokens: Tensor, blocks: Sequence[nn.Module], proportional: bool) -> Reduction:

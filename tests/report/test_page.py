@@ -1,6 +1,7 @@
 """The page, of comparisons that are made up: what is hard to lay out, and what must not be lost on the way."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -176,7 +177,20 @@ def test_without_labels_and_without_changes(tmp_path):
     path = write_page(tmp_path / "out", identical)  # in the place of the other
     text = " ".join(Page(path).texts)
     assert "No image has a change." in text and [file.name for file in path.parent.iterdir()] == ["index.html"]
-    assert Page(write_page(tmp_path / "out", without._replace(images=0))).files == ["tokens.jpg"] * 2
+    none_shown = Page(write_page(tmp_path / "out", without._replace(images=0)))
+    assert none_shown.files == ["tokens.jpg"] * 2 and "No image has a change." not in " ".join(none_shown.texts)
+
+
+def test_masks_without_a_pixel_and_names_that_are_no_utf8(tmp_path):
+    odd = material(tmp_path, [(90, 120)], [12])
+    record, kept = odd.records[0], odd.recorders[1].outputs[0]
+    kept["segm"][0] = rle.encode(np.zeros((90, 120), np.uint8, order="F"))
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    os.rename(record["file_name"], path)
+    record["file_name"] = str(path)
+    page = check_page(write_page(tmp_path / "out", odd))
+    assert any(f"expedited: {len(kept['segm'])}" in text for text in page.texts)
+    assert any("caf?.png" in text for text in page.texts)
 
 
 def test_an_error_leaves_the_older_report(tmp_path):

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from hourglass import AveragePooling, BipartiteMatching, DensityPeaks, Plan, SkipBlocks, TokenClustering, expedite
+from hourglass import (
+    AveragePooling,
+    BipartiteMatching,
+    DensityPeaks,
+    Plan,
+    SkipBlocks,
+    TokenClustering,
+    TokenSelection,
+    expedite,
+)
 from hourglass.reduction.scope import EachWindow
 from hourglass.report.tokens import Tokens, draw_tokens, find_clusters, find_clusters_in_windows, find_tokens
 from tests.detectors import Detector, tiny_vit
@@ -40,6 +49,26 @@ def test_tokens_of_plans():
 def test_merged_tokens_are_those_after_the_last_block():
     merged = seen(Plan(BipartiteMatching(0.25), 1, scope="window"))
     assert merged.merged and merged.running == len(np.unique(merged.labels)) < merged.labels.size
+
+
+@pytest.mark.parametrize("windowed", [(0, 1), ()])
+def test_selected_tokens_are_those_that_the_first_block_runs_on(windowed):
+    torch.manual_seed(0)
+    reducer = TokenSelection("random")
+    plan = Plan(reducer)
+    encoder = tiny_vit(window_block_indexes=windowed)
+    view = expedite(Detector(encoder), plan).eval()
+    with torch.no_grad():
+        for parameter in (*encoder.parameters(), *reducer.parameters()):
+            parameter.add_(0.3 * torch.randn_like(parameter))  # so that attention changes what is selected
+    inputs, ran = {"image": torch.rand(3, 64, 48)}, []
+    shown = find_tokens(view, plan, inputs)
+    reducer.register_forward_hook(lambda _, arguments, selection: ran.append(selection.positions))
+    view([inputs])
+    rows, columns = ran[0].reshape(-1, 2).long().numpy().T
+    expected = np.zeros(shown.full, bool)
+    expected[rows, columns] = True
+    assert 0 < shown.running < expected.size and np.array_equal(shown.selected, expected)
 
 
 def test_pictures_of_tokens():
