@@ -24,7 +24,7 @@ def register_folder(folder: str | os.PathLike) -> str:
     Raises:
         InputError: for a folder that is missing, or without an image.
     """
-    root = Path(folder).expanduser()
+    root = Path(os.path.expanduser(folder))
     if not root.is_dir():
         raise InputError(f"--images must be a folder of images, got {str(folder)!r}, which is no folder")
     paths = sorted(str(path) for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())

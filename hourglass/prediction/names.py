@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from detectron2.data import Metadata
 
-from hourglass.errors import InputError
+from hourglass.errors import InputError, reason
 
 
 class Names(NamedTuple):
@@ -29,13 +29,15 @@ class Names(NamedTuple):
         """From Detectron2's metadata, or from the data set's JSON where that has not been read yet."""
         things, stuff = (_known(metadata, f"{kind}_classes") or [] for kind in ("thing", "stuff"))
         ids = {kind: _known(metadata, f"{kind}_dataset_id_to_contiguous_id") or {} for kind in ("thing", "stuff")}
-        if not things and not stuff:
+        unknown = not things and not stuff
+        # Names may be registered without ids; LVIS's count from 1, and its files are large.
+        if unknown or things and not ids["thing"] and _known(metadata, "evaluator_type") != "lvis":
             path = _known(metadata, "json_file")
             if isinstance(path, str | os.PathLike) and os.path.isfile(path):
-                with open(path, encoding="utf-8") as file:
-                    categories = sorted(json.load(file).get("categories", []), key=lambda category: category["id"])
-                things = [category["name"] for category in categories]
-                ids["thing"] = {category["id"]: i for i, category in enumerate(categories)}
+                categories = _read_categories(path)
+                if unknown or list(things) == list(categories.values()):
+                    things = list(categories.values())
+                    ids["thing"] = {id: i for i, id in enumerate(categories)}
         return cls(
             dict(enumerate(things)),
             dict(enumerate(stuff)),
@@ -64,6 +66,16 @@ class Names(NamedTuple):
                 # Panoptic data sets may count their things among the stuff too.
                 categories[id] = {"id": id, "name": name, "isthing": int(thing)}
         return [categories[id] for id in sorted(categories)]
+
+
+def _read_categories(path: str | os.PathLike) -> dict[int, str]:
+    """The names by id, in the order of the ids."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            categories = json.load(file).get("categories", [])
+        return {category["id"]: category["name"] for category in sorted(categories, key=lambda entry: entry["id"])}
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:  # of a file that is no such JSON
+        raise InputError(f"instances JSON {path} has no categories that can be read ({reason(error)})") from error
 
 
 def _known(metadata: Metadata, key: str) -> Any:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from hourglass.errors import InputError
-from hourglass.files import check_folder, write_whole
+from hourglass.files import check_folder, printable, write_whole
 from hourglass.prediction.drawing import count, draw, side_by_side
 from hourglass.prediction.names import Names
 from hourglass.prediction.results import Results
@@ -57,7 +57,7 @@ def run_prediction(cfg: DictConfig, request: Request) -> int:
         raise InputError("--predict runs in one process only")
     if not 0 <= request.score <= 1:
         raise InputError(f"--score must be a number from 0 to 1, got {request.score!r}")
-    folder = Path(request.output or os.path.join(cfg.train.output_dir, "predictions")).expanduser()
+    folder = Path(os.path.expanduser(request.output or os.path.join(cfg.train.output_dir, "predictions")))
     check_folder("--output", folder)
     sources = find_sources(request.paths)
     if not sources:
@@ -135,8 +135,8 @@ class _Run:
             with bar:
                 for batch in _batched(iter(video), self.batch_size):
                     for image, outputs in zip(batch, self._predict(batch)):
-                        self.frames += 1
                         drawn.add(self._draw(image, outputs))
+                        self.frames += 1
                         self._write({"file_name": str(source.path), "frame": frames}, image, outputs)
                         frames += 1
                         bar.update()
@@ -160,7 +160,7 @@ class _Run:
             yield
         except InputError as error:
             self.skipped.append(str(error))
-            tqdm.write(f"skipped: {error}")
+            tqdm.write(printable(f"skipped: {error}"))
             if bar is not None:
                 bar.total -= 1
                 bar.refresh()
@@ -208,7 +208,7 @@ class _Run:
             done.append(f"{self.frames} frames of {self.videos} video{'s' if self.videos > 1 else ''}")
         times = [f"{name} {np.median(times):.1f} ms" for name, times in self.milliseconds.items()]
         print(f"{' and '.join(done)}; median time of the model per image: {', '.join(times)}")
-        print(f"written to {self.folder}: drawings, {', '.join(written)}", flush=True)
+        print(printable(f"written to {self.folder}: drawings, {', '.join(written)}"), flush=True)
         if self.skipped:
             print(f"skipped {len(self.skipped)} of {files} files", flush=True)
 

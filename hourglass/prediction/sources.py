@@ -12,6 +12,7 @@ import numpy as np
 from hourglass.data.images import read_image
 from hourglass.data.unlabelled import SUFFIXES
 from hourglass.errors import InputError, reason
+from hourglass.files import printable
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
@@ -45,7 +46,7 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     sources: list[Source] = []
     names: set[str] = set()
     for argument in paths:
-        path = Path(argument).expanduser()
+        path = Path(os.path.expanduser(argument))  # as it is where there is no such user
         files = [path]
         if path.is_dir():
             suffixes = (*SUFFIXES, *VIDEO_SUFFIXES)
@@ -101,6 +102,7 @@ class Video:
     def __init__(self, path: Path):
         if not path.is_file():
             raise InputError(f"{path} is missing")
+        _check_name(path)
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what it would say is said in a line
         self._capture = cv2.VideoCapture(os.fspath(path))
         if not self._capture.isOpened():
@@ -131,7 +133,9 @@ class VideoFile:
     """
 
     def __init__(self, path: Path, rate: float):
-        self._path, self._rate = path, rate
+        self._path = path
+        # Of as many decimals as MPEG-4 takes, whose frames begin at multiples of 1 / 65535 s at the finest.
+        self._rate = round(rate, next(digits for digits in (3, 2, 1, 0) if rate * 10**digits < 65535))
         self._part = path.with_name(f".{path.stem}.part{path.suffix}")
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
@@ -139,6 +143,7 @@ class VideoFile:
     def add(self, frame: np.ndarray) -> None:
         """``frame``: (H, W, 3) uint8 in BGR; resized to the first one's size where it has another."""
         if self._writer is None:
+            _check_name(self._path)
             self._part.parent.mkdir(parents=True, exist_ok=True)
             # The format takes even sides alone.
             self._size = (frame.shape[1] // 2 * 2, frame.shape[0] // 2 * 2)
@@ -163,3 +168,10 @@ class VideoFile:
             os.replace(self._part, self._path)
         else:
             self._part.unlink(missing_ok=True)
+
+
+def _check_name(path: Path) -> None:
+    """Raise InputError for a path that OpenCV's videos do not take: it ends the process."""
+    name = os.fspath(path)
+    if printable(name) != name:
+        raise InputError(f"the path of a video must be UTF-8, got {printable(name)!r}: rename it")

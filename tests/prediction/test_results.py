@@ -9,6 +9,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
+from hourglass import InputError
 from hourglass.data.panoptic import PanopticMetadata, segment_ids
 from hourglass.prediction.names import Names
 from hourglass.prediction.results import JsonList, Results
@@ -89,6 +90,14 @@ def test_names_as_far_as_they_are_known(tmp_path):
     assert read.known and read.name(1) == "dog" and read.category_id(1) == 7 and read.category_id(0) == 3
     names = Names.from_metadata(Metadata(name="told", thing_classes=["a"], thing_dataset_id_to_contiguous_id={9: 0}))
     assert names.name(0) == "a" and names.category_id(0) == 9 and names.name(4) == "class 4"
+    told = {"name": "registered with names", "json_file": str(path)}
+    ids = Names.from_metadata(Metadata(**told, thing_classes=["cat", "dog"]))
+    assert [ids.category_id(number) for number in (0, 1)] == [3, 7]
+    others = Names.from_metadata(Metadata(**told, thing_classes=["dog", "cat"]))  # whose ids are not known
+    assert others.name(0) == "dog" and others.category_id(0) == 1
+    path.write_text('{"categories": [{"id": 7}]}')
+    with pytest.raises(InputError, match="instances.json has no categories that can be read .KeyError: 'name'"):
+        Names.from_metadata(Metadata(name="damaged", json_file=str(path)))
     gone = Names.from_metadata(PanopticMetadata(name="gone", panoptic_json=str(tmp_path / "gone.json")))
     for unknown in (
         gone,

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,3 +70,28 @@ def test_a_video_is_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["True.mp4"]
     frames = list(Video(tmp_path / "True.mp4"))
     assert [frame.shape for frame in frames] == [(32, 46, 3)] * 3
+
+
+@pytest.mark.parametrize("rate", [23.976, 59.9401, 65.537, 119.951, 239.834, 1000.0])
+def test_a_video_of_any_rate_is_written(rate, tmp_path):
+    file = VideoFile(tmp_path / "clip.mp4", rate)
+    for brightness in (50, 200):
+        file.add(np.full((32, 48, 3), brightness, np.uint8))
+    file.close()
+    video = Video(tmp_path / "clip.mp4")
+    assert len(list(video)) == 2 and video.rate == pytest.approx(rate, rel=1e-4)
+
+
+def test_a_video_whose_name_is_no_utf8_is_refused(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.mp4")
+    write_video(tmp_path / "clip.mp4", 1)
+    os.rename(tmp_path / "clip.mp4", path)
+    message = r"the path of a video must be UTF-8, got '.*caf\?.mp4': rename it"
+    with pytest.raises(InputError, match=message):
+        Video(path)
+    with pytest.raises(InputError, match=message):
+        VideoFile(path, 5).add(np.zeros((32, 48, 3), np.uint8))
+
+
+def test_the_folder_of_a_user_that_is_not_there():
+    assert [source.path.name for source in find_sources(["~no such user/a.jpg"])] == ["a.jpg"]
