@@ -19,7 +19,7 @@ from hourglass.checkpoint import load_checkpoint
 from hourglass.data.loading import check_square
 from hourglass.data.opening import square_side
 from hourglass.encoders import Plan, expedite
-from hourglass.errors import InputError
+from hourglass.errors import InputError, reason
 from hourglass.launch import build, find_device
 from hourglass.reduction.selection import RANDOM
 
@@ -165,7 +165,8 @@ class Predictor:
         """
         from hourglass.report.tokens import draw_tokens, find_tokens
 
-        tokens = None if self.plan is None else find_tokens(self.model, self.plan, self.prepare(image))
+        with self._autocast():
+            tokens = None if self.plan is None else find_tokens(self.model, self.plan, self.prepare(image))
         if tokens is None:
             raise InputError(f"draw_tokens needs a predictor whose plan has a reducer, got {self.plan!r}")
         return draw_tokens(np.ascontiguousarray(image[:, :, ::-1]), tokens)[:, :, ::-1].copy()
@@ -193,7 +194,12 @@ class Predictor:
                 rgb if self.image_format == "RGB" else convert_PIL_to_numpy(Image.fromarray(rgb), self.image_format)
             )
         inputs = T.AugInput(values)
-        self.augmentations(inputs)
+        try:
+            self.augmentations(inputs)
+        except (RuntimeError, ValueError) as error:  # of a strip that would be resized to no pixel
+            raise InputError(
+                f"image {name or 'of the predictor'} of {height} x {width} pixels cannot be augmented ({reason(error)})"
+            ) from error
         pixels = np.ascontiguousarray(inputs.image.transpose(2, 0, 1))
         if self._square:
             check_square(tuple(pixels.shape[-2:]), self._square, name or "of the predictor")
@@ -203,8 +209,11 @@ class Predictor:
         """The model's outputs of what :meth:`prepare` gave, as one batch."""
         if not inputs:
             return []
-        with torch.no_grad(), torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
+        with torch.no_grad(), self._autocast():
             return self.model(inputs)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def _metadata(names: Any) -> Metadata:

@@ -1,5 +1,6 @@
 """``hourglass.Predictor``: what evaluation would find, of images as they are."""
 
+import copy
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from hourglass import InputError, Plan
 from hourglass.data.opening import load_test, open_test
 from hourglass.encoders import find_encoder
 from hourglass.launch import DEMO, load_config
+from hourglass.report import tokens
+from hourglass.report.tokens import find_tokens
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,29 @@ def test_the_mappers_augmentations_and_format(images):
 def test_what_is_no_image_is_refused(images, image, message):
     with pytest.raises(InputError, match=message):
         images[-1](image)
+
+
+def test_an_image_that_cannot_be_resized_is_refused(images):
+    resizing = copy.copy(images[-1])
+    resizing.augmentations = T.AugmentationList([T.ResizeShortestEdge(512, 512)])
+    assert resizing.prepare(np.zeros((8, 4000, 3), np.uint8))["image"].shape == (3, 1, 512)
+    with pytest.raises(InputError, match="image strip.png of 3 x 4000 pixels cannot be augmented .ValueError"):
+        resizing.prepare(np.zeros((3, 4000, 3), np.uint8), "strip.png")
+
+
+def test_tokens_are_of_the_precision_that_the_model_runs_in(images, monkeypatch):
+    paths, _, predictor = images
+    half, seen = copy.copy(predictor), []
+    half.dtype = torch.bfloat16
+
+    def note(*arguments):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return find_tokens(*arguments)
+
+    monkeypatch.setattr(tokens, "find_tokens", note)
+    for each in (predictor, half):
+        each.draw_tokens(cv2.imread(paths[0]))
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize(
