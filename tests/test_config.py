@@ -28,6 +28,7 @@ from hourglass import (
 from hourglass.compat import detectron2_encoder
 from hourglass.config import SWIN_NODES, add_hourglass_config, build_plan, build_swin_plan, expedite
 from hourglass.encoders import Swin, ViT
+from hourglass.encoders.calibration import Calibration, describe_encoder, sample_weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VIT = dict(img_size=64, patch_size=8, embed_dim=16, depth=3, num_heads=2, use_rel_pos=True, pretrain_img_size=64)
@@ -447,3 +448,14 @@ def test_arguments_of_a_reducer_of_ones_own(config_kind, tmp_path):
     cfg.MODEL.HOURGLASS.ARGUMENTS.STEP = 3
     with pytest.raises(InputError, match="MODEL.HOURGLASS.ARGUMENTS of Strided must be 'stride', got 'step'"):
         build_plan(cfg)
+
+
+def test_a_calibrated_plan_keeps_its_calibration():
+    cfg = bare(window_size=0)
+    encoder = instantiate(cfg.model.backbone)
+    bare_plan = Plan(AveragePooling((4, 4)))
+    tensors = {0: {"tokens": torch.zeros(16, 16), "constant": torch.zeros(16)}}
+    about = describe_encoder(encoder), sample_weights(encoder)
+    calibration = Calibration(tensors, bare_plan.describe(), *about, {"images": 1})
+    expedited = instantiate(expedite(cfg, bare_plan.calibrated(calibration)).model.backbone)
+    assert expedited.plan.calibration.digest() == calibration.digest()

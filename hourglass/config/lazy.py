@@ -78,7 +78,12 @@ def expedite(cfg: DictConfig, plan: Plan | DictConfig) -> DictConfig:
 
 
 def plan_node(plan: Plan) -> DictConfig | Plan:
-    """The node that builds an equal plan; the plan itself where its reducer's arguments cannot be written in a node."""
+    """
+    The node that builds an equal plan; the plan itself where it has a calibration, or its reducer's arguments cannot be
+    written in a node.
+    """
+    if plan.calibration is not None:
+        return plan
     values = plan.describe()
     # What follows from the others stays open, so that it follows overrides of them too.
     if plan.attention == Plan(plan.reducer, published=plan.published and plan.reducer is not None).attention:
