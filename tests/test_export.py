@@ -340,13 +340,17 @@ def command(tmp_path_factory):
 @pytest.mark.parametrize("part", ["encoder", "model"])
 def test_the_command_exports_the_demo(part, command, tmp_path, capsys):
     output = tmp_path / "new folder" / f"{part}.ts"
-    command("--format", "torchscript", "--output", str(output), *(["--model"] if part == "model" else []))
+    options = ["--model"] if part == "model" else []
+    # A config may set a batch size for evaluation: a program takes one image.
+    command("--format", "torchscript", "--output", str(output), *options, "evaluation.batch_size=2")
     printed = capsys.readouterr().out
     assert f"exporting the {part} as torchscript for images of 512 x 512" in printed
     rows = [line.split("|") for line in printed.splitlines() if "512 x 512 |" in line]
     assert len(rows) == 3 and all(float(row[3]) <= 1e-3 for row in rows)
     x = torch.zeros(1, 3, 512, 512) if part == "encoder" else torch.zeros(3, 512, 512, dtype=torch.uint8)
-    actual = torch.jit.load(output)(x)
+    about = {"hourglass.json": ""}
+    actual = torch.jit.load(output, _extra_files=about)(x)
+    assert json.loads(about["hourglass.json"])["image"] == list(x.shape)
     assert actual["last_feat"].shape == (1, 128, 16, 16) if part == "encoder" else len(actual) == 5
 
 

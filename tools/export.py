@@ -78,6 +78,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.overrides)
     if cfg.evaluation.dtype != "float32":
         raise InputError(f"evaluation.dtype must be float32 for an export, got evaluation.dtype={cfg.evaluation.dtype}")
+    cfg.evaluation.batch_size = 1  # a program takes one image
     part = "model" if args.model else "encoder"
     output = args.output or os.path.join(cfg.train.output_dir, part + FORMATS[args.format])
     check_path(output, args.format)
