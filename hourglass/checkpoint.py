@@ -213,6 +213,8 @@ def _tensors(weights: Mapping[str, Any], path: str) -> dict[str, Tensor]:
     """The arrays as tensors; what else stands among them fills no parameter, and is left out."""
     tensors = OrderedDict()
     for name, value in weights.items():
+        if not isinstance(name, str):
+            continue
         if isinstance(value, Tensor):
             tensors[name] = value
         elif _is_array(value):

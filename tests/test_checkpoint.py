@@ -428,3 +428,9 @@ def test_what_detectron2_writes_is_read_whole(tmp_path):
     assert torch.equal(
         read["trainer"]["optimizer"]["state"][0]["exp_avg"], optimizer.state[source[0].weight]["exp_avg"]
     )
+
+
+def test_tensors_without_names_fill_nothing(tmp_path):
+    torch.save({0: torch.zeros(4, 3), 1: torch.zeros(4)}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="of its 4 parameters and buffers 4 missing"):
+        load_checkpoint(model(), str(tmp_path / "a.pth"))

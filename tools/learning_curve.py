@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         figures = read(args.metrics)
-    except (OSError, ValueError, KeyError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         print(f"error: {args.metrics} is no metrics.json of a training ({error})", file=sys.stderr)
         sys.exit(2)
     lacking = [name for name in args.figures if name not in figures]
@@ -59,7 +59,11 @@ def main() -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if len(args.figures) > 1:
         axes.legend(frameon=False)
-    figure.savefig(args.output, dpi=150)
+    try:
+        figure.savefig(args.output, dpi=150)
+    except (OSError, ValueError) as error:  # of a folder that is missing, and of an ending that is no picture's
+        print(f"error: {args.output} cannot be written ({error})", file=sys.stderr)
+        sys.exit(2)
     print(f"written to {args.output}")
 
 

@@ -8,6 +8,7 @@ updates are, until it is trained. Where the block before looks farther or less f
 """
 
 import argparse
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from hourglass import InputError
-from hourglass.files import check_folder
+from hourglass.checkpoint import read_checkpoint
+from hourglass.errors import reason
+from hourglass.files import check_folder, write_whole
 from hourglass.launch import one_line
-from hourglass.weights import read_weights
 
 # Of the deeper model's blocks, those that are there already, in order; global ones stay global.
 KEPT = (0, 1, 2, 4, 6, 8, 10, 11)
@@ -69,10 +71,17 @@ def main(args: argparse.Namespace) -> None:
     check_folder("output", Path(args.output).parent)
     if not os.path.isfile(args.checkpoint):
         raise InputError(f"checkpoint {args.checkpoint} is missing")
-    content = read_weights(args.checkpoint)
-    weights = deepen(content.get("model", content), KEPT, DEPTH, GLOBAL)
+    try:
+        content = read_checkpoint(args.checkpoint)
+    except InputError:
+        raise
+    except Exception as error:  # whatever an unpickler may raise
+        raise InputError(f"checkpoint {args.checkpoint} cannot be read ({reason(error)})") from error
+    weights = deepen(content["model"], KEPT, DEPTH, GLOBAL)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": weights}, args.output)
+    file = io.BytesIO()
+    torch.save({"model": weights}, file)
+    write_whole(Path(args.output), file.getvalue())
     print(f"{len(KEPT)} blocks became {DEPTH}, written to {args.output}")
 
 

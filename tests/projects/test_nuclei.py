@@ -236,5 +236,8 @@ def test_a_deepened_model_computes_the_same(tmp_path):
         torch.testing.assert_close(features[1][name], expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(InputError, match="the model must have 8 blocks, got 12"):
         deepen.main(deepen.parse([str(start), str(tmp_path / "again.pth")]))
+    (tmp_path / "torn.pth").write_bytes(start.read_bytes()[:5000])
+    with pytest.raises(InputError, match="checkpoint .*torn.pth cannot be read"):
+        deepen.main(deepen.parse([str(tmp_path / "torn.pth"), str(tmp_path / "again.pth")]))
     with pytest.raises(InputError, match="checkpoint .*none.pth is missing"):
         deepen.main(deepen.parse([str(tmp_path / "none.pth"), str(tmp_path / "again.pth")]))

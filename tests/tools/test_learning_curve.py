@@ -28,13 +28,17 @@ def test_a_picture_of_the_losses(metrics, tmp_path):
     assert min(Image.open(tmp_path / "curve.png").size) > 200
 
 
-@pytest.mark.parametrize("wrong", ["no file", "no JSON", "no such figure"])
+@pytest.mark.parametrize("wrong", ["no file", "no JSON", "a list", "no such figure", "no folder", "no picture"])
 def test_what_cannot_be_drawn_is_one_line(wrong, metrics, tmp_path):
     arguments = [metrics, "--output", tmp_path / "curve.png"]
     if wrong == "no file":
         arguments[0] = tmp_path / "other.json"
     elif wrong == "no JSON":
         metrics.write_text("iteration 1")
+    elif wrong == "a list":
+        metrics.write_text("[1]")
+    elif wrong in ("no folder", "no picture"):
+        arguments[2] = tmp_path / ("new/curve.png" if wrong == "no folder" else "curve.doc")
     else:
         arguments += ["--figures", "loss_box"]
     result = run(*arguments)
