@@ -358,6 +358,8 @@ def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, 
     measured = Measured(folder / "search.json", search_settings(cfg, model, records))
     if measured.resumed:
         _print_line(f"continuing with the measurements in {measured.path}")
+    elif measured.differing:
+        warn(f"{measured.path} was measured with other {', '.join(measured.differing)}: it is replaced")
     dtype = getattr(torch, cfg.evaluation.dtype)
     images = Images(fit, rank, check, about)
     outcome = Search(model, images, goal, measured, labels, cfg.train.device, dtype, _print_line).run()

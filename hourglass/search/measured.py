@@ -45,10 +45,11 @@ class Measured:
             content = json.loads(path.read_text())
         except (OSError, ValueError):
             content = None
+        found = content.get("settings") if isinstance(content, dict) and content.get("schema") == SCHEMA else None
         #: Whether the file had something to go on from.
-        self.resumed = (
-            isinstance(content, dict) and content.get("schema") == SCHEMA and content.get("settings") == settings
-        )
+        self.resumed = found == settings
+        #: The settings in which a file that was there differs; it is replaced.
+        self.differing = [key for key in settings if found.get(key) != settings[key]] if isinstance(found, dict) else []
         if self.resumed:
             self._content = content
 

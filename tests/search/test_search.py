@@ -329,6 +329,7 @@ class TestMeasured:
         path.write_text(content)
         measured = Measured(path, {"weights": "a"})
         assert not measured.resumed and measured.result("rank 32", "plan") is None
+        assert measured.differing == (["weights"] if "settings" in content else [])
         measured.conclude(goal="keep=0.9")
         assert json.loads(path.read_text())["found"] == {"goal": "keep=0.9"}
 
