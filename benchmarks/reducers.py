@@ -388,11 +388,12 @@ def plot(document: dict[str, Any], path: Path) -> None:
                 color=color,
                 marker=marker,
                 markersize=7,
+                markerfacecolor="white" if name.endswith(CALIBRATED) else color,
                 linewidth=0.8,
                 alpha=0.9,
                 label=kind if kind not in axes.get_legend_handles_labels()[1] else None,
             )
-            budget = name.partition(", ")[2].removesuffix(" %")
+            budget = name.partition(", ")[2].removesuffix(CALIBRATED).removesuffix(" %")
             axes.annotate(budget, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
             if row["front"][key]:
                 front.append((x, y))
@@ -405,7 +406,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{document['config']}, blocks {document['start']} to {document['stop'] - 1} on fewer tokens: "
         f"{document['images']} images, {document['device']}, {document['dtype']}.\n"
-        "Numbers are budgets in % of the tokens, bars 95 % bootstrap intervals over images",
+        "Numbers are budgets in % of the tokens, bars 95 % bootstrap intervals over images; hollow: calibrated",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)
