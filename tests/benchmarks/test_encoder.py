@@ -119,7 +119,18 @@ def test_a_reducer_that_acts_in_each_block_has_its_row(tmp_path):
 
 def test_parts_are_compared_on_the_same_input(tmp_path):
     options = ["--size", "128", "--repeats", "1", "--device", "cpu", "--no-memory", "--output", str(tmp_path)]
-    main(parse([*options, "plan.reducer.grid=[6,6]", "plan.start=11"]))
+    main(
+        parse(
+            [
+                *options,
+                "plan.reducer.grid=[6,6]",
+                "plan.start=11",
+                "plan.stop=12",
+                "plan.scope=map",
+                "plan.reducer.grid=[4,4]",
+            ]
+        )
+    )
     parts = json.loads((tmp_path / "vitdet_b_128_cpu_float32.json").read_text())["parts"]
     assert list(parts) == ["attention of a global block", "reducing and restoring"]
     assert all(part["difference"] < 1e-4 and part["speedup"]["ratio"] > 0 for part in parts.values())
