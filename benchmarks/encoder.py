@@ -3,8 +3,7 @@ Time an encoder with random weights against itself with fast attention and on fe
 
     python -m benchmarks.encoder --model vitdet_b
     python -m benchmarks.encoder --model swin_l --size 1152 --published
-    python -m benchmarks.encoder --model vitdet_b plan.stop=11 plan.scope=window 'plan.reducer.grid=[10,10]'
-    python -m benchmarks.encoder --model vitdet_b --calibrated plan.stop=11 plan.scope=window plan.keys=2
+    python -m benchmarks.encoder --model vitdet_b --calibrated 'plan.reducer.grid=[7,7]' plan.keys=2
     python -m benchmarks.encoder --model vitdet_b --scaling plan.scope=map 'plan.reducer.grid=[46,46]'
 """
 

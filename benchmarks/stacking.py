@@ -1,7 +1,7 @@
 """
 What combines: fast attention, bfloat16, int8, torch.compile, a plan and batches, on an encoder with random weights.
 
-    python -m benchmarks.stacking --model vitdet_b plan.start=1 plan.stop=11 plan.scope=window 'plan.reducer.grid=[7,7]'
+    python -m benchmarks.stacking --model vitdet_b 'plan.reducer.grid=[7,7]' plan.keys=2
     python -m benchmarks.stacking --model swin_t --size 640 --batches 1 8
 
 For what combinations cost in AP, on a trained model: train_net.py --waterfall.

@@ -25,7 +25,7 @@ from hourglass.reduction import (
 from hourglass.version import __version__
 
 if TYPE_CHECKING:
-    from hourglass.predictor import Predictor
+    from hourglass.prediction.predictor import Predictor
 
 __all__ = [
     "AveragePooling",
@@ -54,7 +54,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "Predictor":  # imported when it is asked for: it takes what reads and evaluates data sets
-        from hourglass.predictor import Predictor
+        from hourglass.prediction.predictor import Predictor
 
         return Predictor
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,15 @@
 """Files that are written whole, and folders that can be written to."""
 
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from hourglass.errors import InputError
 
@@ -25,6 +29,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary = Path(folder) / path.name
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
+
+
+def save_whole(path: Path, content: Any) -> None:
+    """``torch.save``, atomically, see :func:`write_whole`."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    write_whole(path, file.getvalue())
 
 
 def write_together(folder: str | os.PathLike, texts: dict[str, str]) -> None:

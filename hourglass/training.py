@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hourglass.checks import check_choice, check_number
 from hourglass.data.opening import open_train
 from hourglass.errors import InputError, reason
+from hourglass.files import save_whole
 from hourglass.reduction import Reducer, collect_losses
 
 #: What is trained: all of the model, or of it only a reducer that learns.
@@ -139,9 +141,7 @@ def train(cfg: DictConfig, model: nn.Module, evaluate: Callable[[], dict], resum
 
     def save_reducer(finished: TrainerBase) -> None:  # before the evaluation, which may take hours
         if reducer is not None and finished.iter + 1 >= options.max_iter:
-            path = os.path.join(options.output_dir, "reducer.pth")
-            torch.save(reducer.state_dict(), f"{path}.part")
-            os.replace(f"{path}.part", path)
+            save_whole(Path(options.output_dir, "reducer.pth"), reducer.state_dict())
 
     trainer.register_hooks(
         [

@@ -1,7 +1,6 @@
 """Calibrations of a plan's restoring: their content, their files, and the plan and weights that they are for."""
 
 import hashlib
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from hourglass.encoders.sharing import base_class
 from hourglass.errors import InputError, reason
-from hourglass.files import write_whole
+from hourglass.files import save_whole
 from hourglass.weights import read_weights
 
 FORMAT = "hourglass calibration 1"
@@ -55,9 +54,7 @@ class Calibration:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write it to a file, atomically."""
-        file = io.BytesIO()
-        torch.save({"format": FORMAT, **vars(self)}, file)
-        write_whole(Path(path), file.getvalue())
+        save_whole(Path(path), {"format": FORMAT, **vars(self)})
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Calibration":

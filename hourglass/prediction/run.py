@@ -18,9 +18,9 @@ from hourglass.errors import InputError
 from hourglass.files import check_folder, printable, write_whole
 from hourglass.prediction.drawing import count, draw, side_by_side
 from hourglass.prediction.names import Names
+from hourglass.prediction.predictor import Predictor
 from hourglass.prediction.results import Results
 from hourglass.prediction.sources import Source, Video, VideoFile, find_sources, read_pixels
-from hourglass.predictor import Predictor
 
 EXPEDITED, UNMODIFIED = "expedited", "unmodified"
 

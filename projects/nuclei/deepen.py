@@ -8,7 +8,6 @@ updates are, until it is trained. Where the block before looks farther or less f
 """
 
 import argparse
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from hourglass import InputError
 from hourglass.checkpoint import read_checkpoint
 from hourglass.errors import reason
-from hourglass.files import check_folder, write_whole
+from hourglass.files import check_folder, save_whole
 from hourglass.launch import one_line
 
 # Of the deeper model's blocks, those that are there already, in order; global ones stay global.
@@ -79,9 +78,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f"checkpoint {args.checkpoint} cannot be read ({reason(error)})") from error
     weights = deepen(content["model"], KEPT, DEPTH, GLOBAL)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    file = io.BytesIO()
-    torch.save({"model": weights}, file)
-    write_whole(Path(args.output), file.getvalue())
+    save_whole(Path(args.output), {"model": weights})
     print(f"{len(KEPT)} blocks became {DEPTH}, written to {args.output}")
 
 
