@@ -20,7 +20,7 @@ from hourglass.launch import one_line
 FOLDER = Path(__file__).parent
 FIGURES = FOLDER / "reducers_cpu.json"
 #: The curve: this reducer's plans, calibrated where those were measured.
-CURVE, CALIBRATED = "TokenClustering, ", ", calibrated"
+CURVE, CALIBRATED = "GridMerging, ", ", calibrated"
 AFFINE, LEFT_OUT = "an affine map in their place (control)", "blocks left out (control)"
 
 
@@ -116,7 +116,7 @@ def draw(document: dict[str, Any], theme: Theme, path: Path) -> None:
             **style,
         )
 
-    say(mark("unmodified", theme.faint, "o"), "unmodified", theme.faint, (0, -14))
+    say(mark("unmodified", theme.faint, "o"), "unmodified", theme.faint, (0, 14))
     fast = mark("fast attention", theme.lossless, "o")
     say(fast, f"fast attention\nlossless, {fast.speed:.1f}x", theme.lossless, (0, -14))
     curve = sorted((points[name] for name in find_curve(rows)), key=lambda point: point.speed)

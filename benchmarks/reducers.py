@@ -60,6 +60,8 @@ BUDGETS = (0.6, 0.4, 0.25)
 # Sides of cells that global blocks' keys are pooled to.
 POOLED = (2, 4)
 CALIBRATED = ", calibrated"
+# Of the plot's axis of AP kept, in %.
+TICKS = (0, 20, 40, 60, 70, 80, 85, 90, 92, 94, 96, 97, 98, 99, 100, 101, 102, 104, 106, 110)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -359,6 +361,16 @@ def _tabulate(rows: list[list[str]], headers: list[str], tablefmt: str) -> str:
     )
 
 
+def _by_loss(kept: np.ndarray) -> np.ndarray:
+    lost = 100 - np.asarray(kept, float)
+    return -np.sign(lost) * np.log1p(np.abs(lost))
+
+
+def _from_loss(scaled: np.ndarray) -> np.ndarray:
+    scaled = np.asarray(scaled, float)
+    return 100 + np.sign(scaled) * np.expm1(np.abs(scaled))
+
+
 def plot(document: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -399,6 +411,11 @@ def plot(document: dict[str, Any], path: Path) -> None:
                 front.append((x, y))
         if front:
             axes.plot(*zip(*sorted(front)), color="black", linewidth=1, linestyle="--", zorder=0, label="Pareto front")
+        # Plans that keep nearly all are the ones to tell apart: losses are drawn by their logarithm.
+        axes.set_yscale("function", functions=(_by_loss, _from_loss))
+        bottom, top = axes.get_ylim()
+        axes.set_yticks([tick for tick in TICKS if bottom <= tick <= top], minor=False)
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("encoder speed-up, times the unmodified encoder")
         axes.set_ylabel(f"{label_of(key)} kept, %")
         axes.grid(alpha=0.3)
@@ -406,7 +423,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{document['config']}, blocks {document['start']} to {document['stop'] - 1} on fewer tokens: "
         f"{document['images']} images, {document['device']}, {document['dtype']}.\n"
-        "Numbers are budgets in % of the tokens, bars 95 % bootstrap intervals over images; hollow: calibrated",
+        "Numbers are budgets in % of the tokens, bars 95 % bootstrap intervals over images; hollow: calibrated. Losses by logarithm",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)

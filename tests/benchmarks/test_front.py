@@ -28,12 +28,10 @@ def test_it_is_drawn_for_light_and_dark_pages(tmp_path):
 
 
 def test_the_curve_is_calibrated_where_that_was_measured():
-    rows = dict.fromkeys(
-        ["unmodified", "TokenClustering, 60 %", "TokenClustering.published, 60 %", "DensityPeaks, 60 %"]
-    )
-    assert front.find_curve(rows) == ["TokenClustering, 60 %"]
-    rows["TokenClustering, 60 %, calibrated"] = None
-    assert front.find_curve(rows) == ["TokenClustering, 60 %, calibrated"]
+    rows = dict.fromkeys(["unmodified", "GridMerging, 60 %", "TokenClustering.published, 60 %", "DensityPeaks, 60 %"])
+    assert front.find_curve(rows) == ["GridMerging, 60 %"]
+    rows["GridMerging, 60 %, calibrated"] = None
+    assert front.find_curve(rows) == ["GridMerging, 60 %, calibrated"]
 
 
 def test_a_point_is_in_percent():
