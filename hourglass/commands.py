@@ -67,8 +67,8 @@ from hourglass.search.run import Images, Outcome, Search
 # COCO's small, medium and large objects.
 SIDES = (32, 96)
 # Images of a search, where search.images says nothing.
-SEARCH_IMAGES = 128
-# Of these a fifth calibrates plans, at most so many: more hardly help.
+SEARCH_IMAGES = 180
+# Of these a sixth calibrates plans, at most so many: more hardly help.
 MOST_FIT_IMAGES = 48
 # Batches in which a second size of images is looked for, before a compiled model is timed.
 TRIED = 16
@@ -350,8 +350,8 @@ def run_search(cfg: DictConfig, model: nn.Module, goal: Goal, config_file: str, 
     records, load = open_search_records(cfg, model, cfg.search.images or SEARCH_IMAGES)
     records = [records[i] for i in np.random.default_rng(goal.seed).permutation(len(records))]
     labels = _label_evaluators(cfg, model) if goal.labels == "auto" else None
-    fit_count = min(max(FIT_IMAGES, len(records) // 5), MOST_FIT_IMAGES, len(records) // 4)
-    middle = fit_count + 2 * (len(records) - fit_count) // 3
+    fit_count = min(max(FIT_IMAGES, len(records) // 6), MOST_FIT_IMAGES, len(records) // 4)
+    middle = fit_count + 3 * (len(records) - fit_count) // 4
     fit, rank, check = (
         Inputs(part, load) for part in (records[:fit_count], records[fit_count:middle], records[middle:])
     )

@@ -193,6 +193,11 @@ class Recorder:
             self.moments[first][self.fold].observe_images(reduction.tokens)
 
 
+def detail_of(reduction: Reduction) -> Tensor:
+    """(B, H, W, C), d = x - U c: what the reduced tokens miss of each token."""
+    return reduction.restore(torch.zeros_like(reduction.tokens))
+
+
 class Moments:
     """
     Sums over tokens, in float64.
@@ -220,7 +225,9 @@ class Moments:
         self.output_square = 0.0
         self.count = 0
 
-    def observe(self, tokens: Tensor, reduction: Reduction, refined: Tensor, output: Tensor) -> None:
+    def observe(
+        self, tokens: Tensor, reduction: Reduction, refined: Tensor, output: Tensor, detail: Tensor | None = None
+    ) -> Tensor:
         """
         Record the error of restoring.
 
@@ -229,12 +236,17 @@ class Moments:
             reduction: of these tokens.
             refined: (B, h, w, C), its tokens after the blocks.
             output: (B, H, W, C), the blocks' output on the full map.
+            detail: (B, H, W, C), d, if it is known already.
+
+        Returns:
+            (B, H, W, C), the restored map.
         """
         restored = reduction.restore(refined)
         features = [tokens]
         if refined.numel() > 0:
-            features = [reduction.restore(torch.zeros_like(refined)), tokens, restored - tokens]
+            features = [detail_of(reduction) if detail is None else detail, tokens, restored - tokens]
         self.add(features, output - restored, output)
+        return restored
 
     def observe_images(self, reduced: Tensor) -> None:
         """Record the second moments of each image's reduced tokens (B, h, w, C)."""

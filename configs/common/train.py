@@ -25,7 +25,7 @@ train = dict(
 search = dict(
     # null: the data set that the model is trained on.
     dataset=None,
-    # So many, spread evenly over it; null: 16, and 128 for --search, which ranks plans on most of them.
+    # So many, spread evenly over it; null: 16, and 180 for --search, which ranks plans on most of them.
     images=None,
 )
 

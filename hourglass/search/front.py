@@ -10,8 +10,11 @@ from hourglass.search.trace import Errors, Traced
 
 # Errors beyond which a model finds little: a share of the maps' variance.
 MOST = 0.15
-# A kind of plan that has so many times the error of others, at the same time, is left out.
-FAR = 2.0
+# A kind of plan that has so many times the error of others, at the same time, is left out: what is lost for an error
+# differs less than that between kinds.
+FAR = 4.0
+# Errors, over the loss asked for, of plans that are worth a run: less loses nothing that shows, more too much.
+SPAN = (0.2, 4.0)
 
 
 class Candidate(NamedTuple):
@@ -34,8 +37,11 @@ class Candidate(NamedTuple):
     error: float
 
     def kind(self, traced: Traced) -> str:
-        """The plan's reducer."""
-        return "keys" if self.option is None else type(traced.options[self.option].reducer).__name__
+        """The plan's reducer, and its pooled keys: each changes maps in a way of its own."""
+        if self.option is None:
+            return "keys"
+        kind = type(traced.options[self.option].reducer).__name__
+        return kind if self.keys == 1 else f"{kind}, keys of {self.keys} x {self.keys}"
 
     def plan(self, traced: Traced) -> Plan:
         """Not calibrated."""
@@ -113,15 +119,38 @@ def _error_at(front: list[Candidate], time: float) -> float:
     return min((candidate.error for candidate in front if candidate.time <= time * (1 + 1e-9)), default=float("inf"))
 
 
-def spread(front: list[Candidate], number: int) -> list[Candidate]:
-    """``number`` candidates of a front, at even steps of the logarithm of their error, without repeats."""
-    if len(front) <= number:
-        return list(front)
+def plausible(pool: dict[str, list[Candidate]], keep: float | None) -> dict[str, list[Candidate]]:
+    """
+    The candidates that may lose about what is asked for; where there are none of any kind, all.
+
+    Args:
+        pool: kind of plan -> its front.
+        keep: share of the accuracy to keep; None: as much as can be had.
+    """
+    least = min(plan.error for front in pool.values() for plan in front)
+    low, high = (0.0, least * SPAN[1]) if keep is None else (bound * (1 - keep) for bound in SPAN)
+    chosen = {kind: [plan for plan in front if low <= plan.error <= high] for kind, front in pool.items()}
+    return {kind: front for kind, front in chosen.items() if front} or pool
+
+
+def spread(pool: dict[str, list[Candidate]], number: int) -> list[Candidate]:
+    """
+    About ``number`` candidates, from each kind as many as from others where it has so many, at least one, and at even
+    steps of the logarithm of their error.
+    """
+    shares = dict.fromkeys(pool, 1)
+    while sum(shares.values()) < min(number, sum(map(len, pool.values()))):
+        kind = min((kind for kind in pool if shares[kind] < len(pool[kind])), key=shares.__getitem__)
+        shares[kind] += 1
+    return [candidate for kind, front in pool.items() for candidate in _spread_front(front, shares[kind])]
+
+
+def _spread_front(front: list[Candidate], number: int) -> list[Candidate]:
     logs = [math.log(max(candidate.error, 1e-12)) for candidate in front]
     low, high = min(logs), max(logs)
-    chosen: dict[int, None] = {}
+    chosen: list[int] = []
     for i in range(number):
-        level = low + (high - low) * i / max(1, number - 1)
+        level = low + (high - low) * (i + 0.5) / number
         remaining = [j for j in range(len(front)) if j not in chosen]
-        chosen[min(remaining, key=lambda j: (abs(logs[j] - level), j))] = None
+        chosen.append(min(remaining, key=lambda j: (abs(logs[j] - level), j)))
     return [front[i] for i in sorted(chosen)]

@@ -43,7 +43,7 @@ def make_options(windows: Collection[int]) -> list[Option]:
         for side in sorted({max(2, round(share * window)) for share in SHARES} - {window}, reverse=True):
             for kind in (TokenClustering, DensityPeaks, GridMerging):
                 options.append(Option(kind((side, side)), "window", (side / window) ** 2))
-    for share in SHARES:
-        kinds = (TokenClustering, GridMerging) if windows else (TokenClustering, DensityPeaks, GridMerging)
-        options += [Option(kind(share), "map", share**2) for kind in kinds]
-    return options
+    if options:  # the whole map loses more at the same budget: clusters across windows mix what attends apart
+        return options
+    kinds = (TokenClustering, GridMerging) if windows else (TokenClustering, DensityPeaks, GridMerging)
+    return [Option(kind(share), "map", share**2) for share in SHARES for kind in kinds]

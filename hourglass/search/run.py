@@ -21,16 +21,18 @@ from hourglass.evaluation.compare import Comparison, Subject, compare
 from hourglass.evaluation.journal import members
 from hourglass.fitting import TOGETHER, calibrate_plans
 from hourglass.search.estimate import Slope, estimate, learn_slopes
-from hourglass.search.front import Candidate, enumerate_plans, make_pool, spread
+from hourglass.search.front import Candidate, enumerate_plans, make_pool, plausible, spread
 from hourglass.search.goal import Goal
 from hourglass.search.latency import measure_latency
 from hourglass.search.measured import Measured, Result
 from hourglass.search.trace import Traced, measure_errors, trace
 
-# Plans that run in the first round, and in the second.
-FIRST, SECOND = 12, 8
+# Plans that run in the first round, and in each of those after it.
+FIRST, LATER = 12, (3, 2)
+# Predicted bounds that plans are tried at, over the loss that is asked for: from the nearest on.
+LEVELS = (1.0, 0.75, 1.33, 0.56, 1.78, 0.42, 2.4)
 # Images of the first round, at most.
-FEW = 32
+FEW = 20
 BASE = "fast attention"
 
 
@@ -83,6 +85,24 @@ class Row(NamedTuple):
     verdict: str = ""
 
 
+class Ran(NamedTuple):
+    """
+    A candidate that ran.
+
+    Attributes:
+        candidate: as it was enumerated.
+        plan: it, calibrated.
+        predicted: see :class:`Row`.
+        result: on the first so many ``images`` of the ranking.
+    """
+
+    candidate: Candidate
+    plan: Plan
+    predicted: float
+    result: Result
+    images: int
+
+
 class Outcome(NamedTuple):
     """
     What a search found.
@@ -133,6 +153,7 @@ class Search:
         self.device, self.dtype, self.log = device, dtype, log
         self._calibrations: dict[str, Calibration] = {}
         self._slopes: dict[str, Slope] = {}
+        self._ran: list[Ran] = []
 
     def run(self) -> Outcome:
         """
@@ -154,42 +175,44 @@ class Search:
         if not pool:
             fastest = latency.encoder / min(candidate.time for candidate in plans)
             return self._no_plan(f"the fastest plan is predicted to be at {fastest:.2f}x of fast attention alone")
-        per_kind = max(2, FIRST // len(pool))
-        first = [candidate for front in pool.values() for candidate in spread(front, per_kind)]
-        rows = self._round(traced, latency.encoder, first, "first")
-        second = self._promising(traced, pool, rows)
-        if second:
-            rows = self._round(traced, latency.encoder, second, "second")
-        return self._choose([row for _, row in rows])
+        pool = plausible(pool, self.goal.keep)
+        first = spread(pool, FIRST)
+        encoder = latency.encoder
+        self._run(traced, encoder, first, min(FEW, len(self.images.rank)), "first round")
+        for number, most in enumerate(LATER, start=2):
+            promising = self._promising(traced, pool, most)
+            if promising:
+                self._run(traced, encoder, promising, len(self.images.rank), f"round {number}")
+        return self._choose(self._rows(len(self.images.rank)) or self._rows(min(FEW, len(self.images.rank))))
 
     # --- running plans --------------------------------------------------------------------------------------------
 
-    def _round(
-        self, traced: Traced, encoder: float, candidates: list[Candidate], phase: str
-    ) -> list[tuple[Candidate, Row]]:
-        """Run plans on the first few images of the ranking, or on all; the slowest plan first."""
-        number = min(FEW, len(self.images.rank)) if phase == "first" else len(self.images.rank)
+    def _run(self, traced: Traced, encoder: float, candidates: list[Candidate], number: int, title: str) -> None:
+        """Run plans on the first so many images of the ranking."""
         images = [inputs for i, inputs in enumerate(self.images.rank) if i < number]
         plans = {key(candidate.plan(traced)): candidate for candidate in candidates}
         self._calibrate([candidate.plan(traced) for candidate in plans.values()])
         views = {name: self._calibrated(candidate.plan(traced)) for name, candidate in plans.items()}
         results = self._measure(views, images, f"rank {number}")
-        self._slopes = learn_slopes(results.values())
-        rows = [
-            (candidate, self._row(views[name], encoder / candidate.time, results[name], number))
-            for name, candidate in plans.items()
-        ]
-        rows.sort(key=lambda pair: pair[1].result.speed)
-        best, marked = -math.inf, []
-        for candidate, row in reversed(rows):
-            marked.append((candidate, row._replace(verdict="" if row.kept > best else "a faster one keeps more")))
-            best = max(best, row.kept)
-        marked.reverse()
-        self.log(f"{phase} round, {len(rows)} plans on {number} images:")
-        for _, row in marked:
+        for name, candidate in plans.items():
+            self._ran.append(Ran(candidate, views[name], encoder / candidate.time, results[name], number))
+        self.log(f"{title}, {len(plans)} plans on {number} images:")
+        for row in self._rows(number):
             verdict = f"  ({row.verdict})" if row.verdict else ""
-            self.log(f"  {row.result.speed:.2f}x, keeps about {100 * row.kept:.1f} %  {row.name}{verdict}")
-        return marked
+            if key(row.plan) in plans:
+                self.log(f"  {row.result.speed:.2f}x, keeps about {100 * row.kept:.1f} %  {row.name}{verdict}")
+
+    def _rows(self, number: int) -> list[Row]:
+        """The plans that ran on so many images, the slowest first."""
+        ran = [ran for ran in self._ran if ran.images == number]
+        self._slopes = learn_slopes(each.result for each in ran)
+        rows = [self._row(each.plan, each.predicted, each.result, number) for each in ran]
+        rows.sort(key=lambda row: row.result.speed)
+        best, marked = -math.inf, []
+        for row in reversed(rows):
+            marked.append(row._replace(verdict="" if row.kept > best else "a faster one keeps more"))
+            best = max(best, row.kept)
+        return marked[::-1]
 
     def _row(self, plan: Plan, predicted: float, result: Result, images: int) -> Row:
         kept, lower = estimate(result, self._slopes)
@@ -229,7 +252,7 @@ class Search:
             labels = members(self.build_evaluator(describe(plan))) if self.build_evaluator is not None else []
             view = expedite(self.model, plan)
             subjects[name] = Subject(view, find_encoder(view)[1], recording(labels), counted=False)
-        title = f"{phase.split()[0]}ing {len(plans)} plans"
+        title = f"{phase.split()[0].rstrip(',')}ing {len(plans)} plans"
         comparison = compare(subjects, images, self.device, self.dtype, warmup=1, title=title)
         assert comparison is not None, "a search is of one process"
         return {
@@ -244,32 +267,42 @@ class Search:
 
     # --- choosing -------------------------------------------------------------------------------------------------
 
-    def _promising(
-        self, traced: Traced, pool: dict[str, list[Candidate]], rows: list[tuple[Candidate, Row]]
-    ) -> list[Candidate]:
+    def _promising(self, traced: Traced, pool: dict[str, list[Candidate]], most: int) -> list[Candidate]:
         """
-        The plans that may be the answer, the slowest first. The loss of a plan is taken to be a power of its error, the
-        same one for all kinds, times a factor of its kind.
+        The plans to run next, at most ``most`` of them, the slowest first. What a plan loses, or with a goal of `keep`
+        its bound, is taken to be a power of its error, times a factor of its kind: a ridge regression of logarithms.
         """
+        final = len(self.images.rank)
         kinds = list(pool)
-        system, target = [[1.0] + [0.0] * len(kinds)], [0.5]  # a weak prior: the square root
-        for candidate, row in rows:
-            system.append([_log(candidate.error)] + [float(candidate.kind(traced) == kind) for kind in kinds])
-            target.append(_log(1 - row.kept, 2e-4))
-        power, *factors = np.linalg.lstsq(np.array(system), np.array(target), rcond=None)[0]
+        system = [[1.0, 0.0] + [0.0] * len(kinds), *np.eye(len(kinds) + 2)[2:].tolist()]
+        target = [0.5] + [0.0] * len(kinds)  # a square root, and kinds that do not differ
+        for number in dict.fromkeys(ran.images for ran in self._ran):
+            rows = {key(row.plan): row for row in self._rows(number)}
+            for ran in (ran for ran in self._ran if ran.images == number):
+                row, weight = rows[key(ran.plan)], (number / final) ** 0.5
+                lost = 1 - row.kept
+                if self.goal.keep is not None:  # the bound that it would have on all images
+                    lost += (row.kept - row.lower) * weight
+                terms = [_log(ran.candidate.error), 1.0]
+                terms += [float(ran.candidate.kind(traced) == kind) for kind in kinds]
+                system.append([weight * term for term in terms])
+                target.append(weight * _log(lost, 2e-4))
+        power, common, *factors = np.linalg.lstsq(np.array(system), np.array(target), rcond=None)[0]
+        done = [ran.candidate for ran in self._ran if ran.images == final]
         predicted = {
-            candidate: math.exp(max(power, 0.1) * _log(candidate.error) + factor)
+            candidate: math.exp(max(power, 0.1) * _log(candidate.error) + common + factor)
             for factor, front in zip(factors, pool.values())
             for candidate in front
+            if candidate not in done
         }
         if self.goal.keep is None:
-            chosen = sorted(predicted, key=lambda candidate: predicted[candidate])[:SECOND]
+            chosen = sorted(predicted, key=lambda candidate: predicted[candidate])[:most]
         else:
-            chosen = []
-            for level in (1 - self.goal.keep) * np.geomspace(0.25, 1.5, SECOND):
-                # Of those that are predicted to lose no more, the fastest.
-                enough = [plan for plan, loss in predicted.items() if loss <= level and plan not in chosen]
-                chosen += sorted(enough, key=lambda candidate: candidate.time)[:1]
+            fastest = []
+            for level in LEVELS:
+                enough = [plan for plan, loss in predicted.items() if loss <= level * (1 - self.goal.keep)]
+                fastest += sorted(enough, key=lambda candidate: candidate.time)[:1]
+            chosen = list(dict.fromkeys(fastest))[:most]
         return sorted(chosen, key=lambda candidate: -candidate.time)
 
     def _choose(self, rows: list[Row]) -> Outcome:
@@ -281,20 +314,24 @@ class Search:
         else:
             accepted, reached = [], True
             for row in rows:  # a fixed sequence, from slow to fast, needs no correction for its many tests
-                if row.verdict:
-                    continue
-                if row.lower < self.goal.keep:
+                if row.lower >= self.goal.keep:
+                    accepted.append(row)
+                elif not row.verdict:
                     break
-                accepted.append(row)
         checked: dict[str, Row] = {}
         while accepted:
             row = accepted.pop()
             checked = self._check(row)
             answer = checked[row.name]
-            if self.goal.keep is None or answer.kept >= self.goal.keep:
-                return Outcome(row.plan, reached, self._explain(checked, reached), rows, checked, self._slopes)
+            # Of all images: those of the check alone are too few to tell a plan from one that keeps half a point less.
+            images = row.images + answer.images
+            kept = (row.images * row.kept + answer.images * answer.kept) / images
+            if self.goal.keep is None or kept >= self.goal.keep:
+                why = self._explain(checked, reached)
+                return Outcome(row.plan, reached, why, rows, checked, self._slopes)
             self.log(
-                f"on the images of the check it keeps about {100 * answer.kept:.1f} %, too little: the next slower plan"
+                f"{row.name} keeps about {100 * answer.kept:.1f} % on images that nothing was chosen on, and "
+                f"{100 * kept:.1f} % with those: too little, the next slower plan"
             )
         return self._no_plan(f"no plan is sure to keep {self.goal.keep:g}", rows, checked)
 
@@ -314,7 +351,10 @@ class Search:
 
     def _explain(self, checked: dict[str, Row], reached: bool) -> str:
         answer, *controls = checked.values()
-        text = f"{answer.name} keeps about {100 * answer.kept:.1f} % at {answer.result.speed:.2f}x"
+        text = (
+            f"{answer.name} keeps about {100 * answer.kept:.1f} % at {answer.result.speed:.2f}x on {answer.images} "
+            "images that nothing was chosen on"
+        )
         if not reached:
             text += f"; nothing is {self.goal.speed:g}x as fast"
         enough = answer.kept if self.goal.keep is None else self.goal.keep

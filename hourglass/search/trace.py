@@ -19,7 +19,7 @@ from hourglass.encoders.contract import Family, unwrapped
 from hourglass.encoders.registry import family_of
 from hourglass.encoders.sharing import unmodified
 from hourglass.encoders.visiting import visiting
-from hourglass.fitting import Moments, fit
+from hourglass.fitting import Moments, detail_of, fit
 from hourglass.reduction import SkipBlocks
 from hourglass.reduction.reducer import Place, Reducer, refine
 from hourglass.reduction.scope import in_scope
@@ -104,7 +104,7 @@ class Traced(NamedTuple):
         return option.reducer.on_grid or not windows - {0}
 
 
-def trace(model: nn.Module, images: Iterable[list[dict[str, Any]]], most: int = 8) -> Traced:
+def trace(model: nn.Module, images: Iterable[list[dict[str, Any]]], most: int = 6) -> Traced:
     """
     Run a model's encoder on images, and keep its maps.
 
@@ -225,12 +225,11 @@ def _restored(
     """Run a stage's blocks on fewer tokens; the map restored after each, which the moments see."""
     tokens, size = kept[start], map_size(kept[start])
     reduction = stage.bind(option, tokens)(tokens)
-    refined = reduction.tokens
+    refined, detail = reduction.tokens, detail_of(reduction)
     for stop in range(start + 1, len(stage.blocks) + 1):
         refined = refine(reduction._replace(tokens=refined), size, [stage.blocks[stop - 1]])
         if stop in folds:
-            folds[stop][fold].observe(tokens, reduction, refined, kept[stop])
-            yield stop, reduction.restore(refined)
+            yield stop, folds[stop][fold].observe(tokens, reduction, refined, kept[stop], detail)
 
 
 def _carry(stage: Stage, stop: int, restored: Tensor, kept: list[Tensor]) -> float:

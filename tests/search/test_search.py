@@ -13,12 +13,12 @@ from hourglass.commands import search_settings
 from hourglass.fitting import Recorder, fit
 from hourglass.search import Goal
 from hourglass.search.estimate import SLOPE, SLOPE_DEVIATION, estimate, learn_slopes
-from hourglass.search.front import Candidate, enumerate_plans, make_pool, pareto_front, spread
+from hourglass.search.front import Candidate, enumerate_plans, make_pool, pareto_front, plausible, spread
 from hourglass.search.latency import Latency, measure_latency
 from hourglass.search.measured import Measured, Result
 from hourglass.search.options import KEYS, make_options
 from hourglass.search.report import write_plan
-from hourglass.search.run import Search, describe, key
+from hourglass.search.run import Row, Search, describe, key
 from hourglass.search.trace import Errors, measure_errors, relative, trace
 from tests import small_swin as of_swin
 from tests import small_vit as of_vit
@@ -57,10 +57,15 @@ class TestGoal:
 
 class TestOptions:
     def test_budgets_suit_the_windows(self):
-        grids = {option.reducer.grid for option in make_options({14}) if option.scope == "window"}
+        assert {option.scope for option in make_options({14})} == {"window"}
+        grids = {option.reducer.grid for option in make_options({14})}
         assert grids == {(10, 10), (9, 9), (7, 7), (5, 5)}
         assert all(0 < option.share < 1 for option in make_options({7}))
-        assert {option.scope for option in make_options({})} == {"map"}
+        assert (
+            {option.scope for option in make_options({})}
+            == {option.scope for option in make_options({7, 9})}
+            == {"map"}
+        )
         assert len({option.name for option in make_options({16})}) == len(make_options({16}))
 
 
@@ -117,7 +122,7 @@ class TestErrors:
             chosen = [i for i, option in enumerate(traced.options) if option.share == share]
             return np.mean([error for (_, _, option), error in errors.remaining.items() if option in chosen])
 
-        shares = sorted({option.share for option in traced.options if option.scope == "window"})
+        shares = sorted({option.share for option in traced.options})
         assert mean(shares[0]) > mean(shares[-1])
 
     def test_the_errors_of_stages_add_up(self):
@@ -231,11 +236,28 @@ class TestFront:
         assert make_pool(traced, [fast], slowest=10) == {}
         assert list(make_pool(traced, [fast, fast._replace(keys=2)], slowest=10)) == ["keys"]
 
+    def test_a_plan_with_pooled_keys_is_of_a_kind_of_its_own(self, traced):
+        """Its errors are not those of fewer tokens, and do not push such plans out."""
+        plain, pooled = candidate(8, 0.02), candidate(8, 0.01)._replace(keys=2)
+        pool = make_pool(traced, [plain, pooled], slowest=10)
+        assert [front for front in pool.values()] == [[plain], [pooled]]
+
+    def test_plans_that_lose_about_what_is_asked_for_are_tried(self):
+        front = [candidate(20 - i, error) for i, error in enumerate((1e-4, 0.005, 0.02, 0.1))]
+        pool = {"a": front, "b": front[3:]}
+        assert plausible(pool, 0.99) == {"a": front[1:3]}
+        assert plausible(pool, 0.95) == {"a": front[2:], "b": front[3:]}
+        assert plausible(pool, 1 - 1e-6) == pool
+        # As fast as asked for, all of them: those of about the least error.
+        assert plausible({"a": front[1:]}, None) == {"a": front[1:3]}
+
     def test_a_few_stand_for_all_errors(self):
         front = [candidate(20 - i, 10.0 ** (i - 8)) for i in range(8)]
-        assert [plan.time for plan in spread(front, 3)] == [20, 16, 13] or len(spread(front, 3)) == 3
-        assert spread(front, 3)[0] == front[0] and spread(front, 3)[-1] == front[-1]
-        assert spread(front, 9) == front
+        assert [plan.time for plan in spread({"a": front}, 2)] == [18, 15]
+        assert spread({"a": front}, 9) == front
+        pool = {"a": front, "b": front[:1], "c": front[:4]}
+        assert len(spread(pool, 8)) == 8 and len(spread(pool, 2)) == 3
+        assert spread(pool, 8)[4:] == [*pool["b"], *spread({"c": pool["c"]}, 3)]
 
 
 def result(agreement: float, labelled: float | None = None, noise: float = 0.0, speed: float = 2.0) -> Result:
@@ -332,6 +354,42 @@ class TestMeasured:
         assert measured.differing == (["weights"] if "settings" in content else [])
         measured.conclude(goal="keep=0.9")
         assert json.loads(path.read_text())["found"] == {"goal": "keep=0.9"}
+
+
+def row(name: str, kept: float, lower: float, verdict: str = "", images: int = 60) -> Row:
+    return Row(name, Plan(keys=2), 1.0, result(0.9), images, kept, lower, verdict)
+
+
+class TestChoice:
+    @staticmethod
+    def choose(monkeypatch, rows: list[Row], checked: dict[str, float]) -> tuple[str, list[str]]:
+        """The answer, and the lines of the log; "" for fast attention alone."""
+        lines = []
+        search = Search(None, None, Goal(keep=0.99), None, None, log=lines.append)
+        monkeypatch.setattr(
+            search, "_check", lambda row: {row.name: row._replace(kept=checked[row.name], images=30, plan=row.plan)}
+        )
+        outcome = search._choose(rows)
+        found = [name for name, answer in outcome.checked.items() if outcome.reached and answer.plan is outcome.plan]
+        return "".join(found), lines
+
+    def test_the_fastest_that_is_sure_to_keep_enough(self, monkeypatch):
+        rows = [row("a", 0.999, 0.996), row("b", 0.998, 0.992), row("c", 0.996, 0.988), row("d", 0.999, 0.995)]
+        assert self.choose(monkeypatch, rows, {"b": 0.994})[0] == "b"
+        assert self.choose(monkeypatch, rows[2:], {})[0] == ""
+
+    def test_one_that_a_faster_one_beats_does_not_stop_it(self, monkeypatch):
+        rows = [row("a", 0.995, 0.988, "a faster one keeps more"), row("b", 0.998, 0.992)]
+        assert self.choose(monkeypatch, rows, {"b": 0.99})[0] == "b"
+
+    def test_few_images_more_do_not_outweigh_many(self, monkeypatch):
+        """0.998 on 60 and 0.98 on 30 is 0.992 in all, 0.972 on 30 is 0.9893."""
+        rows = [row("a", 0.999, 0.995, "a faster one keeps more"), row("b", 0.998, 0.992)]
+        assert self.choose(monkeypatch, rows, {"b": 0.98})[0] == "b"
+        answer, (line,) = self.choose(monkeypatch, rows, {"a": 0.985, "b": 0.972})
+        assert answer == "a" and "b keeps about 97.2 %" in line and "98.9 % with those" in line
+        answer, lines = self.choose(monkeypatch, rows, {"a": 0.965, "b": 0.972})
+        assert answer == "" and len(lines) == 2
 
 
 def test_plans_have_names():
