@@ -423,7 +423,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"{document['config']}, blocks {document['start']} to {document['stop'] - 1} on fewer tokens: "
         f"{document['images']} images, {document['device']}, {document['dtype']}.\n"
-        "Numbers are budgets in % of the tokens, bars 95 % bootstrap intervals over images; hollow: calibrated. Losses by logarithm",
+        "Numbers are budgets in % of the tokens, bars 95 % bootstrap intervals over images; hollow: calibrated. "
+        "Losses by logarithm",
         fontsize=10,
     )
     figure.savefig(path, dpi=110)

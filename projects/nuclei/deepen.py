@@ -59,6 +59,21 @@ def deepen(weights: dict[str, Tensor], kept: Sequence[int], depth: int, wide: Se
     return deeper
 
 
+def read_model(checkpoint: str) -> dict[str, Tensor]:
+    """
+    Raises:
+        InputError: for a file that is missing or cannot be read.
+    """
+    if not os.path.isfile(checkpoint):
+        raise InputError(f"checkpoint {checkpoint} is missing")
+    try:
+        return read_checkpoint(checkpoint)["model"]
+    except InputError:
+        raise
+    except Exception as error:  # whatever an unpickler may raise
+        raise InputError(f"checkpoint {checkpoint} cannot be read ({reason(error)})") from error
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="checkpoint of the model with 8 blocks")
@@ -68,15 +83,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     check_folder("output", Path(args.output).parent)
-    if not os.path.isfile(args.checkpoint):
-        raise InputError(f"checkpoint {args.checkpoint} is missing")
-    try:
-        content = read_checkpoint(args.checkpoint)
-    except InputError:
-        raise
-    except Exception as error:  # whatever an unpickler may raise
-        raise InputError(f"checkpoint {args.checkpoint} cannot be read ({reason(error)})") from error
-    weights = deepen(content["model"], KEPT, DEPTH, GLOBAL)
+    weights = deepen(read_model(args.checkpoint), KEPT, DEPTH, GLOBAL)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     save_whole(Path(args.output), {"model": weights})
     print(f"{len(KEPT)} blocks became {DEPTH}, written to {args.output}")

@@ -17,7 +17,7 @@ from hourglass.data.loading import build_loader
 from hourglass.encoders import find_encoder
 from hourglass.launch import build, load_config
 from hourglass.reduction.scope import EachWindow
-from projects.nuclei import deepen, pictures, prepare, register_nuclei
+from projects.nuclei import deepen, pictures, prepare, register_nuclei, unwindow
 from tests.detectors import tiny_vit
 
 ROOT = Path(__file__).parents[2]
@@ -211,6 +211,36 @@ def test_the_committed_weights_are_evaluated(nuclei, tmp_path):
     assert content["max_detections"] == 500 and "mask AP (maxDets 500)" in result.stdout
     assert content["retention"].keys() == {"bbox.AP", "segm.AP", "panoptic_seg.PQ"}
     assert content["models"].keys() == {"unmodified", "fast attention", "expedited", "control", "linear control"}
+
+
+def test_a_model_without_windows_starts_from_one_with_windows(tmp_path):
+    """Tables keep what they say, and repeat it beyond a window; what was global computes the same."""
+    config = str(ROOT / "configs" / "nuclei" / "vitdet.py")
+    checkpoint, start = tmp_path / "windows.pth", tmp_path / "start.pth"
+    torch.manual_seed(0)
+    model = build(load_config(config, []), "model")
+    for name, parameter in model.named_parameters():
+        if "rel_pos" in name:
+            torch.nn.init.normal_(parameter)
+    before = model.state_dict()
+    torch.save({"model": before}, checkpoint)
+    unwindow.main(unwindow.parse([str(checkpoint), str(start)]))
+    # Of exactly this model: no name or shape is left over.
+    model = build(load_config(config, ["model.backbone.net.window_block_indexes=[]"]), "model")
+    load_checkpoint(model, str(start))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        if value.shape == after[name].shape:
+            assert torch.equal(after[name], value)
+        else:  # windows of 16, a map of 64
+            assert name.endswith(("rel_pos_h", "rel_pos_w")) and after[name].shape[0] == 127
+            distances = torch.arange(-63, 64).clamp(-15, 15) + 15
+            assert torch.equal(after[name], value[distances])
+    torch.save({"model": {"backbone.net.norm.weight": torch.ones(3)}}, checkpoint)
+    with pytest.raises(InputError, match="the model has no tables of relative positions"):
+        unwindow.main(unwindow.parse([str(checkpoint), str(tmp_path / "again.pth")]))
+    assert not (tmp_path / "again.pth").exists()
 
 
 def test_a_deepened_model_computes_the_same(tmp_path):
