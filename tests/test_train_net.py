@@ -107,7 +107,7 @@ def test_a_search(tmp_path, monkeypatch, capsys):
     options = [Option(TokenClustering((side, side)), "window", (side / 16) ** 2) for side in (8, 12)]
     monkeypatch.setattr("hourglass.search.trace.make_options", lambda windows: options)
     monkeypatch.setattr("hourglass.search.run.FIRST", 2)
-    monkeypatch.setattr("hourglass.search.run.SECOND", 2)
+    monkeypatch.setattr("hourglass.search.run.LATER", (1, 1))
     monkeypatch.setattr("hourglass.search.latency.ROUNDS", 1)
     found_in = ["search.images=8", "dataloader.test.num_workers=0", f"train.output_dir={tmp_path}"]
     run("--search", "keep=0.9", *found_in)
