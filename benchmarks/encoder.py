@@ -493,7 +493,9 @@ def main(args: argparse.Namespace) -> None:
 
 def save(folder: Path, name: str, document: dict[str, Any], table: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{name}.json", json.dumps(document, indent=2) + "\n")
+    # Files of the project by their places in it: figures are read on other machines.
+    text = json.dumps(document, indent=2).replace(f"{ROOT}/", "")
+    write_whole(folder / f"{name}.json", text + "\n")
     write_whole(folder / f"{name}.md", table + "\n")
 
 

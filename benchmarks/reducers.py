@@ -362,12 +362,11 @@ def _tabulate(rows: list[list[str]], headers: list[str], tablefmt: str) -> str:
 
 
 def _by_loss(kept: np.ndarray) -> np.ndarray:
-    lost = 100 - np.asarray(kept, float)
+    lost = 100 - kept
     return -np.sign(lost) * np.log1p(np.abs(lost))
 
 
 def _from_loss(scaled: np.ndarray) -> np.ndarray:
-    scaled = np.asarray(scaled, float)
     return 100 + np.sign(scaled) * np.expm1(np.abs(scaled))
 
 
@@ -414,7 +413,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
         # Plans that keep nearly all are the ones to tell apart: losses are drawn by their logarithm.
         axes.set_yscale("function", functions=(_by_loss, _from_loss))
         bottom, top = axes.get_ylim()
-        axes.set_yticks([tick for tick in TICKS if bottom <= tick <= top], minor=False)
+        axes.set_yticks([tick for tick in TICKS if bottom <= tick <= top])
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("encoder speed-up, times the unmodified encoder")
         axes.set_ylabel(f"{label_of(key)} kept, %")

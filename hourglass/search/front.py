@@ -127,8 +127,10 @@ def plausible(pool: dict[str, list[Candidate]], keep: float | None) -> dict[str,
         pool: kind of plan -> its front.
         keep: share of the accuracy to keep; None: as much as can be had.
     """
-    least = min(plan.error for front in pool.values() for plan in front)
-    low, high = (0.0, least * SPAN[1]) if keep is None else (bound * (1 - keep) for bound in SPAN)
+    if keep is None:
+        low, high = 0.0, SPAN[1] * min(plan.error for front in pool.values() for plan in front)
+    else:
+        low, high = (bound * (1 - keep) for bound in SPAN)
     chosen = {kind: [plan for plan in front if low <= plan.error <= high] for kind, front in pool.items()}
     return {kind: front for kind, front in chosen.items() if front} or pool
 

@@ -203,7 +203,7 @@ class Search:
                 self.log(f"  {row.result.speed:.2f}x, keeps about {100 * row.kept:.1f} %  {row.name}{verdict}")
 
     def _rows(self, number: int) -> list[Row]:
-        """The plans that ran on so many images, the slowest first."""
+        """The plans that ran on so many images, the slowest first; slopes are those that they show."""
         ran = [ran for ran in self._ran if ran.images == number]
         self._slopes = learn_slopes(each.result for each in ran)
         rows = [self._row(each.plan, each.predicted, each.result, number) for each in ran]

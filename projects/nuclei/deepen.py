@@ -7,19 +7,15 @@ Each new block is a copy of the one before it whose two last projections, of its
 updates are, until it is trained. Where the block before looks farther or less far, relative positions begin at zero.
 """
 
-import argparse
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hourglass import InputError
-from hourglass.checkpoint import read_checkpoint
-from hourglass.errors import reason
-from hourglass.files import check_folder, save_whole
 from hourglass.launch import one_line
+
+from .rewriting import rewrite
 
 # Of the deeper model's blocks, those that are there already, in order; global ones stay global.
 KEPT = (0, 1, 2, 4, 6, 8, 10, 11)
@@ -59,36 +55,10 @@ def deepen(weights: dict[str, Tensor], kept: Sequence[int], depth: int, wide: Se
     return deeper
 
 
-def read_model(checkpoint: str) -> dict[str, Tensor]:
-    """
-    Raises:
-        InputError: for a file that is missing or cannot be read.
-    """
-    if not os.path.isfile(checkpoint):
-        raise InputError(f"checkpoint {checkpoint} is missing")
-    try:
-        return read_checkpoint(checkpoint)["model"]
-    except InputError:
-        raise
-    except Exception as error:  # whatever an unpickler may raise
-        raise InputError(f"checkpoint {checkpoint} cannot be read ({reason(error)})") from error
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="checkpoint of the model with 8 blocks")
-    parser.add_argument("output", help="file to write the deeper model's weights to")
-    return parser.parse_args(arguments)
-
-
-def main(args: argparse.Namespace) -> None:
-    check_folder("output", Path(args.output).parent)
-    weights = deepen(read_model(args.checkpoint), KEPT, DEPTH, GLOBAL)
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    save_whole(Path(args.output), {"model": weights})
-    print(f"{len(KEPT)} blocks became {DEPTH}, written to {args.output}")
+def main(arguments: list[str] | None = None) -> None:
+    rewrite(lambda weights: deepen(weights, KEPT, DEPTH, GLOBAL), __doc__, arguments)
 
 
 if __name__ == "__main__":
     with one_line():
-        main(parse())
+        main()

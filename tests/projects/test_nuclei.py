@@ -224,7 +224,7 @@ def test_a_model_without_windows_starts_from_one_with_windows(tmp_path):
             torch.nn.init.normal_(parameter)
     before = model.state_dict()
     torch.save({"model": before}, checkpoint)
-    unwindow.main(unwindow.parse([str(checkpoint), str(start)]))
+    unwindow.main([str(checkpoint), str(start)])
     # Of exactly this model: no name or shape is left over.
     model = build(load_config(config, ["model.backbone.net.window_block_indexes=[]"]), "model")
     load_checkpoint(model, str(start))
@@ -237,9 +237,15 @@ def test_a_model_without_windows_starts_from_one_with_windows(tmp_path):
             assert name.endswith(("rel_pos_h", "rel_pos_w")) and after[name].shape[0] == 127
             distances = torch.arange(-63, 64).clamp(-15, 15) + 15
             assert torch.equal(after[name], value[distances])
-    torch.save({"model": {"backbone.net.norm.weight": torch.ones(3)}}, checkpoint)
-    with pytest.raises(InputError, match="the model has no tables of relative positions"):
-        unwindow.main(unwindow.parse([str(checkpoint), str(tmp_path / "again.pth")]))
+    table = "backbone.net.blocks.0.attn.rel_pos_h"
+    for weights, message in (
+        ({"backbone.net.norm.weight": torch.ones(3)}, "the model has no tables of relative positions"),
+        ({table: torch.ones(9)}, f"{table} must be .2 . side - 1, channels of a head., got .9,."),
+        ({table: torch.ones(8, 4)}, "got .8, 4."),
+    ):
+        torch.save({"model": weights}, checkpoint)
+        with pytest.raises(InputError, match=message):
+            unwindow.main([str(checkpoint), str(tmp_path / "again.pth")])
     assert not (tmp_path / "again.pth").exists()
 
 
@@ -254,7 +260,7 @@ def test_a_deepened_model_computes_the_same(tmp_path):
         if "rel_pos" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     torch.save({"model": model.state_dict()}, checkpoint)
-    deepen.main(deepen.parse([str(checkpoint), str(start)]))
+    deepen.main([str(checkpoint), str(start)])
     image = torch.randn(1, 3, 256, 384, generator=torch.Generator().manual_seed(0))
     features = []
     for overrides, weights in ((shallow, checkpoint), ([], start)):
@@ -265,9 +271,9 @@ def test_a_deepened_model_computes_the_same(tmp_path):
     for name, expected in features[0].items():
         torch.testing.assert_close(features[1][name], expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(InputError, match="the model must have 8 blocks, got 12"):
-        deepen.main(deepen.parse([str(start), str(tmp_path / "again.pth")]))
+        deepen.main([str(start), str(tmp_path / "again.pth")])
     (tmp_path / "torn.pth").write_bytes(start.read_bytes()[:5000])
     with pytest.raises(InputError, match="checkpoint .*torn.pth cannot be read"):
-        deepen.main(deepen.parse([str(tmp_path / "torn.pth"), str(tmp_path / "again.pth")]))
+        deepen.main([str(tmp_path / "torn.pth"), str(tmp_path / "again.pth")])
     with pytest.raises(InputError, match="checkpoint .*none.pth is missing"):
-        deepen.main(deepen.parse([str(tmp_path / "none.pth"), str(tmp_path / "again.pth")]))
+        deepen.main([str(tmp_path / "none.pth"), str(tmp_path / "again.pth")])
