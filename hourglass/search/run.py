@@ -175,8 +175,7 @@ class Search:
         if not pool:
             fastest = latency.encoder / min(candidate.time for candidate in plans)
             return self._no_plan(f"the fastest plan is predicted to be at {fastest:.2f}x of fast attention alone")
-        pool = plausible(pool, self.goal.keep)
-        first = spread(pool, FIRST)
+        first = spread(plausible(pool, self.goal.keep), FIRST)
         encoder = latency.encoder
         self._run(traced, encoder, first, min(FEW, len(self.images.rank)), "first round")
         for number, most in enumerate(LATER, start=2):
@@ -206,7 +205,7 @@ class Search:
         """The plans that ran on so many images, the slowest first; slopes are those that they show."""
         ran = [ran for ran in self._ran if ran.images == number]
         self._slopes = learn_slopes(each.result for each in ran)
-        rows = [self._row(each.plan, each.predicted, each.result, number) for each in ran]
+        rows = [self._row(each.plan, each.predicted, each.result, number, self._slopes) for each in ran]
         rows.sort(key=lambda row: row.result.speed)
         best, marked = -math.inf, []
         for row in reversed(rows):
@@ -214,8 +213,10 @@ class Search:
             best = max(best, row.kept)
         return marked[::-1]
 
-    def _row(self, plan: Plan, predicted: float, result: Result, images: int) -> Row:
-        kept, lower = estimate(result, self._slopes)
+    def _row(
+        self, plan: Plan, predicted: float, result: Result, images: int, slopes: dict[str, Slope] | None = None
+    ) -> Row:
+        kept, lower = estimate(result, slopes)
         return Row(describe(plan), plan, predicted, result, images, kept, lower)
 
     def _calibrate(self, plans: list[Plan]) -> None:
@@ -344,10 +345,12 @@ class Search:
         results = self._measure({key(plan): plan for plan in plans.values()}, list(self.images.check), "check")
         number = len(self.images.check)
         self._slopes = {figure: slope.settled() for figure, slope in self._slopes.items()}
-        return {
-            name: self._row(plan, row.predicted, results[key(plan)], number)._replace(name=name)
-            for name, plan in plans.items()
-        }
+        rows = {}
+        for name, plan in plans.items():
+            # The slopes are of plans that lose little: they say nothing about a control, which may lose much.
+            slopes = self._slopes if name == row.name else None
+            rows[name] = self._row(plan, row.predicted, results[key(plan)], number, slopes)._replace(name=name)
+        return rows
 
     def _explain(self, checked: dict[str, Row], reached: bool) -> str:
         answer, *controls = checked.values()

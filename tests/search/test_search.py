@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hourglass.search.latency import Latency, measure_latency
 from hourglass.search.measured import Measured, Result
 from hourglass.search.options import KEYS, make_options
 from hourglass.search.report import write_plan
-from hourglass.search.run import Row, Search, describe, key
+from hourglass.search.run import Images, Ran, Row, Search, describe, key
 from hourglass.search.trace import Errors, measure_errors, relative, trace
 from tests import small_swin as of_swin
 from tests import small_vit as of_vit
@@ -390,6 +391,44 @@ class TestChoice:
         assert answer == "a" and "b keeps about 97.2 %" in line and "98.9 % with those" in line
         answer, lines = self.choose(monkeypatch, rows, {"a": 0.965, "b": 0.972})
         assert answer == "" and len(lines) == 2
+
+    def test_controls_are_not_judged_by_the_slope_of_plans(self, monkeypatch):
+        """Plans that lose nothing against labels have a slope of nearly 0; a control that loses 5 % is no such plan."""
+        sets = Images([None] * 30, [None] * 90, [None] * 30, "two images")
+        search = Search(None, sets, Goal(keep=0.99), None, None)
+        search._slopes = learn_slopes([result(1 - lost, 1.0, 0.003) for lost in (0.01, 0.03, 0.05)])
+        plan = Plan(AveragePooling((8, 8)), 1, 3, scope="window")
+        monkeypatch.setattr(search, "_calibrated", lambda plan: plan)
+        monkeypatch.setattr(
+            search, "_measure", lambda plans, images, phase: {name: result(0.88, 0.95, 0.02) for name in plans}
+        )
+        answer, *controls = search._check(Row("a", plan, 2.0, result(0.96), 90, 0.998, 0.993)).values()
+        assert answer.kept > 0.97
+        assert len(controls) == 2
+        for control in controls:
+            assert 0.95 < control.kept < 0.97
+
+    def test_a_model_that_loses_little_gets_plans_of_larger_errors(self, monkeypatch, traced):
+        """A twentieth of the error is lost, so 1 % at an error of 0.2, where the first round stops at 0.04."""
+        plans = [candidate(20 - i, 0.002 * 1.5**i) for i in range(16)]
+        monkeypatch.setattr("hourglass.search.run.trace", lambda model, images: traced)
+        monkeypatch.setattr("hourglass.search.run.enumerate_plans", lambda *measured: plans)
+        measured = SimpleNamespace(errors=lambda measure: None, latency=lambda measure: Latency(30.0, {}, {}, {}, {}))
+        sets = Images([None] * 4, [None] * 40, [None] * 10, "")
+        search = Search(None, sets, Goal(keep=0.99), measured, None)
+        rounds = []
+
+        def run(traced, encoder, candidates, number, title):
+            rounds.append([each.error for each in candidates])
+            for each in candidates:
+                lost = each.error / 20
+                found = result(1 - 4 * lost, 1 - lost, 0.0001, encoder / each.time)
+                search._ran.append(Ran(each, each.plan(traced), found.speed, found, number))
+
+        monkeypatch.setattr(search, "_run", run)
+        monkeypatch.setattr(search, "_choose", lambda rows: rows)
+        search.run()
+        assert max(rounds[0]) < 0.04 and any(0.1 < error < 0.3 for error in rounds[1])
 
 
 def test_plans_have_names():
