@@ -11,7 +11,7 @@ from hourglass.encoders import Plan
 from hourglass.evaluation.figures import label_of
 from hourglass.files import write_whole
 from hourglass.search.goal import Goal
-from hourglass.search.run import Outcome, Row
+from hourglass.search.run import Outcome, Row, key
 
 
 def to_table(outcome: Outcome, tablefmt: str = "simple") -> str:
@@ -23,7 +23,7 @@ def to_table(outcome: Outcome, tablefmt: str = "simple") -> str:
     headers = ["plan", "images", "encoder", "predicted", "kept, about"]
     headers += [f"agreement, {label_of(figure)}" for figure in figures]
     headers += [f"{label_of(figure)} kept" for figure in figures if first.labelled]
-    rows = [_cells(row, figures, " (the answer)" if row.plan is outcome.plan else "") for row in outcome.rows]
+    rows = [_cells(row, figures, " (the answer)" if key(row.plan) == key(outcome.plan) else "") for row in outcome.rows]
     rows += [_cells(row, figures, " (check)") for row in outcome.checked.values()]
     align = ["left"] + ["right"] * (len(headers) - 1)
     return tabulate(rows, headers, tablefmt=tablefmt, disable_numparse=True, colalign=align)
@@ -86,7 +86,7 @@ def draw(outcome: Outcome, goal: Goal, path: Path) -> None:
     low = np.maximum(share - 100 * np.array([row.lower for row in outcome.rows]), 0)
     axes.errorbar(speed, share, yerr=[low, np.zeros(len(low))], fmt="o", capsize=3, label="plans, with their bounds")
     for row in outcome.rows:
-        if row.plan is outcome.plan:
+        if key(row.plan) == key(outcome.plan):
             axes.plot(row.result.speed, 100 * row.kept, "*", markersize=16, label=f"the answer: {row.name}")
     if goal.keep is not None:
         axes.axhline(100 * goal.keep, color="grey", linestyle="--", linewidth=1, label=f"keep={goal.keep:g}")

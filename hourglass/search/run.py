@@ -3,6 +3,7 @@ A search, phase after phase: errors and times of blocks, from which every plan i
 few images; those about the target on more; a guard; and images that nothing was chosen on.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from hourglass.evaluation.agreement import recording
 from hourglass.evaluation.compare import Comparison, Subject, compare
 from hourglass.evaluation.journal import members
 from hourglass.fitting import TOGETHER, calibrate_plans
+from hourglass.reduction import SkipBlocks
 from hourglass.search.estimate import Slope, estimate, learn_slopes
 from hourglass.search.front import Candidate, enumerate_plans, make_pool, plausible, spread
 from hourglass.search.goal import Goal
@@ -29,8 +31,8 @@ from hourglass.search.trace import Traced, measure_errors, trace
 
 # Plans that run in the first round, and in each of those after it.
 FIRST, LATER = 12, (3, 2)
-# Predicted bounds that plans are tried at, over the loss that is asked for: from the nearest on.
-LEVELS = (1.0, 0.75, 1.33, 0.56, 1.78, 0.42, 2.4)
+# Between the speeds of plans that run next.
+STEP = 1.25
 # Images of the first round, at most.
 FEW = 20
 BASE = "fast attention"
@@ -67,7 +69,7 @@ class Row(NamedTuple):
 
     Attributes:
         name: for people.
-        plan: calibrated.
+        plan: without its calibration.
         predicted: how many times as fast as fast attention alone, from the times of blocks.
         result: on the images of the last round that it was in.
         images: how many these are.
@@ -91,7 +93,7 @@ class Ran(NamedTuple):
 
     Attributes:
         candidate: as it was enumerated.
-        plan: it, calibrated.
+        plan: it, without its calibration.
         predicted: see :class:`Row`.
         result: on the first so many ``images`` of the ranking.
     """
@@ -179,7 +181,7 @@ class Search:
         encoder = latency.encoder
         self._run(traced, encoder, first, min(FEW, len(self.images.rank)), "first round")
         for number, most in enumerate(LATER, start=2):
-            promising = self._promising(traced, pool, most)
+            promising = self._promising(traced, pool, encoder, most)
             if promising:
                 self._run(traced, encoder, promising, len(self.images.rank), f"round {number}")
         return self._choose(self._rows(len(self.images.rank)) or self._rows(min(FEW, len(self.images.rank))))
@@ -190,11 +192,10 @@ class Search:
         """Run plans on the first so many images of the ranking."""
         images = [inputs for i, inputs in enumerate(self.images.rank) if i < number]
         plans = {key(candidate.plan(traced)): candidate for candidate in candidates}
-        self._calibrate([candidate.plan(traced) for candidate in plans.values()])
-        views = {name: self._calibrated(candidate.plan(traced)) for name, candidate in plans.items()}
-        results = self._measure(views, images, f"rank {number}")
+        results = self._measure([candidate.plan(traced) for candidate in plans.values()], images, f"rank {number}")
         for name, candidate in plans.items():
-            self._ran.append(Ran(candidate, views[name], encoder / candidate.time, results[name], number))
+            plan, predicted = candidate.plan(traced), encoder / candidate.time
+            self._ran.append(Ran(candidate, plan, predicted, results[name], number))
         self.log(f"{title}, {len(plans)} plans on {number} images:")
         for row in self._rows(number):
             verdict = f"  ({row.verdict})" if row.verdict else ""
@@ -220,8 +221,9 @@ class Search:
         return Row(describe(plan), plan, predicted, result, images, kept, lower)
 
     def _calibrate(self, plans: list[Plan]) -> None:
-        """Calibrate those that are not calibrated yet."""
-        missing = [plan for plan in plans if plan.reducer is not None and key(plan) not in self._calibrations]
+        """Calibrate those that can be and are not yet."""
+        fitted = [plan for plan in plans if plan.reducer is not None and not isinstance(plan.reducer, SkipBlocks)]
+        missing = [plan for plan in fitted if key(plan) not in self._calibrations]
         for start in range(0, len(missing), TOGETHER):
             part = missing[start : start + TOGETHER]
             calibrations = calibrate_plans(self.model, part, self.images.fit, self.images.about)
@@ -229,20 +231,22 @@ class Search:
 
     def _calibrated(self, plan: Plan) -> Plan:
         self._calibrate([plan])
-        return plan if plan.reducer is None else plan.calibrated(self._calibrations[key(plan)])
+        calibration = self._calibrations.get(key(plan))
+        return plan if calibration is None else plan.calibrated(calibration)
 
-    def _measure(self, plans: dict[str, Plan], images: list[list[dict[str, Any]]], phase: str) -> dict[str, Result]:
-        """The results of plans on some images, those that are not known yet measured."""
+    def _measure(self, plans: list[Plan], images: list[list[dict[str, Any]]], phase: str) -> dict[str, Result]:
+        """:func:`key` of each plan -> its results on some images; those that are not known yet are measured."""
         labelled = f"{phase}, with labels"
-        results = {name: self.measured.result(labelled, name) for name in plans}
+        results = {key(plan): self.measured.result(labelled, key(plan)) for plan in plans}
         if self.build_evaluator is not None:
             phase = labelled
         else:  # outputs do not depend on labels
             known = {name: result._replace(labelled={}) for name, result in results.items() if result is not None}
-            results = {name: known.get(name, self.measured.result(phase, name)) for name in plans}
-        missing = {name: plan for name, plan in plans.items() if results[name] is None}
+            results = {name: known.get(name, self.measured.result(phase, name)) for name in results}
+        missing = [plan for plan in plans if results[key(plan)] is None]
         if missing:
-            measured = self._compare(missing, images, phase)
+            self._calibrate(missing)
+            measured = self._compare({key(plan): self._calibrated(plan) for plan in missing}, images, phase)
             self.measured.add(phase, measured)
             results |= measured
         return {name: result for name, result in results.items() if result is not None}
@@ -268,10 +272,45 @@ class Search:
 
     # --- choosing -------------------------------------------------------------------------------------------------
 
-    def _promising(self, traced: Traced, pool: dict[str, list[Candidate]], most: int) -> list[Candidate]:
+    def _promising(
+        self, traced: Traced, pool: dict[str, list[Candidate]], encoder: float, most: int
+    ) -> list[Candidate]:
         """
-        The plans to run next, at most ``most`` of them, the slowest first. What a plan loses, or with a goal of `keep`
-        its bound, is taken to be a power of its error, times a factor of its kind: a ridge regression of logarithms.
+        The plans to run next on all ranking images, at most ``most`` of them, the slowest first: those that are
+        predicted to lose least. With a goal of `keep`, they are at even steps of the speed: at first about the speed
+        that is predicted for it, then between the fastest plan that reached it and the next faster one, which did not.
+        A dozen plans on a few images tell which lose less, but not how much.
+        """
+        final = len(self.images.rank)
+        done = [ran.candidate for ran in self._ran if ran.images == final]
+        losses = {plan: loss for plan, loss in self._predict(traced, pool).items() if plan not in done}
+        if self.goal.keep is None:
+            chosen = sorted(losses, key=lambda candidate: losses[candidate])[:most]
+            return sorted(chosen, key=lambda candidate: -candidate.time)
+        if done:
+            rows = {key(row.plan): row for row in self._rows(final)}
+            reached = {
+                ran.candidate.time: rows[key(ran.plan)].lower >= self.goal.keep
+                for ran in self._ran
+                if ran.images == final
+            }
+            slow = min((time for time in reached if reached[time]), default=encoder)
+            fast = max((time for time in reached if time < slow), default=slow / STEP**most)
+            levels = [slow * (fast / slow) ** (i / (most + 1)) for i in range(1, most + 2)]
+        else:
+            enough = [plan.time for plan, loss in losses.items() if loss <= 1 - self.goal.keep]
+            centre = min(enough, default=min(losses, key=lambda candidate: losses[candidate]).time)
+            levels = [centre * STEP ** ((most - 1) / 2 - i) for i in range(most + 1)]
+        chosen = []
+        for slowest, fastest in itertools.pairwise(levels):
+            between = [plan for plan in losses if fastest < plan.time <= slowest]
+            chosen += sorted(between, key=lambda candidate: losses[candidate])[:1]
+        return sorted(chosen, key=lambda candidate: -candidate.time)
+
+    def _predict(self, traced: Traced, pool: dict[str, list[Candidate]]) -> dict[Candidate, float]:
+        """
+        What each plan would lose on all ranking images or, with a goal of `keep`, its bound: a power of its error,
+        times a factor of its kind, by a ridge regression of logarithms over the plans that ran.
         """
         final = len(self.images.rank)
         kinds = list(pool)
@@ -282,29 +321,18 @@ class Search:
             for ran in (ran for ran in self._ran if ran.images == number):
                 row, weight = rows[key(ran.plan)], (number / final) ** 0.5
                 lost = 1 - row.kept
-                if self.goal.keep is not None:  # the bound that it would have on all images
+                if self.goal.keep is not None:
                     lost += (row.kept - row.lower) * weight
                 terms = [_log(ran.candidate.error), 1.0]
                 terms += [float(ran.candidate.kind(traced) == kind) for kind in kinds]
                 system.append([weight * term for term in terms])
                 target.append(weight * _log(lost, 2e-4))
         power, common, *factors = np.linalg.lstsq(np.array(system), np.array(target), rcond=None)[0]
-        done = [ran.candidate for ran in self._ran if ran.images == final]
-        predicted = {
+        return {
             candidate: math.exp(max(power, 0.1) * _log(candidate.error) + common + factor)
             for factor, front in zip(factors, pool.values())
             for candidate in front
-            if candidate not in done
         }
-        if self.goal.keep is None:
-            chosen = sorted(predicted, key=lambda candidate: predicted[candidate])[:most]
-        else:
-            fastest = []
-            for level in LEVELS:
-                enough = [plan for plan, loss in predicted.items() if loss <= level * (1 - self.goal.keep)]
-                fastest += sorted(enough, key=lambda candidate: candidate.time)[:1]
-            chosen = list(dict.fromkeys(fastest))[:most]
-        return sorted(chosen, key=lambda candidate: -candidate.time)
 
     def _choose(self, rows: list[Row]) -> Outcome:
         if self.goal.keep is None:
@@ -329,7 +357,7 @@ class Search:
             kept = (row.images * row.kept + answer.images * answer.kept) / images
             if self.goal.keep is None or kept >= self.goal.keep:
                 why = self._explain(checked, reached)
-                return Outcome(row.plan, reached, why, rows, checked, self._slopes)
+                return Outcome(self._calibrated(row.plan), reached, why, rows, checked, self._slopes)
             self.log(
                 f"{row.name} keeps about {100 * answer.kept:.1f} % on images that nothing was chosen on, and "
                 f"{100 * kept:.1f} % with those: too little, the next slower plan"
@@ -341,8 +369,8 @@ class Search:
         plans = {row.name: row.plan}
         if row.plan.reducer is not None:
             plans["its blocks left out"] = row.plan.control()
-            plans["an affine map in their place"] = self._calibrated(row.plan.linear_control())
-        results = self._measure({key(plan): plan for plan in plans.values()}, list(self.images.check), "check")
+            plans["an affine map in their place"] = row.plan.linear_control()
+        results = self._measure(list(plans.values()), list(self.images.check), "check")
         number = len(self.images.check)
         self._slopes = {figure: slope.settled() for figure, slope in self._slopes.items()}
         rows = {}

@@ -338,11 +338,13 @@ class TestMeasured:
 
     def test_without_labels_what_was_measured_with_them_is_reused(self, tmp_path):
         measured = Measured(tmp_path / "search.json", {})
-        measured.add("rank 32, with labels", {"plan": result(0.9, 0.98, 0.01)})
-        measured.add("rank 32", {"other": result(0.8)})
+        plans = [Plan(AveragePooling((8, 8)), 1, 3, scope="window"), Plan(keys=4)]
+        measured.add("rank 32, with labels", {key(plans[0]): result(0.9, 0.98, 0.01)})
+        measured.add("rank 32", {key(plans[1]): result(0.8)})
         goal = Goal(keep=0.99, labels="none")
+        # There is no model: what is known is not calibrated, either.
         search = Search(None, None, goal, measured, build_evaluator=lambda name: None)
-        results = search._measure({"plan": Plan(keys=2), "other": Plan(keys=4)}, [], "rank 32")
+        results = search._measure(plans, [], "rank 32")
         assert [found.agreement["segm.AP"][0] for found in results.values()] == [90, 80]
         assert all(found.labelled == {} for found in results.values())
 
@@ -398,9 +400,8 @@ class TestChoice:
         search = Search(None, sets, Goal(keep=0.99), None, None)
         search._slopes = learn_slopes([result(1 - lost, 1.0, 0.003) for lost in (0.01, 0.03, 0.05)])
         plan = Plan(AveragePooling((8, 8)), 1, 3, scope="window")
-        monkeypatch.setattr(search, "_calibrated", lambda plan: plan)
         monkeypatch.setattr(
-            search, "_measure", lambda plans, images, phase: {name: result(0.88, 0.95, 0.02) for name in plans}
+            search, "_measure", lambda plans, images, phase: {key(each): result(0.88, 0.95, 0.02) for each in plans}
         )
         answer, *controls = search._check(Row("a", plan, 2.0, result(0.96), 90, 0.998, 0.993)).values()
         assert answer.kept > 0.97
@@ -408,27 +409,46 @@ class TestChoice:
         for control in controls:
             assert 0.95 < control.kept < 0.97
 
-    def test_a_model_that_loses_little_gets_plans_of_larger_errors(self, monkeypatch, traced):
-        """A twentieth of the error is lost, so 1 % at an error of 0.2, where the first round stops at 0.04."""
-        plans = [candidate(20 - i, 0.002 * 1.5**i) for i in range(16)]
+    @staticmethod
+    def rounds(monkeypatch, traced, share: float, keep: float = 0.99) -> list[list[float]]:
+        """Of a model that loses so much of a plan's error: the speeds of each round, and those that reach the goal."""
+        plans = [candidate(20 / 1.08**i, 0.002 * 1.3**i) for i in range(20)]
         monkeypatch.setattr("hourglass.search.run.trace", lambda model, images: traced)
         monkeypatch.setattr("hourglass.search.run.enumerate_plans", lambda *measured: plans)
-        measured = SimpleNamespace(errors=lambda measure: None, latency=lambda measure: Latency(30.0, {}, {}, {}, {}))
+        measured = SimpleNamespace(errors=lambda measure: None, latency=lambda measure: Latency(24.0, {}, {}, {}, {}))
         sets = Images([None] * 4, [None] * 40, [None] * 10, "")
-        search = Search(None, sets, Goal(keep=0.99), measured, None)
+        search = Search(None, sets, Goal(keep=keep), measured, None)
         rounds = []
 
         def run(traced, encoder, candidates, number, title):
-            rounds.append([each.error for each in candidates])
+            rounds.append([encoder / each.time for each in candidates])
             for each in candidates:
-                lost = each.error / 20
+                lost = each.error * share
                 found = result(1 - 4 * lost, 1 - lost, 0.0001, encoder / each.time)
-                search._ran.append(Ran(each, each.plan(traced), found.speed, found, number))
+                search._ran.append(Ran(each, json.dumps([each.time]), found.speed, found, number))
 
         monkeypatch.setattr(search, "_run", run)
         monkeypatch.setattr(search, "_choose", lambda rows: rows)
-        search.run()
-        assert max(rounds[0]) < 0.04 and any(0.1 < error < 0.3 for error in rounds[1])
+        monkeypatch.setattr("hourglass.search.run.key", lambda plan: plan)
+        monkeypatch.setattr("hourglass.search.run.describe", lambda plan: plan)
+        rows = search.run()
+        return [*rounds, [row.result.speed for row in rows if row.lower >= keep]]
+
+    def test_a_model_that_loses_little_gets_plans_of_larger_errors(self, monkeypatch, traced):
+        """A twentieth of the error is lost, so 1 % at an error of 0.2, where the first round stops at 0.04."""
+        first, *later, reached = self.rounds(monkeypatch, traced, share=0.05)
+        fastest_that_keeps = 1.2 * 1.08 ** int(math.log(0.2 / 0.002) / math.log(1.3))
+        assert max(first) < 1.2 * 1.08**12 < max(reached) <= fastest_that_keeps + 1e-9
+        assert max(reached) > 0.85 * fastest_that_keeps
+
+    def test_rounds_close_in_on_the_goal(self, monkeypatch, traced):
+        for share in (0.3, 0.6, 1.2):
+            _, second, third, reached = self.rounds(monkeypatch, traced, share)
+            fastest_that_keeps = 1.2 * 1.08 ** int(math.log(0.01 / share / 0.002) / math.log(1.3))
+            assert 0.9 * fastest_that_keeps < max(reached) <= fastest_that_keeps + 1e-9
+            missed = [speed for speed in second if speed > max(reached)]
+            assert all(max(speed for speed in second if speed not in missed) < speed for speed in third)
+            assert not missed or all(speed < min(missed) for speed in third)
 
 
 def test_plans_have_names():
