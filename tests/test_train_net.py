@@ -106,13 +106,12 @@ def test_a_search(tmp_path, monkeypatch, capsys):
     """From the shipped weights to a config that the comparison takes; another goal goes on from what was measured."""
     options = [Option(TokenClustering((side, side)), "window", (side / 16) ** 2) for side in (8, 12)]
     monkeypatch.setattr("hourglass.search.trace.make_options", lambda windows: options)
-    monkeypatch.setattr("hourglass.search.run.FIRST", 2)
-    monkeypatch.setattr("hourglass.search.run.LATER", (1, 1))
+    monkeypatch.setattr("hourglass.search.run.ROUNDS", (2, 1))
     monkeypatch.setattr("hourglass.search.latency.ROUNDS", 1)
     found_in = ["search.images=8", "dataloader.test.num_workers=0", f"train.output_dir={tmp_path}"]
     run("--search", "keep=0.9", *found_in)
     printed = capsys.readouterr().out
-    assert "first round" in printed and "Request for keep=0.9, on images of hourglass_demo_search:" in printed
+    assert "round 1, " in printed and "Request for keep=0.9, on images of hourglass_demo_search:" in printed
     content = json.loads((tmp_path / "search.json").read_text())
     assert content["found"]["goal"] == "keep=0.9" and "rank 4, with labels" in content["results"]
     assert (tmp_path / "search.png").stat().st_size > 5000 and "| plan" in (tmp_path / "search.md").read_text()

@@ -1,6 +1,5 @@
 """Candidates: the plans on the Pareto front of predicted time and predicted error."""
 
-import math
 from typing import NamedTuple
 
 from hourglass.encoders import Plan
@@ -13,8 +12,6 @@ MOST = 0.15
 # A kind of plan that has so many times the error of others, at the same time, is left out: what is lost for an error
 # differs less than that between kinds.
 FAR = 4.0
-# Errors, over the loss asked for, of plans that are worth a run: less loses nothing that shows, more too much.
-SPAN = (0.2, 4.0)
 
 
 class Candidate(NamedTuple):
@@ -117,42 +114,3 @@ def make_pool(traced: Traced, candidates: list[Candidate], slowest: float) -> di
 def _error_at(front: list[Candidate], time: float) -> float:
     """The least error of plans that take no longer."""
     return min((candidate.error for candidate in front if candidate.time <= time * (1 + 1e-9)), default=float("inf"))
-
-
-def plausible(pool: dict[str, list[Candidate]], keep: float | None) -> dict[str, list[Candidate]]:
-    """
-    The candidates that may lose about what is asked for; where there are none of any kind, all.
-
-    Args:
-        pool: kind of plan -> its front.
-        keep: share of the accuracy to keep; None: as much as can be had.
-    """
-    if keep is None:
-        low, high = 0.0, SPAN[1] * min(plan.error for front in pool.values() for plan in front)
-    else:
-        low, high = (bound * (1 - keep) for bound in SPAN)
-    chosen = {kind: [plan for plan in front if low <= plan.error <= high] for kind, front in pool.items()}
-    return {kind: front for kind, front in chosen.items() if front} or pool
-
-
-def spread(pool: dict[str, list[Candidate]], number: int) -> list[Candidate]:
-    """
-    About ``number`` candidates, from each kind as many as from others where it has so many, at least one, and at even
-    steps of the logarithm of their error.
-    """
-    shares = dict.fromkeys(pool, 1)
-    while sum(shares.values()) < min(number, sum(map(len, pool.values()))):
-        kind = min((kind for kind in pool if shares[kind] < len(pool[kind])), key=shares.__getitem__)
-        shares[kind] += 1
-    return [candidate for kind, front in pool.items() for candidate in _spread_front(front, shares[kind])]
-
-
-def _spread_front(front: list[Candidate], number: int) -> list[Candidate]:
-    logs = [math.log(max(candidate.error, 1e-12)) for candidate in front]
-    low, high = min(logs), max(logs)
-    chosen: list[int] = []
-    for i in range(number):
-        level = low + (high - low) * (i + 0.5) / number
-        remaining = [j for j in range(len(front)) if j not in chosen]
-        chosen.append(min(remaining, key=lambda j: (abs(logs[j] - level), j)))
-    return [front[i] for i in sorted(chosen)]

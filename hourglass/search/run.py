@@ -1,6 +1,6 @@
 """
-A search, phase after phase: errors and times of blocks, from which every plan is predicted; the best of each kind on a
-few images; those about the target on more; a guard; and images that nothing was chosen on.
+A search, phase after phase: errors and times of blocks, from which every plan is predicted; rounds of plans that close
+in on the goal; a guard; and images that nothing was chosen on.
 """
 
 import itertools
@@ -23,18 +23,18 @@ from hourglass.evaluation.journal import members
 from hourglass.fitting import TOGETHER, calibrate_plans
 from hourglass.reduction import SkipBlocks
 from hourglass.search.estimate import Slope, estimate, learn_slopes
-from hourglass.search.front import Candidate, enumerate_plans, make_pool, plausible, spread
+from hourglass.search.front import Candidate, enumerate_plans, make_pool
 from hourglass.search.goal import Goal
 from hourglass.search.latency import measure_latency
 from hourglass.search.measured import Measured, Result
 from hourglass.search.trace import Traced, measure_errors, trace
 
-# Plans that run in the first round, and in each of those after it.
-FIRST, LATER = 12, (3, 2)
-# Between the speeds of plans that run next.
+# Plans that run in each round.
+ROUNDS = (3, 2, 2)
+# Errors of the first ones, over the loss that is asked for: models differ by a factor of ten in what an error costs.
+ERRORS = (0.5, 1.5, 4.0)
+# Between the speeds of plans that run next, where all of those before reached the goal.
 STEP = 1.25
-# Images of the first round, at most.
-FEW = 20
 BASE = "fast attention"
 
 
@@ -71,7 +71,7 @@ class Row(NamedTuple):
         name: for people.
         plan: without its calibration.
         predicted: how many times as fast as fast attention alone, from the times of blocks.
-        result: on the images of the last round that it was in.
+        result: on some images.
         images: how many these are.
         kept, lower: what it keeps, see :func:`~hourglass.search.estimate.estimate`.
         verdict: why it is not the answer, where a better one is known.
@@ -95,14 +95,13 @@ class Ran(NamedTuple):
         candidate: as it was enumerated.
         plan: it, without its calibration.
         predicted: see :class:`Row`.
-        result: on the first so many ``images`` of the ranking.
+        result: on the images of the ranking.
     """
 
     candidate: Candidate
     plan: Plan
     predicted: float
     result: Result
-    images: int
 
 
 class Outcome(NamedTuple):
@@ -113,7 +112,7 @@ class Outcome(NamedTuple):
         plan: the answer, calibrated.
         reached: whether it reaches the goal.
         why: in words.
-        rows: the plans of the last round, the slowest first.
+        rows: the plans that ran, the slowest first.
         checked: name -> a row on the images of the check: of the answer, and of its controls.
         slopes: figure -> of a loss of agreement, what was lost against labels; empty without labels.
     """
@@ -177,36 +176,33 @@ class Search:
         if not pool:
             fastest = latency.encoder / min(candidate.time for candidate in plans)
             return self._no_plan(f"the fastest plan is predicted to be at {fastest:.2f}x of fast attention alone")
-        first = spread(plausible(pool, self.goal.keep), FIRST)
-        encoder = latency.encoder
-        self._run(traced, encoder, first, min(FEW, len(self.images.rank)), "first round")
-        for number, most in enumerate(LATER, start=2):
-            promising = self._promising(traced, pool, encoder, most)
+        for number, most in enumerate(ROUNDS, start=1):
+            promising = self._promising(traced, pool, latency.encoder, most)
             if promising:
-                self._run(traced, encoder, promising, len(self.images.rank), f"round {number}")
-        return self._choose(self._rows(len(self.images.rank)) or self._rows(min(FEW, len(self.images.rank))))
+                self._run(traced, latency.encoder, promising, number)
+        return self._choose(self._rows())
 
     # --- running plans --------------------------------------------------------------------------------------------
 
-    def _run(self, traced: Traced, encoder: float, candidates: list[Candidate], number: int, title: str) -> None:
-        """Run plans on the first so many images of the ranking."""
-        images = [inputs for i, inputs in enumerate(self.images.rank) if i < number]
+    def _run(self, traced: Traced, encoder: float, candidates: list[Candidate], number: int) -> None:
+        """A round: run plans on the images of the ranking."""
         plans = {key(candidate.plan(traced)): candidate for candidate in candidates}
-        results = self._measure([candidate.plan(traced) for candidate in plans.values()], images, f"rank {number}")
+        results = self._measure(
+            [candidate.plan(traced) for candidate in candidates], self.images.rank, f"rank {len(self.images.rank)}"
+        )
         for name, candidate in plans.items():
-            plan, predicted = candidate.plan(traced), encoder / candidate.time
-            self._ran.append(Ran(candidate, plan, predicted, results[name], number))
-        self.log(f"{title}, {len(plans)} plans on {number} images:")
-        for row in self._rows(number):
+            self._ran.append(Ran(candidate, candidate.plan(traced), encoder / candidate.time, results[name]))
+        self.log(f"round {number}, {len(plans)} plans on {len(self.images.rank)} images:")
+        for row in self._rows():
             verdict = f"  ({row.verdict})" if row.verdict else ""
             if key(row.plan) in plans:
                 self.log(f"  {row.result.speed:.2f}x, keeps about {100 * row.kept:.1f} %  {row.name}{verdict}")
 
-    def _rows(self, number: int) -> list[Row]:
-        """The plans that ran on so many images, the slowest first; slopes are those that they show."""
-        ran = [ran for ran in self._ran if ran.images == number]
-        self._slopes = learn_slopes(each.result for each in ran)
-        rows = [self._row(each.plan, each.predicted, each.result, number, self._slopes) for each in ran]
+    def _rows(self) -> list[Row]:
+        """The plans that ran, the slowest first; slopes are those that they show."""
+        self._slopes = learn_slopes(each.result for each in self._ran)
+        images = len(self.images.rank)
+        rows = [self._row(each.plan, each.predicted, each.result, images, self._slopes) for each in self._ran]
         rows.sort(key=lambda row: row.result.speed)
         best, marked = -math.inf, []
         for row in reversed(rows):
@@ -222,7 +218,7 @@ class Search:
 
     def _calibrate(self, plans: list[Plan]) -> None:
         """Calibrate those that can be and are not yet."""
-        fitted = [plan for plan in plans if plan.reducer is not None and not isinstance(plan.reducer, SkipBlocks)]
+        fitted = [plan for plan in plans if plan.reducer is not None and type(plan.reducer) is not SkipBlocks]
         missing = [plan for plan in fitted if key(plan) not in self._calibrations]
         for start in range(0, len(missing), TOGETHER):
             part = missing[start : start + TOGETHER]
@@ -234,7 +230,7 @@ class Search:
         calibration = self._calibrations.get(key(plan))
         return plan if calibration is None else plan.calibrated(calibration)
 
-    def _measure(self, plans: list[Plan], images: list[list[dict[str, Any]]], phase: str) -> dict[str, Result]:
+    def _measure(self, plans: list[Plan], images: Inputs, phase: str) -> dict[str, Result]:
         """:func:`key` of each plan -> its results on some images; those that are not known yet are measured."""
         labelled = f"{phase}, with labels"
         results = {key(plan): self.measured.result(labelled, key(plan)) for plan in plans}
@@ -246,7 +242,7 @@ class Search:
         missing = [plan for plan in plans if results[key(plan)] is None]
         if missing:
             self._calibrate(missing)
-            measured = self._compare({key(plan): self._calibrated(plan) for plan in missing}, images, phase)
+            measured = self._compare({key(plan): self._calibrated(plan) for plan in missing}, list(images), phase)
             self.measured.add(phase, measured)
             results |= measured
         return {name: result for name, result in results.items() if result is not None}
@@ -276,57 +272,63 @@ class Search:
         self, traced: Traced, pool: dict[str, list[Candidate]], encoder: float, most: int
     ) -> list[Candidate]:
         """
-        The plans to run next on all ranking images, at most ``most`` of them, the slowest first: those that are
-        predicted to lose least. With a goal of `keep`, they are at even steps of the speed: at first about the speed
-        that is predicted for it, then between the fastest plan that reached it and the next faster one, which did not.
-        A dozen plans on a few images tell which lose less, but not how much.
+        The plans to run next, at most ``most`` of them, the slowest first. At first they have errors about the loss
+        that is asked for, and are of several kinds. With a goal of `keep`, those after them are between the fastest
+        plan that reached it and the next faster one, which did not, at even steps of the speed; with one of `speed`,
+        they are those that are predicted to lose least.
         """
-        final = len(self.images.rank)
-        done = [ran.candidate for ran in self._ran if ran.images == final]
+        if not self._ran:
+            return self._first(pool)
+        done = [ran.candidate for ran in self._ran]
         losses = {plan: loss for plan, loss in self._predict(traced, pool).items() if plan not in done}
         if self.goal.keep is None:
             chosen = sorted(losses, key=lambda candidate: losses[candidate])[:most]
             return sorted(chosen, key=lambda candidate: -candidate.time)
-        if done:
-            rows = {key(row.plan): row for row in self._rows(final)}
-            reached = {
-                ran.candidate.time: rows[key(ran.plan)].lower >= self.goal.keep
-                for ran in self._ran
-                if ran.images == final
-            }
-            slow = min((time for time in reached if reached[time]), default=encoder)
-            fast = max((time for time in reached if time < slow), default=slow / STEP**most)
-            levels = [slow * (fast / slow) ** (i / (most + 1)) for i in range(1, most + 2)]
-        else:
-            enough = [plan.time for plan, loss in losses.items() if loss <= 1 - self.goal.keep]
-            centre = min(enough, default=min(losses, key=lambda candidate: losses[candidate]).time)
-            levels = [centre * STEP ** ((most - 1) / 2 - i) for i in range(most + 1)]
+        rows = {key(row.plan): row for row in self._rows()}
+        reached = {ran.candidate.time: rows[key(ran.plan)].lower >= self.goal.keep for ran in self._ran}
+        slow = min((time for time in reached if reached[time]), default=encoder)
+        fast = max((time for time in reached if time < slow), default=slow / STEP**most)
+        levels = [slow * (fast / slow) ** (i / (most + 1)) for i in range(1, most + 2)]
         chosen = []
         for slowest, fastest in itertools.pairwise(levels):
             between = [plan for plan in losses if fastest < plan.time <= slowest]
             chosen += sorted(between, key=lambda candidate: losses[candidate])[:1]
-        return sorted(chosen, key=lambda candidate: -candidate.time)
+        return chosen
+
+    def _first(self, pool: dict[str, list[Candidate]]) -> list[Candidate]:
+        """The fastest plans of no more than some errors, if possible each of a kind of its own."""
+        remaining = dict(pool)
+        least = min(candidate.error for front in pool.values() for candidate in front)
+        chosen: list[Candidate] = []
+        for share in ERRORS:
+            most = max(share * (1 - self.goal.keep) if self.goal.keep is not None else share * least / ERRORS[0], least)
+            fronts = [[plan for plan in front if plan.error <= most] for front in remaining.values()]
+            enough = [
+                (min(front, key=lambda candidate: candidate.time), kind)
+                for kind, front in zip(remaining, fronts)
+                if front
+            ]
+            if enough:
+                plan, kind = min(enough, key=lambda each: each[0].time)
+                chosen.append(plan)
+                if len(remaining) > 1:
+                    del remaining[kind]
+        return sorted(set(chosen), key=lambda candidate: -candidate.time)
 
     def _predict(self, traced: Traced, pool: dict[str, list[Candidate]]) -> dict[Candidate, float]:
         """
-        What each plan would lose on all ranking images or, with a goal of `keep`, its bound: a power of its error,
-        times a factor of its kind, by a ridge regression of logarithms over the plans that ran.
+        What each plan would lose or, with a goal of `keep`, its bound: a power of its error, times a factor of its
+        kind, by a ridge regression of logarithms over the plans that ran.
         """
-        final = len(self.images.rank)
         kinds = list(pool)
         system = [[1.0, 0.0] + [0.0] * len(kinds), *np.eye(len(kinds) + 2)[2:].tolist()]
         target = [0.5] + [0.0] * len(kinds)  # a square root, and kinds that do not differ
-        for number in dict.fromkeys(ran.images for ran in self._ran):
-            rows = {key(row.plan): row for row in self._rows(number)}
-            for ran in (ran for ran in self._ran if ran.images == number):
-                row, weight = rows[key(ran.plan)], (number / final) ** 0.5
-                lost = 1 - row.kept
-                if self.goal.keep is not None:
-                    lost += (row.kept - row.lower) * weight
-                terms = [_log(ran.candidate.error), 1.0]
-                terms += [float(ran.candidate.kind(traced) == kind) for kind in kinds]
-                system.append([weight * term for term in terms])
-                target.append(weight * _log(lost, 2e-4))
+        rows = {key(row.plan): row for row in self._rows()}
+        for ran in self._ran:
+            row = rows[key(ran.plan)]
+            kind = ran.candidate.kind(traced)
+            system.append([_log(ran.candidate.error), 1.0, *(float(kind == other) for other in kinds)])
+            target.append(_log(1 - (row.kept if self.goal.keep is None else row.lower), 2e-4))
         power, common, *factors = np.linalg.lstsq(np.array(system), np.array(target), rcond=None)[0]
         return {
             candidate: math.exp(max(power, 0.1) * _log(candidate.error) + common + factor)
@@ -370,7 +372,7 @@ class Search:
         if row.plan.reducer is not None:
             plans["its blocks left out"] = row.plan.control()
             plans["an affine map in their place"] = row.plan.linear_control()
-        results = self._measure(list(plans.values()), list(self.images.check), "check")
+        results = self._measure(list(plans.values()), self.images.check, "check")
         number = len(self.images.check)
         self._slopes = {figure: slope.settled() for figure, slope in self._slopes.items()}
         rows = {}
