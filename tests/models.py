@@ -20,6 +20,7 @@ SMALL = [
     "plan.scope=map",
     "plan.start=2",
     "plan.stop=8",
+    "plan.keys=1",
     "dataloader.test.num_workers=0",
     "evaluation.warmup=1",
 ]

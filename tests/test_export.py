@@ -315,7 +315,7 @@ def test_a_file_ends_as_its_format_says(tmp_path):
         export(program, "onnx", tmp_path / "encoder.pt", [image(64, 64)])
 
 
-SMALL = [*UNTRAINED, "plan.reducer.grid=[5,5]", "plan.scope=window", "plan.start=3", "plan.stop=5"]
+SMALL = [*UNTRAINED, "plan.reducer.grid=[5,5]", "plan.scope=window", "plan.start=3", "plan.stop=5", "plan.keys=1"]
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_the_demo(tmp_path, capsys):
 
 def test_a_calibrated_plan(tmp_path, capsys):
     """Written, taken by its name, and refused where it does not belong."""
-    plan = ["plan.reducer.grid=[6,6]", "plan.start=2", "plan.stop=6"]
+    plan = ["plan.reducer.grid=[6,6]", "plan.start=2", "plan.stop=6", "plan.keys=1"]
     run("--calibrate", *plan, f"train.output_dir={tmp_path}", "search.images=3", "dataloader.test.num_workers=0")
     printed = capsys.readouterr().out
     path = tmp_path / "calibration.pth"
@@ -92,9 +92,8 @@ def test_a_calibrated_plan(tmp_path, capsys):
     content = read(tmp_path)["plan"]["calibration"]
     (stage,) = content["stages"]
     assert content["images"] == 3 and 0 < stage["left"] < stage["left without"]
-    assert "start was 2, and is 3" in refusal(
-        capsys, *arguments, *plan[::2], "plan.start=3", f"plan.calibration={path}"
-    )
+    others = [plan[0], "plan.start=3", *plan[2:], f"plan.calibration={path}"]
+    assert "start was 2, and is 3" in refusal(capsys, *arguments, *others)
     untrained = refusal(capsys, *arguments, *plan, f"plan.calibration={path}", "train.init_checkpoint=")
     assert "made for other weights" in untrained
     missing = refusal(capsys, *arguments, *plan, f"plan.calibration={tmp_path / 'none.pth'}")
@@ -216,7 +215,7 @@ def test_batches_have_the_figures_of_one_image_at_a_time(tmp_path):
 
 def test_a_report(tmp_path, capsys, monkeypatch):
     """Of the shipped weights: it adds up, what it names is there, and an interrupted run gives the same one."""
-    plan = ["plan.reducer.grid=[6,6]", "plan.start=2", "plan.stop=6"]  # it changes something
+    plan = ["plan.reducer.grid=[6,6]", "plan.start=2", "plan.stop=6", "plan.keys=1"]  # it changes something
     arguments = ["--eval-only", "--report", *plan, "evaluation.max_images=3", "evaluation.warmup=0"]
     run(*arguments, f"train.output_dir={tmp_path}")
     printed = capsys.readouterr().out
@@ -673,7 +672,10 @@ def test_a_full_disk_is_one_line(tmp_path, capsys, monkeypatch):
         (["plan.stop=9"], "a plan needs 0 <= start < stop <= 8"),
         (["plan.reducer.grid=[65,64]"], "grid (65, 64) is larger than the token map, which has 16 x 16 tokens"),
         (["plan.reducer.grid=0"], "grid must be (rows, columns)"),
-        (["plan.reducer.k=0"], "k must be a whole number of at least 1, got 0"),
+        (
+            ["plan.reducer._target_=hourglass.TokenClustering", "plan.reducer.k=0"],
+            "k must be a whole number of at least 1, got 0",
+        ),
         (["train.init_checkpoint=missing.pth"], "checkpoint missing.pth cannot be read"),
         (
             ["dataloader.test.dataset.names=coco_2017_val"],

@@ -7,7 +7,7 @@ from detectron2.config import LazyCall as L
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler
 
-from hourglass import Plan, TokenClustering
+from hourglass import GridMerging, Plan
 from projects.demo import register_demo
 
 from ..common.coco import dataloader
@@ -77,7 +77,14 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_factor=0.01,
 )
 
-# Chosen on training images, see the README.
 search.dataset = "hourglass_demo_search"
 
-plan = L(Plan)(reducer=L(TokenClustering)(grid=[12, 12]), start=3, stop=5, scope="window")
+# What `--search keep=0.99` found, see the README.
+plan = L(Plan)(
+    reducer=L(GridMerging)(grid=[12, 12]),
+    start=0,
+    stop=4,
+    scope="window",
+    keys=2,
+    calibration=str(Path(__file__).parent / "vitdet_calibration.pth"),
+)

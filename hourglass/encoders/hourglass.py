@@ -208,7 +208,8 @@ def _blocks_with_pooled_keys(plan: Plan, family: Family, blocks: list[nn.Module]
     pooled = {block for i, block in enumerate(blocks) if i not in planned and family.window_size(block) == 0}
     if not pooled:
         where = f" outside blocks {planned.start} to {planned.stop - 1}" if planned else ""
-        raise InputError(f"keys={plan.keys} needs an encoder with a block of global attention{where}, got none")
+        needed = f"keys={plan.keys} needs an encoder with a block of global attention{where}"
+        raise InputError(f"{needed}, got none (keys=1 pools no keys)")
     return pooled
 
 
