@@ -150,6 +150,8 @@ def test_ade20k(tmp_path):
     folder.mkdir()
     content = {**CONTENT, "images": [{**CONTENT["images"][0], "file_name": "seven.jpg"}]}
     (folder / "ade20k_panoptic_val.json").write_text(json.dumps(content))
+    for name in {"ade20k_panoptic_train", "ade20k_panoptic_val"} & set(DatasetCatalog.list()):
+        remove(name)  # a config that another test loaded has registered it
     register_ade20k_panoptic(tmp_path)
     register_ade20k_panoptic(tmp_path)  # what is there stays
     try:
