@@ -278,16 +278,15 @@ class Search:
         they are those that are predicted to lose least.
         """
         if not self._ran:
-            return self._first(pool)
+            return self._first(traced, pool)
         done = [ran.candidate for ran in self._ran]
         losses = {plan: loss for plan, loss in self._predict(traced, pool).items() if plan not in done}
         if self.goal.keep is None:
             chosen = sorted(losses, key=lambda candidate: losses[candidate])[:most]
             return sorted(chosen, key=lambda candidate: -candidate.time)
-        rows = {key(row.plan): row for row in self._rows()}
-        reached = {ran.candidate.time: rows[key(ran.plan)].lower >= self.goal.keep for ran in self._ran}
-        slow = min((time for time in reached if reached[time]), default=encoder)
-        fast = max((time for time in reached if time < slow), default=slow / STEP**most)
+        reached = [plan.time for plan, (_, lower) in self._estimates().items() if lower >= self.goal.keep]
+        slow = min(reached, default=encoder)
+        fast = max((plan.time for plan in done if plan.time < slow), default=slow / STEP**most)
         levels = [slow * (fast / slow) ** (i / (most + 1)) for i in range(1, most + 2)]
         chosen = []
         for slowest, fastest in itertools.pairwise(levels):
@@ -295,25 +294,23 @@ class Search:
             chosen += sorted(between, key=lambda candidate: losses[candidate])[:1]
         return chosen
 
-    def _first(self, pool: dict[str, list[Candidate]]) -> list[Candidate]:
+    def _first(self, traced: Traced, pool: dict[str, list[Candidate]]) -> list[Candidate]:
         """The fastest plans of no more than some errors, if possible each of a kind of its own."""
-        remaining = dict(pool)
-        least = min(candidate.error for front in pool.values() for candidate in front)
+        candidates = [candidate for front in pool.values() for candidate in front]
+        least = min(candidate.error for candidate in candidates)
+        unit = least / ERRORS[0] if self.goal.keep is None else 1 - self.goal.keep
         chosen: list[Candidate] = []
         for share in ERRORS:
-            most = max(share * (1 - self.goal.keep) if self.goal.keep is not None else share * least / ERRORS[0], least)
-            fronts = [[plan for plan in front if plan.error <= most] for front in remaining.values()]
-            enough = [
-                (min(front, key=lambda candidate: candidate.time), kind)
-                for kind, front in zip(remaining, fronts)
-                if front
-            ]
-            if enough:
-                plan, kind = min(enough, key=lambda each: each[0].time)
-                chosen.append(plan)
-                if len(remaining) > 1:
-                    del remaining[kind]
+            tried = {candidate.kind(traced) for candidate in chosen}
+            within = [candidate for candidate in candidates if candidate.error <= max(share * unit, least)]
+            fresh = [candidate for candidate in within if candidate.kind(traced) not in tried]
+            chosen.append(min(fresh or within, key=lambda candidate: candidate.time))
         return sorted(set(chosen), key=lambda candidate: -candidate.time)
+
+    def _estimates(self) -> dict[Candidate, tuple[float, float]]:
+        """What each plan that ran keeps, see :func:`~hourglass.search.estimate.estimate`."""
+        slopes = learn_slopes(ran.result for ran in self._ran)
+        return {ran.candidate: estimate(ran.result, slopes) for ran in self._ran}
 
     def _predict(self, traced: Traced, pool: dict[str, list[Candidate]]) -> dict[Candidate, float]:
         """
@@ -323,12 +320,10 @@ class Search:
         kinds = list(pool)
         system = [[1.0, 0.0] + [0.0] * len(kinds), *np.eye(len(kinds) + 2)[2:].tolist()]
         target = [0.5] + [0.0] * len(kinds)  # a square root, and kinds that do not differ
-        rows = {key(row.plan): row for row in self._rows()}
-        for ran in self._ran:
-            row = rows[key(ran.plan)]
-            kind = ran.candidate.kind(traced)
-            system.append([_log(ran.candidate.error), 1.0, *(float(kind == other) for other in kinds)])
-            target.append(_log(1 - (row.kept if self.goal.keep is None else row.lower), 2e-4))
+        for candidate, (kept, lower) in self._estimates().items():
+            kind = candidate.kind(traced)
+            system.append([_log(candidate.error), 1.0, *(float(kind == other) for other in kinds)])
+            target.append(_log(1 - (kept if self.goal.keep is None else lower), 2e-4))
         power, common, *factors = np.linalg.lstsq(np.array(system), np.array(target), rcond=None)[0]
         return {
             candidate: math.exp(max(power, 0.1) * _log(candidate.error) + common + factor)
@@ -377,7 +372,7 @@ class Search:
         self._slopes = {figure: slope.settled() for figure, slope in self._slopes.items()}
         rows = {}
         for name, plan in plans.items():
-            # The slopes are of plans that lose little: they say nothing about a control, which may lose much.
+            # The slopes are of plans: a control changes maps in another way, and may lose more than any of them.
             slopes = self._slopes if name == row.name else None
             rows[name] = self._row(plan, row.predicted, results[key(plan)], number, slopes)._replace(name=name)
         return rows
