@@ -10,8 +10,12 @@ from tabulate import tabulate
 from hourglass.encoders import Plan
 from hourglass.evaluation.figures import label_of
 from hourglass.files import write_whole
+from hourglass.search.estimate import PRIOR, Slope, discount
 from hourglass.search.goal import Goal
 from hourglass.search.run import Outcome, Row, key
+
+# An agreement, in percent, to tell people what it is worth.
+LIGHT = 95
 
 
 def to_table(outcome: Outcome, tablefmt: str = "simple") -> str:
@@ -55,15 +59,15 @@ def describe(outcome: Outcome, goal: Goal, about: str) -> str:
     """How the table is to be read."""
     lines = [f"Request for {goal}, on images of {about}: {outcome.why}."]
     if outcome.rows:
-        slopes = "about a quarter"
+        worth = f"about {_worth(PRIOR)}"
         if outcome.slopes:
-            shares = (f"{100 * slope.samples[0]:.0f} % ({label_of(key)})" for key, slope in outcome.slopes.items())
-            slopes = f"on these images {', '.join(shares)}"
+            figures = (f"{_worth(slope)} ({label_of(key)})" for key, slope in outcome.slopes.items())
+            worth = f"on these images {', '.join(figures)}"
         sources = "labels and agreement" if outcome.rows[0].result.labelled else "agreement alone"
         lines.append(
             "Speeds are the encoder's, over fast attention alone. What is kept of the figure that loses most is "
-            f"estimated from {sources}, of whose loss {slopes} is lost against labels; in parentheses its "
-            "one-sided 95 % bound."
+            f"estimated from {sources}: where {LIGHT} % agree, {worth} is kept. In parentheses its one-sided 95 % "
+            "bound."
         )
         errors = [abs(row.predicted / row.result.speed - 1) for row in outcome.rows]
         lines.append(
@@ -71,6 +75,10 @@ def describe(outcome: Outcome, goal: Goal, about: str) -> str:
             f"{100 * max(errors):.0f} %."
         )
     return "\n".join(lines)
+
+
+def _worth(slope: Slope) -> str:
+    return f"{100 * (1 - slope.samples[0] * discount(1 - LIGHT / 100)):.1f} %"
 
 
 def draw(outcome: Outcome, goal: Goal, path: Path) -> None:

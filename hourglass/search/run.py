@@ -114,7 +114,7 @@ class Outcome(NamedTuple):
         why: in words.
         rows: the plans that ran, the slowest first.
         checked: name -> a row on the images of the check: of the answer, and of its controls.
-        slopes: figure -> of a loss of agreement, what was lost against labels; empty without labels.
+        slopes: figure -> what a loss of agreement costs against labels; empty without labels.
     """
 
     plan: Plan

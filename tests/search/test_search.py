@@ -13,7 +13,7 @@ from hourglass import AveragePooling, InputError, Plan, TokenClustering, launch
 from hourglass.commands import search_settings
 from hourglass.fitting import Recorder, fit
 from hourglass.search import Goal
-from hourglass.search.estimate import SLOPE, SLOPE_DEVIATION, estimate, learn_slopes
+from hourglass.search.estimate import SCATTER, SLOPE, SLOPE_DEVIATION, discount, estimate, learn_slopes
 from hourglass.search.front import Candidate, enumerate_plans, make_pool, pareto_front
 from hourglass.search.latency import Latency, measure_latency
 from hourglass.search.measured import Measured, Result
@@ -254,7 +254,7 @@ def result(agreement: float, labelled: float | None = None, noise: float = 0.0, 
 class TestEstimate:
     def test_without_labels_it_is_a_share_of_what_agreement_loses(self):
         kept, lower = estimate(result(0.96))
-        assert kept == pytest.approx(1 - SLOPE * 0.04) and 0.95 < lower < kept
+        assert kept == pytest.approx(1 - SLOPE * discount(0.04)) and 0.95 < lower < kept
         assert estimate(result(1.0)) == pytest.approx((1.0, 1.0), abs=1e-3)
 
     def test_labels_count_as_far_as_they_are_sure(self):
@@ -265,33 +265,38 @@ class TestEstimate:
 
     def test_the_figure_that_loses_most_counts(self):
         two = result(0.99)._replace(agreement={"bbox.AP": np.full(501, 90.0), "segm.AP": np.full(501, 99.0)})
-        assert estimate(two)[0] == pytest.approx(1 - SLOPE * 0.1)
+        assert estimate(two)[0] == pytest.approx(1 - SLOPE * discount(0.1))
 
     def test_the_slope_is_learnt_from_plans_on_the_same_images(self):
         """Plans whose labels share a noise: the slope shows on heavy ones, and light ones are known by it."""
 
         def plans(slope: float, noise: float) -> list[Result]:
-            return [result(1 - lost, 1 - slope * lost, noise) for lost in (0.01, 0.02, 0.05, 0.1, 0.3)]
+            return [result(1 - lost, 1 - slope * discount(lost), noise) for lost in (0.01, 0.04, 0.1, 0.2, 0.3)]
 
-        for slope in (0.1, 0.4):
+        for slope in (0.2, 1.0):
             learnt = learn_slopes(plans(slope, 0.005))["segm.AP"]
-            assert learnt.samples[0] == pytest.approx(slope, abs=0.02) and learnt.deviation < 0.06
+            assert learnt.samples[0] == pytest.approx(slope, abs=0.04) and learnt.deviation < 0.18
             light = plans(slope, 0.005)[1]
             kept, lower = estimate(light, {"segm.AP": learnt})
-            assert kept == pytest.approx(1 - slope * 0.02, abs=1e-3)
-            assert kept - lower < 0.5 * (estimate(light)[0] - estimate(light)[1])
+            assert kept == pytest.approx(1 - slope * discount(0.04), abs=1e-3)
+            assert kept - lower < 0.6 * (estimate(light)[0] - estimate(light)[1])
             settled = learnt.settled()
             assert settled.samples.shape == (1,) and settled.deviation > learnt.deviation
-        unsure = learn_slopes(plans(0.4, 1.0))["segm.AP"]
-        assert unsure.samples[0] == pytest.approx(SLOPE, abs=0.01)
-        assert unsure.deviation == pytest.approx((SLOPE_DEVIATION**2 + 0.05**2) ** 0.5, rel=0.05)
+        unsure = learn_slopes(plans(1.0, 1.0))["segm.AP"]
+        assert unsure.samples[0] == pytest.approx(SLOPE, abs=0.05)
+        assert unsure.deviation == pytest.approx((SLOPE_DEVIATION**2 + SCATTER**2) ** 0.5, rel=0.05)
         assert learn_slopes([result(0.9)]) == {}
 
     def test_plans_that_differ_in_their_slope_make_it_unsure(self):
-        results = [result(1 - lost, 1 - 0.3 * lost, 0.001) for lost in (0.1, 0.2, 0.3, 0.4)]
-        differing = [result(0.8, 1 - slope * 0.2, 0.001) for slope in (0.1, 0.2, 0.4, 0.5)]
-        assert learn_slopes(results)["segm.AP"].deviation < 0.06
-        assert learn_slopes(differing)["segm.AP"].deviation == pytest.approx(0.158, rel=0.1)
+        results = [result(1 - lost, 1 - 0.6 * discount(lost), 0.001) for lost in (0.1, 0.2, 0.3, 0.4)]
+        differing = [result(0.8, 1 - slope * discount(0.2), 0.001) for slope in (0.2, 0.4, 0.8, 1.0)]
+        assert learn_slopes(results)["segm.AP"].deviation < 0.16
+        assert learn_slopes(differing)["segm.AP"].deviation == pytest.approx(0.316, rel=0.1)
+
+    def test_the_first_changes_cost_least_and_a_model_that_finds_nothing_has_lost_all(self):
+        losses = discount(np.linspace(0, 1, 11))
+        assert losses[0] == 0 and losses[-1] == pytest.approx(1)
+        assert (np.diff(losses, 2) > 0).all()
 
     def test_nothing_found_is_refused(self):
         nothing = result(0.9)._replace(agreement={"segm.AP": np.full(501, np.nan)})
