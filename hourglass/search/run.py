@@ -27,6 +27,7 @@ from hourglass.search.front import Candidate, enumerate_plans, make_pool
 from hourglass.search.goal import Goal
 from hourglass.search.latency import measure_latency
 from hourglass.search.measured import Measured, Result
+from hourglass.search.options import KEYS
 from hourglass.search.trace import Traced, measure_errors, trace
 
 # Plans that run in each round.
@@ -314,22 +315,19 @@ class Search:
 
     def _predict(self, traced: Traced, pool: dict[str, list[Candidate]]) -> dict[Candidate, float]:
         """
-        What each plan would lose or, with a goal of `keep`, its bound: a power of its error, times a factor of its
-        kind, by a ridge regression of logarithms over the plans that ran.
+        What each plan would lose or, with a goal of `keep`, its bound: a power of its error, times factors of its
+        reducer, of its pooled keys and of its blocks, by a ridge regression of logarithms over the plans that ran.
         """
-        kinds = list(pool)
-        system = [[1.0, 0.0] + [0.0] * len(kinds), *np.eye(len(kinds) + 2)[2:].tolist()]
-        target = [0.5] + [0.0] * len(kinds)  # a square root, and kinds that do not differ
-        for candidate, (kept, lower) in self._estimates().items():
-            kind = candidate.kind(traced)
-            system.append([_log(candidate.error), 1.0, *(float(kind == other) for other in kinds)])
-            target.append(_log(1 - (kept if self.goal.keep is None else lower), 2e-4))
-        power, common, *factors = np.linalg.lstsq(np.array(system), np.array(target), rcond=None)[0]
-        return {
-            candidate: math.exp(max(power, 0.1) * _log(candidate.error) + common + factor)
-            for factor, front in zip(factors, pool.values())
-            for candidate in front
-        }
+        candidates = [candidate for front in pool.values() for candidate in front]
+        estimates = self._estimates()
+        features = np.array([_features(traced, candidate) for candidate in (*estimates, *candidates)])
+        losses = [1 - (kept if self.goal.keep is None else lower) for kept, lower in estimates.values()]
+        # Before any ran: a square root, and factors of 1.
+        system = np.concatenate([np.delete(np.eye(features.shape[1]), 1, axis=0), features[: len(losses)]])
+        target = [0.5] + [0.0] * (features.shape[1] - 2) + [_log(loss, 2e-4) for loss in losses]
+        power, *factors = np.linalg.lstsq(system, np.array(target), rcond=None)[0]
+        predicted = np.exp(features[len(losses) :] @ [max(power, 0.1), *factors])
+        return dict(zip(candidates, predicted.tolist()))
 
     def _choose(self, rows: list[Row]) -> Outcome:
         if self.goal.keep is None:
@@ -394,6 +392,14 @@ class Search:
     def _no_plan(self, why: str, rows: list[Row] | None = None, checked: dict[str, Row] | None = None) -> Outcome:
         text = f"{why}: fast attention alone, which changes nothing"
         return Outcome(Plan(attention="fast"), False, text, rows or [], checked or {}, self._slopes)
+
+
+def _features(traced: Traced, candidate: Candidate) -> list[float]:
+    reducers = sorted({type(option.reducer).__name__ for option in traced.options})
+    own = None if candidate.option is None else type(traced.options[candidate.option].reducer).__name__
+    blocks = (candidate.start <= block < candidate.stop for block in range(traced.depth))
+    chosen = (*(own == name for name in reducers), *(candidate.keys == keys for keys in KEYS[1:]), *blocks)
+    return [_log(candidate.error), 1.0, *map(float, chosen)]
 
 
 def _log(value: float, least: float = 1e-9) -> float:

@@ -397,6 +397,16 @@ class TestChoice:
         for control in controls:
             assert 0.95 < control.kept < 0.97
 
+    def test_blocks_that_cost_more_than_their_error_are_learnt(self, traced):
+        """Of two plans that have not run and have the same error, the one without such blocks is to lose less."""
+        search = Search(None, Images([None], [None] * 90, [None] * 30, "two images"), Goal(keep=0.99), None, None)
+        runs = [((0, 2), 0.98), ((1, 3), 0.996), ((2, 4), 0.995), ((0, 3), 0.97)]
+        ran = [(candidate(10, 0.01)._replace(start=start, stop=stop), kept) for (start, stop), kept in runs]
+        search._ran = [Ran(each, each.plan(traced), 2.0, result(kept, kept, 0.001)) for each, kept in ran]
+        first, last = (candidate(9, 0.01)._replace(start=start, stop=stop) for start, stop in ((0, 1), (3, 4)))
+        losses = search._predict(traced, {"of any kind": [first, last]})
+        assert losses[first] > 2 * losses[last]
+
     @staticmethod
     def rounds(monkeypatch, traced, share: float, goal: Goal) -> tuple[list[list[float]], list[float]]:
         """Of a model that loses so much of a plan's error: the speeds of each round, and those that reach the goal."""
