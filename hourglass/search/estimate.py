@@ -2,13 +2,13 @@
 Estimates of the accuracy that a plan keeps, from labels and from agreement. Labels are unbiased but noisy. Agreement
 distinguishes similar plans, but a loss of it is not yet one against labels: the first outputs that change are those
 that the model is least sure of, where the other answer is right as often. So small losses are discounted to about their
-square, large ones less, and the loss of everything not at all. The slope, the loss against labels per discounted loss
-of agreement, differs from model to model: it is learned from the plans that ran on the same images.
+square, large ones less, and the loss of everything not at all. The slope, the odds of a loss against labels over those
+of a discounted loss of agreement, differs from model to model: it is learned from plans that ran on the same images.
 """
 
 from collections.abc import Iterable
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,15 +21,19 @@ KNEE = 0.2
 # Of a discounted loss, what is lost against labels, before any are seen: 0.2 to 0.8 for boxes and masks of the
 # drawn demo and of nuclei.
 SLOPE, SLOPE_DEVIATION = 0.6, 0.35
+LEAST_SLOPE = 0.01
 # How far a plan's own slope lies from that of all, at least.
 SCATTER = 0.15
 # One-sided.
 CONFIDENCE = 0.95
 
+Share = TypeVar("Share", float, np.ndarray)
+
 
 class Slope(NamedTuple):
     """
-    The loss against labels per discounted loss of agreement.
+    The odds of a loss against labels over those of a discounted loss of agreement: for small losses their ratio, and
+    where all of the agreement is lost, all is lost.
 
     Attributes:
         samples: (samples,) on bootstrap samples of the images, or (1,) where they do not differ.
@@ -43,6 +47,18 @@ class Slope(NamedTuple):
         """The slope on other images than those that it was learned from: the samples' variance becomes deviation."""
         drawn = float(np.nanvar(self.samples[1:])) if len(self.samples) > 2 else 0.0
         return Slope(self.samples[:1], (self.deviation**2 + drawn) ** 0.5)
+
+    def loss(self, lost: np.ndarray) -> tuple[np.ndarray, float]:
+        """
+        Args:
+            lost: of agreement, discounted, (samples,).
+
+        Returns:
+            the loss against labels, (samples,), and the standard deviation of its error from other sources.
+        """
+        slopes = np.maximum(self.samples if len(self.samples) == len(lost) else self.samples[:1], LEAST_SLOPE)
+        scales = 1 + (slopes - 1) * lost
+        return slopes * lost / scales, self.deviation * float(lost[0] * (1 - lost[0]) / scales[0] ** 2)
 
 
 PRIOR = Slope(np.array([SLOPE]), SLOPE_DEVIATION)
@@ -66,7 +82,8 @@ def learn_slopes(results: Iterable[Result]) -> dict[str, Slope]:
 
 
 def _learn(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Slope:
-    lost, lost_of_labels = (np.stack(losses) for losses in zip(*pairs))
+    agreement, labels = (np.stack(losses) for losses in zip(*pairs))
+    lost, lost_of_labels = agreement * (1 - labels), labels * (1 - agreement)
     squares = (lost**2).sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):
         samples = np.where(squares > 0, (lost * lost_of_labels).sum(0) / squares, np.nan)
@@ -84,7 +101,7 @@ def _learn(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Slope:
 def estimate(result: Result, slopes: dict[str, Slope] | None = None) -> tuple[float, float]:
     """
     Estimate the share that a plan keeps of the figure that loses most. For each figure two estimates are weighted by
-    the inverse of their variances: the share that is kept against labels, and 1 - slope discount(1 - agreement).
+    the inverse of their variances: the share that is kept against labels, and what agreement says of it by its slope.
 
     Args:
         result: of the plan.
@@ -104,8 +121,8 @@ def estimate(result: Result, slopes: dict[str, Slope] | None = None) -> tuple[fl
         if lost is None:
             continue
         slope = (slopes or {}).get(figure, PRIOR)
-        kept = 1 - slope.samples * lost if len(slope.samples) == len(lost) else 1 - slope.samples[0] * lost
-        unsure = slope.deviation * float(lost[0])
+        loss, unsure = slope.loss(lost)
+        kept = 1 - loss
         labelled = result.labelled.get(figure)
         if labelled is not None and len(labelled) == len(kept) > 2 and np.isfinite(labelled[0]):
             weights = 1 / np.maximum([_variance(kept) + unsure**2, _variance(labelled)], 1e-8)
@@ -118,7 +135,7 @@ def estimate(result: Result, slopes: dict[str, Slope] | None = None) -> tuple[fl
     return min(mean for mean, _ in estimates), min(lower for _, lower in estimates)
 
 
-def discount(lost: np.ndarray | float) -> np.ndarray | float:
+def discount(lost: Share) -> Share:
     """A share of agreement that is lost, as far as labels notice: convex, from 0 to 1."""
     return (1 + KNEE) * lost**2 / (lost + KNEE)
 

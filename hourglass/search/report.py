@@ -78,7 +78,8 @@ def describe(outcome: Outcome, goal: Goal, about: str) -> str:
 
 
 def _worth(slope: Slope) -> str:
-    return f"{100 * (1 - slope.samples[0] * discount(1 - LIGHT / 100)):.1f} %"
+    loss, _ = slope.loss(np.array([discount(1 - LIGHT / 100)]))
+    return f"{100 * (1 - loss[0]):.1f} %"
 
 
 def draw(outcome: Outcome, goal: Goal, path: Path) -> None:
