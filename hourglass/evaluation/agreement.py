@@ -240,7 +240,7 @@ def _matches(pairs: list[tuple[dict, dict]], task: str, score: float, limit: int
         sets = [_coco(annotations, sizes, classes) for annotations in (truth, detections)]
         evaluation = (COCOeval if limit == 100 else COCOevalMaxDets)(*sets, task)
         evaluation.params.maxDets = [1, 10, limit]
-        evaluation.params.areaRng = evaluation.params.areaRng[:1]  # of all; the others take three times as long again
+        evaluation.params.areaRng = evaluation.params.areaRng[:1]  # of all
         evaluation.evaluate()
     return read_matches(evaluation)
 
