@@ -32,7 +32,7 @@ def register_folder(folder: str | os.PathLike) -> str:
         raise InputError(
             f"--images must be a folder of images ({', '.join(SUFFIXES)}), got {str(folder)!r} without one"
         )
-    name = f"images of {root}"
+    name = f"folder {root}"
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

@@ -1,9 +1,9 @@
 """
 Estimates of the accuracy that a plan keeps, from labels and from agreement. Labels are unbiased but noisy. Agreement
 distinguishes similar plans, but a loss of it is not yet one against labels: the first outputs that change are those
-that the model is least sure of, where the other answer is right as often. So small losses are discounted to about their
-square, large ones less, and the loss of everything not at all. The slope, the odds of a loss against labels over those
-of a discounted loss of agreement, differs from model to model: it is learned from plans that ran on the same images.
+that the model is least sure of, where the other answer is right as often. So losses are discounted: small ones count
+by their square, the loss of everything in full. The slope, the odds of a loss against labels over those of a discounted
+loss of agreement, differs from model to model: it is learned from the plans that ran on the same images.
 """
 
 from collections.abc import Iterable
@@ -16,11 +16,12 @@ from hourglass.errors import InputError
 from hourglass.evaluation.agreement import SCORE
 from hourglass.search.measured import Result
 
-# The loss of agreement at which its discount is about half.
+# Losses of agreement far below it count by their square, far above it linearly.
 KNEE = 0.2
 # Of a discounted loss, what is lost against labels, before any are seen: 0.2 to 0.8 for boxes and masks of the
 # drawn demo and of nuclei.
 SLOPE, SLOPE_DEVIATION = 0.6, 0.35
+# Labels of few images may even gain: a slope of 0 or less would promise that nothing can be lost.
 LEAST_SLOPE = 0.01
 # How far a plan's own slope lies from that of all, at least.
 SCATTER = 0.15
@@ -82,8 +83,9 @@ def learn_slopes(results: Iterable[Result]) -> dict[str, Slope]:
 
 
 def _learn(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Slope:
-    agreement, labels = (np.stack(losses) for losses in zip(*pairs))
-    lost, lost_of_labels = agreement * (1 - labels), labels * (1 - agreement)
+    of_agreement, of_labels = (np.stack(losses) for losses in zip(*pairs))
+    # The odds' ratio as a straight line, without a division.
+    lost, lost_of_labels = of_agreement * (1 - of_labels), of_labels * (1 - of_agreement)
     squares = (lost**2).sum(0)
     with np.errstate(divide="ignore", invalid="ignore"):
         samples = np.where(squares > 0, (lost * lost_of_labels).sum(0) / squares, np.nan)

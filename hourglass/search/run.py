@@ -395,6 +395,7 @@ class Search:
 
 
 def _features(traced: Traced, candidate: Candidate) -> list[float]:
+    """The logarithm of the error, 1, and whether a plan has each reducer, each number of pooled keys and each block."""
     reducers = sorted({type(option.reducer).__name__ for option in traced.options})
     own = None if candidate.option is None else type(traced.options[candidate.option].reducer).__name__
     blocks = (candidate.start <= block < candidate.stop for block in range(traced.depth))
