@@ -104,6 +104,7 @@ def estimate(result: Result, slopes: dict[str, Slope] | None = None) -> tuple[fl
     """
     Estimate the share that a plan keeps of the figure that loses most. For each figure two estimates are weighted by
     the inverse of their variances: the share that is kept against labels, and what agreement says of it by its slope.
+    With labels, only the figures that they measure count: nothing is asked of a model's boxes if its data set has none.
 
     Args:
         result: of the plan.
@@ -117,19 +118,18 @@ def estimate(result: Result, slopes: dict[str, Slope] | None = None) -> tuple[fl
     """
     if not result.agreement:
         raise InputError("the model gives no boxes, masks, panoptic segments or classes of pixels to rank plans by")
+    losses = {figure: lost for figure in result.agreement if (lost := _lost(result, figure)) is not None}
+    labelled = {figure: samples for figure, samples in result.labelled.items() if np.isfinite(samples[0])}
     estimates = []
-    for figure in result.agreement:
-        lost = _lost(result, figure)
-        if lost is None:
-            continue
+    for figure in [figure for figure in losses if figure in labelled] or losses:
         slope = (slopes or {}).get(figure, PRIOR)
-        loss, unsure = slope.loss(lost)
+        loss, unsure = slope.loss(losses[figure])
         kept = 1 - loss
-        labelled = result.labelled.get(figure)
-        if labelled is not None and len(labelled) == len(kept) > 2 and np.isfinite(labelled[0]):
-            weights = 1 / np.maximum([_variance(kept) + unsure**2, _variance(labelled)], 1e-8)
+        of_figure = labelled.get(figure)
+        if of_figure is not None and len(of_figure) == len(kept) > 2:
+            weights = 1 / np.maximum([_variance(kept) + unsure**2, _variance(of_figure)], 1e-8)
             of_agreement, of_labels = weights / weights.sum()
-            kept, unsure = of_agreement * kept + of_labels * labelled, of_agreement * unsure
+            kept, unsure = of_agreement * kept + of_labels * of_figure, of_agreement * unsure
         deviation = (_variance(kept) + unsure**2) ** 0.5
         estimates.append((float(kept[0]), float(kept[0]) - NormalDist().inv_cdf(CONFIDENCE) * deviation))
     if not estimates:
