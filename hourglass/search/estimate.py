@@ -104,37 +104,47 @@ def estimate(result: Result, slopes: dict[str, Slope] | None = None) -> tuple[fl
     """
     Estimate the share that a plan keeps of the figure that loses most. For each figure two estimates are weighted by
     the inverse of their variances: the share that is kept against labels, and what agreement says of it by its slope.
-    With labels, only the figures that they measure count: nothing is asked of a model's boxes if its data set has none.
 
     Args:
         result: of the plan.
         slopes: figure -> slope; the prior where there is none.
 
     Returns:
-        the share, and its one-sided 95 % lower bound, each the least over the figures.
+        the share, and its one-sided 95 % lower bound, each the least over the figures that count.
 
     Raises:
         InputError: for a model that gave nothing to compare, or found nothing.
     """
     if not result.agreement:
         raise InputError("the model gives no boxes, masks, panoptic segments or classes of pixels to rank plans by")
-    losses = {figure: lost for figure in result.agreement if (lost := _lost(result, figure)) is not None}
-    labelled = {figure: samples for figure, samples in result.labelled.items() if np.isfinite(samples[0])}
     estimates = []
-    for figure in [figure for figure in losses if figure in labelled] or losses:
+    for figure in counted(result):
+        lost = _lost(result, figure)
+        if lost is None:
+            continue
         slope = (slopes or {}).get(figure, PRIOR)
-        loss, unsure = slope.loss(losses[figure])
+        loss, unsure = slope.loss(lost)
         kept = 1 - loss
-        of_figure = labelled.get(figure)
-        if of_figure is not None and len(of_figure) == len(kept) > 2:
-            weights = 1 / np.maximum([_variance(kept) + unsure**2, _variance(of_figure)], 1e-8)
+        labelled = result.labelled.get(figure)
+        if labelled is not None and len(labelled) == len(kept) > 2 and np.isfinite(labelled[0]):
+            weights = 1 / np.maximum([_variance(kept) + unsure**2, _variance(labelled)], 1e-8)
             of_agreement, of_labels = weights / weights.sum()
-            kept, unsure = of_agreement * kept + of_labels * of_figure, of_agreement * unsure
+            kept, unsure = of_agreement * kept + of_labels * labelled, of_agreement * unsure
         deviation = (_variance(kept) + unsure**2) ** 0.5
         estimates.append((float(kept[0]), float(kept[0]) - NormalDist().inv_cdf(CONFIDENCE) * deviation))
     if not estimates:
         raise InputError(f"the model finds nothing with a score over {SCORE} in these images that a plan could lose")
     return min(mean for mean, _ in estimates), min(lower for _, lower in estimates)
+
+
+def counted(result: Result) -> list[str]:
+    """
+    The figures by which a plan is judged. With labels, those that they measure: nothing is asked of the boxes of a
+    model that is evaluated by its panoptic segments.
+    """
+    known = [figure for figure in result.agreement if _lost(result, figure) is not None]
+    measured = [figure for figure in known if np.isfinite(result.labelled.get(figure, np.array([np.nan]))[0])]
+    return measured or list(result.agreement)
 
 
 def discount(lost: Share) -> Share:

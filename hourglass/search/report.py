@@ -10,7 +10,7 @@ from tabulate import tabulate
 from hourglass.encoders import Plan
 from hourglass.evaluation.figures import label_of
 from hourglass.files import write_whole
-from hourglass.search.estimate import PRIOR, Slope, discount
+from hourglass.search.estimate import PRIOR, Slope, counted, discount
 from hourglass.search.goal import Goal
 from hourglass.search.run import Outcome, Row, key
 
@@ -23,7 +23,7 @@ def to_table(outcome: Outcome, tablefmt: str = "simple") -> str:
     if not outcome.rows:
         return "no plan ran"
     first = outcome.rows[0].result
-    figures = list(first.agreement)
+    figures = counted(first)
     headers = ["plan", "images", "encoder", "predicted", "kept, about"]
     headers += [f"agreement, {label_of(figure)}" for figure in figures]
     headers += [f"{label_of(figure)} kept" for figure in figures if first.labelled]

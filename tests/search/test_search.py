@@ -13,7 +13,7 @@ from hourglass import AveragePooling, InputError, Plan, TokenClustering, launch
 from hourglass.commands import search_settings
 from hourglass.fitting import Recorder, fit
 from hourglass.search import Goal
-from hourglass.search.estimate import SCATTER, SLOPE, SLOPE_DEVIATION, discount, estimate, learn_slopes
+from hourglass.search.estimate import SCATTER, SLOPE, SLOPE_DEVIATION, counted, discount, estimate, learn_slopes
 from hourglass.search.front import Candidate, enumerate_plans, make_pool, pareto_front
 from hourglass.search.latency import Latency, measure_latency
 from hourglass.search.measured import Measured, Result
@@ -271,7 +271,7 @@ class TestEstimate:
         """A Mask2Former gives boxes, which its data set does not evaluate."""
         alone = result(0.99, 0.99, 0.01)
         both = alone._replace(agreement=alone.agreement | {"bbox.AP": np.full(501, 90.0)})
-        assert estimate(both) == estimate(alone)
+        assert estimate(both) == estimate(alone) and counted(both) == ["segm.AP"]
         unlabelled = both._replace(labelled={"segm.AP": np.full(501, np.nan)})
         assert estimate(unlabelled) == estimate(both._replace(labelled={}))
         assert estimate(unlabelled)[0] == pytest.approx(1 - SLOPE * discount(0.1), abs=1e-3)
