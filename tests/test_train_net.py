@@ -356,11 +356,11 @@ def test_instances_and_panoptic_quality_in_one_run(tmp_path, capsys):
             f"{figure}{group}" for figure in ("PQ", "SQ", "RQ") for group in ("", "_th", "_st")
         }
     assert content["retention"].keys() == {"panoptic_seg.PQ", "segm.AP"}
-    # Of the two stages that the plan is in: 64 and 16 windows of 8 x 8 tokens.
+    # Of the stage that the plan is in: 64 windows of 8 x 8 tokens.
     tokens = {name: tuple(model["tokens"].values()) for name, model in content["models"].items()}
-    assert tokens.pop("fast attention") == (5120, 5120)
-    controls = {"control": (5120, 0), "linear control": (5120, 0)}
-    assert tokens == {"unmodified": (5120, 5120), "expedited": (5120, 2000), **controls}
+    assert tokens.pop("fast attention") == (4096, 4096)
+    controls = {"control": (4096, 0), "linear control": (4096, 0)}
+    assert tokens == {"unmodified": (4096, 4096), "expedited": (4096, 1024), **controls}
     printed = capsys.readouterr().out
     assert "PQ things" in printed and "mask AP75" in printed
 

@@ -139,8 +139,8 @@ def estimate(result: Result, slopes: dict[str, Slope] | None = None) -> tuple[fl
 
 def counted(result: Result) -> list[str]:
     """
-    The figures by which a plan is judged. With labels, those that they measure: nothing is asked of the boxes of a
-    model that is evaluated by its panoptic segments.
+    The figures that a plan is judged by: with labels, those that they measure, so that nothing is asked of the boxes of
+    a model that is evaluated by its panoptic segments.
     """
     known = [figure for figure in result.agreement if _lost(result, figure) is not None]
     measured = [figure for figure in known if np.isfinite(result.labelled.get(figure, np.array([np.nan]))[0])]

@@ -22,7 +22,8 @@ class Result(NamedTuple):
         time: of the encoder in ms, the median.
         speed: how many times as fast as with fast attention alone.
         agreement: "segm.AP" and so on -> (samples,) in percent, see :mod:`hourglass.evaluation.agreement`.
-        labelled: the same -> (samples,) share of the figure that is kept; empty without labels.
+        labelled: the same -> (samples,) share of the figure that is kept, or (1,) where its evaluator cannot be
+            resampled; empty without labels.
     """
 
     time: float

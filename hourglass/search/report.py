@@ -63,7 +63,7 @@ def describe(outcome: Outcome, goal: Goal, about: str) -> str:
         if outcome.slopes:
             figures = (f"{_worth(slope)} ({label_of(key)})" for key, slope in outcome.slopes.items())
             worth = f"on these images {', '.join(figures)}"
-        sources = "labels and agreement" if outcome.rows[0].result.labelled else "agreement alone"
+        sources = "labels and agreement" if outcome.slopes else "agreement alone"
         lines.append(
             "Speeds are the encoder's, over fast attention alone. What is kept of the figure that loses most is "
             f"estimated from {sources}: where {LIGHT} % agree, {worth} is kept. In parentheses its one-sided 95 % "

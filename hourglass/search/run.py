@@ -426,9 +426,11 @@ def describe(plan: Plan) -> str:
 def _labelled(comparison: Comparison, name: str) -> dict[str, np.ndarray]:
     first, compared = comparison.models[BASE], comparison.models[name]
     shares = {}
-    for figure in comparison.retention(name):
+    for figure, share in comparison.retention(name).items():
         if figure in first.samples and figure in compared.samples:
             with np.errstate(divide="ignore", invalid="ignore"):
                 reference, kept = first.samples[figure], compared.samples[figure]
                 shares[figure] = np.where(reference > 0, kept / reference, np.nan)
+        else:  # an evaluator of the user's own, whose figures are not known on samples
+            shares[figure] = np.array([share.ratio])
     return shares

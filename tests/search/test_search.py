@@ -267,11 +267,13 @@ class TestEstimate:
         two = result(0.99)._replace(agreement={"bbox.AP": np.full(501, 90.0), "segm.AP": np.full(501, 99.0)})
         assert estimate(two)[0] == pytest.approx(1 - SLOPE * discount(0.1), abs=1e-3)
 
-    def test_with_labels_the_figures_count_that_they_measure(self):
-        """A Mask2Former gives boxes, which its data set does not evaluate."""
+    def test_with_labels_only_the_figures_that_they_measure_count(self):
+        """A Mask2Former also gives boxes, which its config does not evaluate."""
         alone = result(0.99, 0.99, 0.01)
         both = alone._replace(agreement=alone.agreement | {"bbox.AP": np.full(501, 90.0)})
         assert estimate(both) == estimate(alone) and counted(both) == ["segm.AP"]
+        measured = both._replace(labelled=alone.labelled | {"bbox.AP": np.array([0.9])})  # it cannot be resampled
+        assert set(counted(measured)) == {"bbox.AP", "segm.AP"} and estimate(measured) < estimate(alone)
         unlabelled = both._replace(labelled={"segm.AP": np.full(501, np.nan)})
         assert estimate(unlabelled) == estimate(both._replace(labelled={}))
         assert estimate(unlabelled)[0] == pytest.approx(1 - SLOPE * discount(0.1), abs=1e-3)
