@@ -89,7 +89,7 @@ def draw(outcome: Outcome, goal: Goal, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, axes = pyplot.subplots(figsize=(7, 5), constrained_layout=True)
     speed = np.array([row.result.speed for row in outcome.rows])
     share = 100 * np.array([row.kept for row in outcome.rows])
     low = np.maximum(share - 100 * np.array([row.lower for row in outcome.rows]), 0)
@@ -103,9 +103,8 @@ def draw(outcome: Outcome, goal: Goal, path: Path) -> None:
         axes.axvline(goal.speed, color="grey", linestyle="--", linewidth=1, label=f"speed={goal.speed:g}")
     axes.set_xlabel("encoder, times as fast as with fast attention alone")
     axes.set_ylabel("kept, estimated, %")
-    axes.legend(loc="lower left", fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8)
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
