@@ -125,11 +125,12 @@ def draw(document: dict[str, Any], theme: Theme, path: Path) -> None:
         mark(name, theme.curve, "o")
     for point in curve[:-1]:
         say(point, f"{point.tokens:.0f} %", theme.curve, (0, -26))
-    say(curve[len(curve) // 2], "fewer tokens", theme.curve, (-20, 26), "left", weight="bold")
+    say(curve[len(curve) // 2], "fewer tokens", theme.curve, (0, 26), "left", weight="bold")
     last = curve[-1]
     told = f"{last.kept:.0f} % kept at {last.speed:.1f}x\nwith {last.tokens:.0f} % of tokens"
     say(last, told, theme.curve, (14, 0), "left")
-    say(mark("the config's plan", theme.plan, "*"), "the demo's plan", theme.plan, (20, 26), "right")
+    plan = mark("the config's plan", theme.plan, "*")
+    say(plan, f"the demo's plan: {plan.kept:.1f} %", theme.plan, (6, 26), "right")
     for name, text in ((AFFINE, "an affine map\nin their place"), (LEFT_OUT, "those blocks\nleft out")):
         if name in points:
             point = mark(name, theme.faint, "X")
