@@ -27,16 +27,14 @@ from tabulate import tabulate
 
 from benchmarks.encoder import machine, save
 from hourglass import (
-    AveragePooling,
     BipartiteMatching,
-    DensityPeaks,
-    GridMerging,
     InputError,
     LinearBlocks,
     Plan,
     SkipBlocks,
     TokenClustering,
     TokenSelection,
+    reduction,
 )
 from hourglass.checkpoint import load_checkpoint
 from hourglass.checks import check_count
@@ -51,6 +49,7 @@ from hourglass.evaluation.resampling import draw_samples, ratio_of_samples
 from hourglass.files import check_folder
 from hourglass.fitting import TOGETHER, calibrate_plans
 from hourglass.launch import build, build_evaluator, load_config, one_line
+from hourglass.reduction import GridReducer
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "demo" / "vitdet.py"
@@ -106,7 +105,8 @@ def make_plans(
     budgets: list[float], window: int, start: int, stop: int, default: Plan, selectors: str = ""
 ) -> dict[str, Plan]:
     """
-    Name -> plan, the unmodified model first. Those to be calibrated are named so, or need it.
+    Name -> plan, the unmodified model first. Those to be calibrated are named so, or need it. A reducer to a grid is in
+    it once `hourglass.reduction` has it; the others each spend a budget in a way of their own.
 
     Args:
         budgets: shares of the tokens that remain.
@@ -117,13 +117,15 @@ def make_plans(
             left out with a warning.
     """
     plans = {"unmodified": Plan(), "fast attention": Plan(attention="fast"), "the config's plan": default}
+    kinds = [each for each in vars(reduction).values() if isinstance(each, type) and issubclass(each, GridReducer)]
+    kinds.remove(GridReducer)
     for budget in budgets:
         side = max(1, round(window * budget**0.5))
         grid = (side, side)
         at = f"{100 * budget:.0f} %"
-        for reducer in (TokenClustering(grid), AveragePooling(grid), DensityPeaks(grid), GridMerging(grid)):
-            plan = Plan(reducer, start, stop, scope="window")
-            plans |= {f"{type(reducer).__name__}, {at}{suffix}": plan for suffix in ("", CALIBRATED)}
+        for kind in kinds:
+            plan = Plan(kind(grid), start, stop, scope="window")
+            plans |= {f"{kind.__name__}, {at}{suffix}": plan for suffix in ("", CALIBRATED)}
         reducer = TokenClustering.published(grid)
         plans[f"TokenClustering.published, {at}"] = Plan(reducer, start, stop, scope="window", published=True)
         reducer = BipartiteMatching(merged_a_block(budget, window**2, stop - start))

@@ -7,7 +7,7 @@ import torch
 import projects.demo
 from benchmarks import reducers
 from benchmarks.reducers import make_plans, merged_a_block, pareto_front, parse
-from hourglass import BipartiteMatching, InputError, Plan, TokenClustering
+from hourglass import BipartiteMatching, InputError, Plan, TokenClustering, reduction
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,15 @@ def test_every_reducer_has_a_plan_at_each_budget():
     assert calibrated == {"TokenClustering", "AveragePooling", "DensityPeaks", "GridMerging"}
     assert len(plans) == 7 + 3 * (len(kinds) + len(calibrated))
     assert plans["TokenClustering, 25 %"].reducer.grid == (8, 8)
+
+
+def test_a_new_reducer_to_a_grid_is_measured_too(monkeypatch):
+    class Another(TokenClustering):
+        pass
+
+    monkeypatch.setattr(reduction, "Another", Another, raising=False)
+    plans = make_plans([0.25], 16, 2, 6, Plan())
+    assert isinstance(plans["Another, 25 %"].reducer, Another) and "Another, 25 %, calibrated" in plans
 
 
 def test_the_table_the_plot_and_the_document(tmp_path, capsys):
