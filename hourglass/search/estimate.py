@@ -75,8 +75,9 @@ def learn_slopes(results: Iterable[Result]) -> dict[str, Slope]:
     """
     pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for result in results:
+        known = _losses(result)
         for figure, labelled in result.labelled.items():
-            lost = _lost(result, figure)
+            lost = known.get(figure)
             if lost is not None and len(labelled) == len(lost) > 2 and np.isfinite(labelled[0]):
                 pairs.setdefault(figure, []).append((lost, 1 - labelled))
     return {figure: _learn(losses) for figure, losses in pairs.items()}
@@ -118,12 +119,10 @@ def estimate(result: Result, slopes: dict[str, Slope] | None = None) -> tuple[fl
     if not result.agreement:
         raise InputError("the model gives no boxes, masks, panoptic segments or classes of pixels to rank plans by")
     estimates = []
+    losses = _losses(result)
     for figure in counted(result):
-        lost = _lost(result, figure)
-        if lost is None:
-            continue
         slope = (slopes or {}).get(figure, PRIOR)
-        loss, unsure = slope.loss(lost)
+        loss, unsure = slope.loss(losses[figure])
         kept = 1 - loss
         labelled = result.labelled.get(figure)
         if labelled is not None and len(labelled) == len(kept) > 2 and np.isfinite(labelled[0]):
@@ -142,9 +141,9 @@ def counted(result: Result) -> list[str]:
     The figures that a plan is judged by: with labels, those that they measure, so that nothing is asked of the boxes of
     a model that is evaluated by its panoptic segments.
     """
-    known = [figure for figure in result.agreement if _lost(result, figure) is not None]
-    measured = [figure for figure in known if np.isfinite(result.labelled.get(figure, np.array([np.nan]))[0])]
-    return measured or list(result.agreement)
+    known = list(_losses(result))
+    measured = [figure for figure in result.labelled if figure in known and np.isfinite(result.labelled[figure][0])]
+    return measured or known
 
 
 def discount(lost: Share) -> Share:
@@ -152,10 +151,10 @@ def discount(lost: Share) -> Share:
     return (1 + KNEE) * lost**2 / (lost + KNEE)
 
 
-def _lost(result: Result, figure: str) -> np.ndarray | None:
-    """Of agreement, discounted, (samples,); None where there is none."""
-    agreement = result.agreement.get(figure)
-    return None if agreement is None or np.isnan(agreement[0]) else discount(1 - agreement / 100)
+def _losses(result: Result) -> dict[str, np.ndarray]:
+    """Figure -> what is lost of its agreement, discounted, (samples,); without those that have none."""
+    known = {figure: samples for figure, samples in result.agreement.items() if not np.isnan(samples[0])}
+    return {figure: discount(1 - samples / 100) for figure, samples in known.items()}
 
 
 def _variance(samples: np.ndarray) -> float:

@@ -11,6 +11,7 @@ import torch
 import hourglass
 from hourglass import AveragePooling, InputError, Plan, TokenClustering, launch
 from hourglass.commands import search_settings
+from hourglass.evaluation import Comparison
 from hourglass.fitting import Recorder, fit
 from hourglass.search import Goal
 from hourglass.search.estimate import SCATTER, SLOPE, SLOPE_DEVIATION, counted, discount, estimate, learn_slopes
@@ -19,7 +20,7 @@ from hourglass.search.latency import Latency, measure_latency
 from hourglass.search.measured import Measured, Result
 from hourglass.search.options import KEYS, make_options
 from hourglass.search.report import write_plan
-from hourglass.search.run import Images, Ran, Row, Search, describe, key
+from hourglass.search.run import BASE, Images, Ran, Row, Search, _labelled, describe, key
 from hourglass.search.trace import Errors, measure_errors, relative, trace
 from tests import small_swin as of_swin
 from tests import small_vit as of_vit
@@ -277,6 +278,20 @@ class TestEstimate:
         unlabelled = both._replace(labelled={"segm.AP": np.full(501, np.nan)})
         assert estimate(unlabelled) == estimate(both._replace(labelled={}))
         assert estimate(unlabelled)[0] == pytest.approx(1 - SLOPE * discount(0.1), abs=1e-3)
+
+    def test_a_figure_that_cannot_be_resampled_is_known_by_its_share(self):
+        """It has no samples where Detectron2's own evaluator gives it."""
+        drawn = np.array([50.0, 60.0, 0.0])
+        full, lossy = (
+            SimpleNamespace(
+                accuracy={"bbox": {"AP": 50 * share}, "panoptic_seg": {"PQ": 40 * share}},
+                samples={"bbox.AP": drawn * share},
+            )
+            for share in (1.0, 0.5)
+        )
+        shares = _labelled(Comparison({BASE: full, "plan": lossy}), "plan")
+        np.testing.assert_array_equal(shares["bbox.AP"], [0.5, 0.5, np.nan])
+        np.testing.assert_array_equal(shares["panoptic_seg.PQ"], [0.5])
 
     def test_the_slope_is_learnt_from_plans_on_the_same_images(self):
         """Plans whose labels share a noise: the slope shows on heavy ones, and light ones are known by it."""
